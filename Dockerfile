@@ -1,0 +1,28 @@
+FROM python:3.13-slim AS build
+
+WORKDIR /src
+COPY . .
+# The constraints file pins what the commands do not.
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir --constraint scripts/constraints.txt setuptools \
+    && pip wheel --no-cache-dir --no-build-isolation --constraint scripts/constraints.txt \
+        --wheel-dir /wheels . \
+    && python -m venv --without-pip /app \
+    && pip --python /app/bin/python install --no-cache-dir --no-index --find-links /wheels \
+        productgraph-ingestion
+
+FROM python:3.13-slim
+
+COPY --from=build /app /app
+# A container's own loopback interface is out of reach from outside: listen on all of them.
+ENV PATH=/app/bin:$PATH \
+    HOST=0.0.0.0
+USER 10001:10001
+EXPOSE 8080 50051
+STOPSIGNAL SIGTERM
+# Liveness only. The empty ProxyHandler keeps HTTP_PROXY from being asked for the loopback.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\
+from os import environ as e; from urllib.request import ProxyHandler, build_opener; \
+build_opener(ProxyHandler({})).open(f'http://127.0.0.1:{e.get(\"PORT\", 8080)}/health', timeout=4)"]
+ENTRYPOINT ["productgraph"]
+CMD ["serve"]

@@ -1,0 +1,1 @@
+"""The ingestion service of ProductGraph: one event schema, two protocols, one PostgreSQL."""

@@ -1,0 +1,195 @@
+"""The only place where the parts are put together: the parent process and the workers."""
+
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from server.config import Settings
+from server.database import Engine, Link, Readiness, Watchdog, connected, open_engine
+from server.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from server.grpc_api import GrpcServer, IngestServicer
+from server.http_api import MAX_BODY_BYTES, create_app
+from server.http_server import HTTPServer
+from server.json_codec import JsonCodec
+from server.key_directory import KeyDirectory
+from server.keys import create_key, list_keys
+from server.migration import check_migrated, migrate
+from server.partitions import PartitionKeeper
+from server.protobuf_codec import ProtobufCodec
+from server.rows import RowEncoder
+from server.schema import EVENT_SCHEMA
+from server.service import IngestService
+from server.storage import EventStore
+from server.workers import Lifeline, Supervisor, listen, reserve_ports
+from server.writer import Writer
+
+DEMO_PROJECT = "proj_demo"
+# No request thread waits for a commit: these decode and validate, and more would only take turns.
+_HTTP_THREADS = 8
+# A worker drains within the first of these, and is killed after the second: 30 s in all.
+_DRAIN_SECONDS, _KILL_SECONDS = 20.0, 27.0
+
+_log = logging.getLogger("productgraph")
+
+
+@contextmanager
+def opened_database(settings: Settings, *, create: bool = False) -> Iterator[str]:
+    """The URL of the database to use; the embedded one runs for as long as the context lasts.
+
+    Without `create`, an embedded one must be there already. Raises EmbeddedPostgresError.
+    """
+    if settings.database_url is not None:
+        yield settings.database_url
+    else:
+        with EmbeddedPostgres(settings.data_dir, create=create) as embedded:
+            yield embedded.url
+
+
+class Worker:
+    """One worker process: both protocols, and what they share."""
+
+    def __init__(self, settings: Settings, database_url: str) -> None:
+        engine = open_engine(database_url)
+        self._readiness = Readiness(Link(engine))
+        self._keys = KeyDirectory(Link(engine))
+        self._writer = Writer(
+            Link(engine),
+            EventStore(RowEncoder(EVENT_SCHEMA).columns),
+            max_waiting_bytes=settings.max_waiting_bytes,
+        )
+        self._watchdog = Watchdog(self._writer.check, self._keys.check, self._readiness.check)
+        service = IngestService(
+            EVENT_SCHEMA,
+            self._keys,
+            self._writer,
+            timeout_seconds=settings.request_timeout_seconds,
+        )
+        self._http = self._build_http(service, settings)
+        self._grpc = self._build_grpc(service, settings)
+
+    def _build_http(self, service: IngestService, settings: Settings) -> HTTPServer:
+        app = create_app(
+            service,
+            JsonCodec(EVENT_SCHEMA),
+            self._readiness.is_ready,
+            allowed_origins=settings.cors_allowed_origins,
+            threads=_HTTP_THREADS,
+        )
+        listener = listen(settings.host, settings.port)
+        # What is a little too large is refused by the application, in its words; a body far over
+        # the limit is not even read.
+        return HTTPServer(app, listener, threads=_HTTP_THREADS, max_body_bytes=2 * MAX_BODY_BYTES)
+
+    def _build_grpc(self, service: IngestService, settings: Settings) -> GrpcServer:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        return GrpcServer(
+            IngestServicer(service, ProtobufCodec(EVENT_SCHEMA)),
+            self._readiness.is_ready,
+            address=f"{host}:{settings.grpc_port}",
+            offer_reflection=settings.grpc_reflection,
+        )
+
+    def run(self, on_ready: Callable[[], None]) -> None:
+        """Serves until `stop`, then answers what has been accepted."""
+        for part in (self._watchdog, self._writer, self._keys, self._readiness, self._grpc):
+            part.start()
+        on_ready()
+        self._http.serve()
+        self._drain()
+
+    def stop(self) -> None:
+        """Makes `run` return; from any thread or a signal handler."""
+        self._http.stop()
+
+    def _drain(self) -> None:
+        self._readiness.stop()
+        grpc_drain = threading.Thread(target=self._grpc.stop, args=(_DRAIN_SECONDS,))
+        grpc_drain.start()
+        self._http.drain(_DRAIN_SECONDS)
+        grpc_drain.join()
+        self._writer.stop()
+        self._keys.stop()
+        self._watchdog.stop()
+
+
+def run_worker(settings: Settings) -> None:
+    """Runs one worker, started by `run_service`, until it is told to stop or that is gone."""
+    lifeline = Lifeline.from_environment()
+    _raise_file_limit()
+    with opened_database(settings) as database_url:
+        worker = Worker(settings, database_url)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: worker.stop())
+        lifeline.on_parent_exit(worker.stop)
+        worker.run(lifeline.report_ready)
+
+
+def _raise_file_limit() -> None:
+    """Each connection takes a file descriptor, and the usual limit is about a thousand."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def run_service(settings: Settings, announce: Callable[[dict[str, int], str | None], None]) -> None:
+    """Runs the parent process until a signal: database, partitions, workers.
+
+    `announce` is called once all workers serve, with the ports by their settings' names and, if
+    there was no API key in an embedded database, a new one.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with ExitStack() as stack:
+        wanted = {"PORT": settings.port, "GRPC_PORT": settings.grpc_port}
+        ports = stack.enter_context(reserve_ports(settings.host, wanted))
+        engine, tick, first_key = _prepare_database(settings, stack)
+        _keep_partitions(engine, stack)
+        supervisor = Supervisor(
+            [sys.executable, "-m", "server", "worker"],
+            settings.workers,
+            environment=os.environ | {name: str(port) for name, port in ports.items()},
+            drain_seconds=_KILL_SECONDS,
+        )
+        if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
+            signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
+        supervisor.start()
+        stack.callback(supervisor.stop)
+        announce(ports, first_key)
+        supervisor.run(tick, stop)
+
+
+def _prepare_database(
+    settings: Settings, stack: ExitStack
+) -> tuple[Engine, Callable[[], None], str | None]:
+    """The engine, what keeps the database running, and the first key if one was made."""
+    if settings.database_url is not None:
+        engine = open_engine(settings.database_url)
+        check_migrated(engine)
+        return engine, lambda: None, None
+    embedded = stack.enter_context(EmbeddedPostgres(settings.data_dir, create=True))
+    engine = open_engine(embedded.url)
+    migrate(engine)
+    with connected(engine) as connection:
+        key = None if list_keys(connection) else create_key(connection, DEMO_PROJECT, "first key")
+    return engine, lambda: _keep_running(embedded), key
+
+
+def _keep_running(embedded: EmbeddedPostgres) -> None:
+    try:
+        if embedded.ensure_running():
+            _log.warning("PostgreSQL had died, started it again")
+    except EmbeddedPostgresError as error:
+        _log.error("PostgreSQL cannot be started: %s", error)
+
+
+def _keep_partitions(engine: Engine, stack: ExitStack) -> None:
+    keeper = PartitionKeeper(Link(engine))
+    watchdog = Watchdog(keeper.check)
+    for part in (watchdog, keeper):
+        part.start()
+        stack.callback(part.stop)

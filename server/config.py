@@ -1,0 +1,119 @@
+"""Settings, from the environment alone, checked before anything starts."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+T = TypeVar("T")
+
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+_POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
+
+
+class InvalidSetting(Exception):
+    """A setting is unusable; the text is one line that names the variable and the problem."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the service runs with; the README's table explains each."""
+
+    host: str
+    port: int
+    grpc_port: int
+    # Not shown: it may hold a password. None: an embedded PostgreSQL in data_dir.
+    database_url: str | None = field(repr=False)
+    data_dir: Path
+    workers: int
+    cors_allowed_origins: frozenset[str]
+    grpc_reflection: bool
+    request_timeout_seconds: float
+    max_waiting_bytes: int
+    log_level: str
+
+
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Reads the settings; raises InvalidSetting for the first that is unusable."""
+    read = _Reader(environment)
+    debug = read("DEBUG", "false", _parse_flag)
+    return Settings(
+        host=read("HOST", "127.0.0.1", str),
+        port=read("PORT", "8080", _whole_number(0, 65535)),
+        grpc_port=read("GRPC_PORT", "50051", _whole_number(0, 65535)),
+        database_url=read("DATABASE_URL", "", _parse_database_url),
+        data_dir=read("DATA_DIR", "data", lambda text: Path(text).expanduser().absolute()),
+        workers=read("WORKERS", "1", _whole_number(1, 64)),
+        cors_allowed_origins=read("CORS_ALLOWED_ORIGINS", "*", _parse_origins),
+        grpc_reflection=read("GRPC_REFLECTION", "true", _parse_flag),
+        request_timeout_seconds=read("REQUEST_TIMEOUT_SECONDS", "5", _parse_seconds),
+        max_waiting_bytes=read("MAX_WAITING_MB", "64", _whole_number(1, 4096)) * 1024 * 1024,
+        log_level="DEBUG" if debug else read("LOG_LEVEL", "INFO", _parse_log_level),
+    )
+
+
+class _Reader:
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def __call__(self, name: str, default: str, parse: Callable[[str], T]) -> T:
+        """The parsed value; an empty one means the default, as compose files set them."""
+        try:
+            return parse(self._environment.get(name, "").strip() or default)
+        except ValueError as problem:
+            raise InvalidSetting(f"{name}: {problem}") from None
+
+
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            raise ValueError(f"must be a whole number from {low} to {high}, is {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1.0 <= seconds <= 60.0:
+        raise ValueError(f"must be a number of seconds from 1 to 60, is {text!r}")
+    return seconds
+
+
+def _parse_flag(text: str) -> bool:
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise ValueError(f"must be true or false, is {text!r}")
+
+
+def _parse_log_level(text: str) -> str:
+    if text.upper() not in _LOG_LEVELS:
+        raise ValueError(f"must be one of {', '.join(_LOG_LEVELS)}, is {text!r}")
+    return text.upper()
+
+
+def _parse_origins(text: str) -> frozenset[str]:
+    origins = frozenset(origin.strip() for origin in text.split(",") if origin.strip())
+    for origin in origins - {"*"}:
+        parts = urlsplit(origin)
+        if not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            raise ValueError(f"must be * or origins such as https://example.com, has {origin!r}")
+    return origins
+
+
+def _parse_database_url(text: str) -> str | None:
+    """Never shows the text, which may hold a password."""
+    if not text:
+        return None
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in _POSTGRESQL_SCHEMES:
+        raise ValueError("must be like postgresql://user:password@host:5432/database")
+    return f"postgresql+psycopg2://{rest}"

@@ -1,0 +1,247 @@
+"""The connections to PostgreSQL: opened, cut when they hang, their errors translated."""
+
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from os import dup
+
+import psycopg2
+from psycopg2 import errors as driver_errors
+from sqlalchemy import Connection as Connection
+from sqlalchemy import Engine as Engine
+from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.exc import DBAPIError
+
+from server.errors import Unavailable
+
+CONNECT_TIMEOUT_SECONDS = 2  # libpq's shortest
+PING_TIMEOUT_SECONDS = 1.5
+_RETRY_SECONDS = 0.2
+
+_log = logging.getLogger("productgraph.database")
+
+
+class DatabaseError(Exception):
+    """The database cannot be used; the text is one line for an operator, without passwords."""
+
+
+class Conflict(Exception):
+    """The transaction met another one's and was rolled back: it can be run again at once."""
+
+
+class Refused(Exception):
+    """PostgreSQL refuses the data itself; running the transaction again cannot help."""
+
+
+_CONFLICTS = (
+    driver_errors.DeadlockDetected,
+    driver_errors.SerializationFailure,
+    driver_errors.LockNotAvailable,
+)
+_OUTAGES = (
+    psycopg2.OperationalError,
+    psycopg2.InterfaceError,
+    driver_errors.ReadOnlySqlTransaction,
+)
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turns the driver's errors into Conflict, Refused or Unavailable; others pass as they are."""
+    try:
+        yield
+    except (psycopg2.Error, DBAPIError) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, _CONFLICTS):
+            raise Conflict from error
+        if isinstance(cause, _OUTAGES):
+            raise Unavailable("storage is unavailable") from error
+        if isinstance(cause, psycopg2.DataError | psycopg2.IntegrityError):
+            raise Refused from error
+        raise
+
+
+def open_engine(url: str) -> Engine:
+    """An engine whose connections commit each statement by itself and time out when opened.
+
+    No startup options are sent, which PgBouncer would refuse.
+    """
+    return create_engine(
+        url,
+        poolclass=NullPool,
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "application_name": "productgraph",
+            "keepalives_idle": 30,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
+        },
+    )
+
+
+@contextmanager
+def connected(engine: Engine) -> Iterator[Connection]:
+    """A connection for a command or a start; raises DatabaseError where anything fails."""
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except DBAPIError as error:
+        raise DatabaseError(" ".join(str(error.orig).split())) from error
+
+
+class Link:
+    """One lasting connection, used by one thread, that another thread can cut.
+
+    A backend that is frozen keeps its client waiting for ever: `statement_timeout` is the backend's
+    own, and psycopg2's `cancel()` would hold the interpreter's lock. Shutting down the connection's
+    socket ends the wait at once.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._connection: Connection | None = None
+        self._socket: socket.socket | None = None
+        self._cut_at = math.inf
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def connected(self, seconds: float) -> Iterator[Connection]:
+        """The open connection, for so many seconds at the most.
+
+        Raises Unavailable where it cannot be opened, breaks or is cut; Conflict and Refused leave
+        it usable, after any other error a new one is opened next time.
+        """
+        self._cut_at = self._clock() + seconds
+        try:
+            with translated_errors():
+                yield self._connection or self._open()
+        except (Conflict, Refused):
+            raise
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            with self._lock:
+                self._cut_at = math.inf
+
+    def _open(self) -> Connection:
+        connection = self._engine.connect()
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        with self._lock:
+            # A descriptor of its own: the driver's may be closed and reused at any moment.
+            self._socket = socket.socket(fileno=dup(driver.fileno()))
+            self._connection = connection
+        return connection
+
+    def cut_if_overdue(self) -> bool:
+        """Cuts the connection if its user has overstayed; says whether it did."""
+        with self._lock:
+            overdue = self._clock() >= self._cut_at
+            if overdue:
+                self._cut_at = math.inf
+                if self._socket is not None:
+                    with suppress(OSError):
+                        self._socket.shutdown(socket.SHUT_RDWR)
+        return overdue
+
+    def close(self) -> None:
+        """Discards the connection, whatever its state. Only for the thread that uses it."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+        if connection is not None:
+            with suppress(psycopg2.Error, DBAPIError):
+                connection.invalidate()
+                connection.close()
+
+    def ping(self) -> None:
+        """Runs a query; raises Unavailable where that fails or takes too long."""
+        with self.connected(PING_TIMEOUT_SECONDS) as connection:
+            connection.execute(text("SELECT 1"))
+
+    def wait_until_available(self, stop: threading.Event) -> bool:
+        """Pings until it works, and says True, or until `stop` is set."""
+        while not stop.is_set():
+            try:
+                self.ping()
+            except Unavailable:
+                stop.wait(_RETRY_SECONDS)
+            else:
+                return True
+        return False
+
+
+class Watchdog:
+    """A thread that runs quick checks twenty times a second, among them the cutting of links."""
+
+    INTERVAL_SECONDS = 0.05
+
+    def __init__(self, *checks: Callable[[], object]) -> None:
+        self._checks = checks
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Starts checking."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops checking; returns when the thread has ended."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.INTERVAL_SECONDS):
+            for check in self._checks:
+                try:
+                    check()
+                except Exception:  # noqa: BLE001 - the dog outlives whatever a check may do
+                    _log.exception("a watchdog's check failed")
+
+
+class Readiness:
+    """Whether the database answered a query within the last two seconds."""
+
+    MAX_AGE_SECONDS = 2.0
+    _INTERVAL_SECONDS = 0.5
+
+    def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
+        self._link = link
+        self._clock = clock
+        self._answered_at = -math.inf
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="readiness", daemon=True)
+
+    def start(self) -> None:
+        """Starts probing the database."""
+        self._thread.start()
+
+    def is_ready(self) -> bool:
+        """False too once the service is shutting down; never waits."""
+        fresh = self._clock() - self._answered_at < self.MAX_AGE_SECONDS
+        return fresh and not self._stop.is_set()
+
+    def check(self) -> None:
+        """For the watchdog: cuts a probe that hangs."""
+        self._link.cut_if_overdue()
+
+    def stop(self) -> None:
+        """Unready from now on."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while self._link.wait_until_available(self._stop):
+            self._answered_at = self._clock()
+            self._stop.wait(self._INTERVAL_SECONDS)
+        self._link.close()

@@ -1,0 +1,165 @@
+"""The gRPC edge: IngestEvents, the standard health service, reflection."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from typing import NoReturn, TypeVar
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEventsResponse
+from server.errors import IngestError, Internal, Unavailable
+from server.protobuf_codec import ProtobufCodec
+from server.service import IngestService
+
+MAX_MESSAGE_BYTES = 10 * 1024 * 1024
+_HEALTH_SECONDS = 0.5
+# Connections, not calls, are spread over the workers: renewed now and then, they spread again.
+_MAX_CONNECTION_AGE_MS = 5 * 60 * 1000
+_CONNECTION_GRACE_MS = 30 * 1000
+
+T = TypeVar("T")
+
+_SERVICE = DESCRIPTOR.services_by_name["EventIngestionService"].full_name
+_API_KEY = "x-pg-api-key"
+
+_log = logging.getLogger("productgraph.grpc")
+
+Context = grpc.aio.ServicerContext[bytes, IngestEventsResponse]
+
+
+class IngestServicer:
+    """Answers IngestEvents. Takes the request's bytes, so that each event is parsed by itself."""
+
+    def __init__(self, service: IngestService, codec: ProtobufCodec) -> None:
+        self._service = service
+        self._codec = codec
+
+    def handler(self) -> "grpc.GenericRpcHandler[bytes, IngestEventsResponse]":
+        """What a server is given to serve this method."""
+        method = grpc.unary_unary_rpc_method_handler(
+            self.ingest_events, response_serializer=IngestEventsResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(_SERVICE, {"IngestEvents": method})
+
+    async def ingest_events(self, request: bytes, context: Context) -> IngestEventsResponse:
+        """Stores an encoded IngestEventsRequest; returns once it is committed."""
+        try:
+            return await self._ingest(request, context)
+        except IngestError as error:
+            return await _abort(context, error)
+        except Exception:  # noqa: BLE001 - a fault is told without details
+            _log.exception("a request failed")
+            return await _abort(context, Internal())
+
+    async def _ingest(self, request: bytes, context: Context) -> IngestEventsResponse:
+        deadline = self._service.deadline_after(context.time_remaining())
+        project_id = await self._authenticate(context)
+        events = self._codec.parse_batch(request)
+        response, stored = self._service.ingest(project_id, events, deadline)
+        await asyncio.wrap_future(stored)
+        return response
+
+    async def _authenticate(self, context: Context) -> str:
+        key = str(dict(context.invocation_metadata() or ()).get(_API_KEY, ""))
+        project_id = self._service.authenticate(key)
+        if project_id is not None:
+            return project_id
+        # Others may wait for the same look-up: the end of this call must not cancel it.
+        found = asyncio.shield(asyncio.wrap_future(self._service.look_up_key(key)))
+        try:
+            return await asyncio.wait_for(found, self._service.timeout_seconds)
+        except TimeoutError:
+            raise Unavailable("not answered in time") from None
+
+
+async def _abort(context: Context, error: IngestError) -> NoReturn:
+    code = grpc.StatusCode[error.code]
+    await context.abort(code, str(error), trailing_metadata=_details_of(error))
+
+
+def _details_of(error: IngestError) -> tuple[tuple[str, bytes], ...]:
+    """The trailer that carries google.rpc.RetryInfo, where a retry can help.
+
+    https://grpc.io/docs/guides/error/#richer-error-model
+    """
+    if error.retry_after_seconds is None:
+        return ()
+    details = Any()
+    details.Pack(RetryInfo(retry_delay=Duration(seconds=error.retry_after_seconds)))
+    code = grpc.StatusCode[error.code].value[0]
+    status = Status(code=code, message=str(error), details=[details])
+    return (("grpc-status-details-bin", status.SerializeToString()),)
+
+
+class GrpcServer:
+    """Serves in a thread of its own, which runs an event loop: no call in it may block."""
+
+    def __init__(
+        self,
+        servicer: IngestServicer,
+        is_ready: Callable[[], bool],
+        *,
+        address: str,
+        offer_reflection: bool,
+    ) -> None:
+        self._servicer = servicer
+        self._is_ready = is_ready
+        self._address = address
+        self._offer_reflection = offer_reflection
+        self._loop = asyncio.new_event_loop()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stubs lack aio
+        self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
+
+    def start(self) -> None:
+        """Returns once the port is listened on; raises RuntimeError where it cannot be."""
+        self._thread.start()
+        self._server, self._refreshing = self._run(self._start())
+
+    def stop(self, grace_seconds: float) -> None:
+        """Refuses new calls, and answers those accepted for so long at the most."""
+        self._run(self._stop(grace_seconds))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, coroutine: "Coroutine[object, object, T]") -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _start(self) -> tuple[grpc.aio.Server, asyncio.Task[None]]:
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 1),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_connection_age_ms", _MAX_CONNECTION_AGE_MS),
+                ("grpc.max_connection_age_grace_ms", _CONNECTION_GRACE_MS),
+            ]
+        )
+        server.add_generic_rpc_handlers((self._servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._offer_reflection:
+            names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        server.add_insecure_port(self._address)
+        await server.start()
+        return server, self._loop.create_task(self._refresh_health())
+
+    async def _refresh_health(self) -> None:
+        while True:
+            states = health_pb2.HealthCheckResponse
+            state = states.SERVING if self._is_ready() else states.NOT_SERVING
+            for name in ("", _SERVICE):
+                await self._health.set(name, state)
+            await asyncio.sleep(_HEALTH_SECONDS)
+
+    async def _stop(self, grace_seconds: float) -> None:
+        self._refreshing.cancel()
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_seconds)

@@ -1,0 +1,87 @@
+"""JSON text to Python values, with one odd value never failing the whole document.
+
+orjson reads nearly all of them. It refuses a document for a lone surrogate, a number beyond a
+double or too much nesting, and drops digits of long integers: such documents are read by the
+standard library, pruned of what is nested too deep for any event.
+"""
+
+import json
+import re
+from decimal import Decimal
+from typing import Any, NoReturn
+
+import orjson
+
+from server.errors import InvalidArgument
+from server.structs import ExactFloat
+
+# Deeper than any valid event reaches, so that what is cut stays recognisable as too deep.
+_PRUNED_DEPTH = 64
+# A string, closed or not, or a bracket. Possessive, so that no input makes it backtrack.
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+# int() takes time quadratic in the number of digits, Decimal() does not.
+_LONGEST_INT = 40
+
+
+def parse_document(body: bytes) -> Any:
+    """The document in `body`, at the speed of orjson where it can be.
+
+    Integers of more than 64 bits come as floats. Raises InvalidArgument for invalid JSON.
+    """
+    if rb"\u0000" in body:
+        return parse_exactly(body)
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return parse_exactly(body)
+
+
+def parse_exactly(body: bytes) -> Any:
+    """The document in `body` with the digits of every integer.
+
+    Integers come as int or Decimal, other numbers as ExactFloat, infinite ones included. U+0000 and
+    lone surrogates come as U+FFFD. Raises InvalidArgument for invalid JSON.
+    """
+    try:
+        document = json.loads(
+            _prune(body.decode()),
+            parse_int=lambda digits: (int if len(digits) <= _LONGEST_INT else Decimal)(digits),
+            parse_float=ExactFloat,
+            parse_constant=_refuse_constant,
+        )
+    except ValueError:
+        raise InvalidArgument("body: invalid JSON") from None
+    return _make_storable(document)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _prune(text: str) -> str:
+    """The text with each array or object nested too deep replaced by null."""
+    kept: list[str] = []
+    depth = resume = 0
+    for match in _TOKEN.finditer(text):
+        bracket = text[match.start()]
+        if bracket in "[{":
+            depth += 1
+            if depth == _PRUNED_DEPTH:
+                kept += text[resume : match.start()], "null"
+                resume = len(text)
+        elif bracket in "]}":
+            if depth == _PRUNED_DEPTH:
+                resume = match.end()
+            depth -= 1
+    return "".join(kept) + text[resume:] if kept else text
+
+
+def _make_storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return _UNSTORABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_make_storable(element) for element in value]
+    if isinstance(value, dict):
+        return {_make_storable(key): _make_storable(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,174 @@
+"""The keys in use, held in memory, so that a request rarely waits for the database to know one."""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import NamedTuple
+
+from server.database import Link
+from server.errors import IngestError, Internal, Unauthenticated, Unavailable
+from server.keys import digest_key, find_projects, is_well_formed, record_use
+
+# A revoked key is refused after the first of these, or the second while the database is away.
+_REFRESH_SECONDS = 10.0
+_MAX_AGE_SECONDS = 25.0
+_RECORD_USE_SECONDS = 60.0
+_UNKNOWN_SECONDS = 30.0
+_QUERY_SECONDS = 3.0
+_MAX_UNKNOWN = 10_000
+_MAX_PENDING = 1_000
+
+_log = logging.getLogger("productgraph.keys")
+
+
+class _Entry(NamedTuple):
+    project_id: str
+    confirmed_at: float
+
+
+class KeyDirectory:
+    """Tells which project a key belongs to; one thread asks the database for all requests."""
+
+    def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
+        self._link = link
+        self._clock = clock
+        self._known: dict[bytes, _Entry] = {}
+        self._unknown: OrderedDict[bytes, float] = OrderedDict()
+        self._pending: dict[bytes, Future[str]] = {}
+        self._used: set[bytes] = set()
+        self._refresh_at = clock() + _REFRESH_SECONDS
+        self._record_use_at = clock() + _RECORD_USE_SECONDS
+        self._available = True
+        self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="keys", daemon=True)
+
+    def start(self) -> None:
+        """Starts answering."""
+        self._thread.start()
+
+    def known_project(self, key: str) -> str | None:
+        """The project of a key in use; None where the database must be asked.
+
+        Raises Unauthenticated for a key that is malformed, or is known to belong to none.
+        """
+        digest = digest_key(key)
+        now = self._clock()
+        entry = self._known.get(digest)
+        if entry is not None and now - entry.confirmed_at < _MAX_AGE_SECONDS:
+            self._used.add(digest)
+            return entry.project_id
+        if self._unknown.get(digest, 0.0) > now or not is_well_formed(key):
+            raise Unauthenticated
+        return None
+
+    def look_up(self, key: str) -> "Future[str]":
+        """Asks the database for the project of a well-formed key.
+
+        The future fails with Unauthenticated or Unavailable. Raises Unavailable at once where the
+        database is away or too many keys are being looked up.
+        """
+        digest = digest_key(key)
+        with self._changed:
+            if not self._available or self._closing.is_set():
+                raise Unavailable("API keys cannot be looked up")
+            if digest not in self._pending:
+                if len(self._pending) >= _MAX_PENDING:
+                    raise Unavailable("too many API keys are being looked up")
+                self._pending[digest] = Future()
+                self._changed.notify()
+            return self._pending[digest]
+
+    def check(self) -> None:
+        """For the watchdog: answers those who wait for a query that hangs, and cuts it."""
+        if self._link.cut_if_overdue():
+            self._fail_pending(Unavailable("API keys cannot be looked up"))
+
+    def stop(self) -> None:
+        """Records which keys were used, then ends."""
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
+        self._thread.join(_QUERY_SECONDS)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            with self._changed:
+                pause = max(0.0, self._refresh_at - self._clock())
+                self._changed.wait_for(lambda: self._pending or self._closing.is_set(), pause)
+            try:
+                self._work()
+            except Unavailable as error:
+                _log.warning("API keys cannot be looked up", exc_info=error.__cause__)
+                self._fail_pending(error)
+                self._available = self._link.wait_until_available(self._closing)
+            except Exception:  # noqa: BLE001 - the thread outlives whatever happens
+                _log.exception("API keys cannot be looked up")
+                self._fail_pending(Internal())
+        self._link.close()
+
+    def _work(self) -> None:
+        if self._pending:
+            self._answer(list(self._pending))
+        if self._clock() >= self._refresh_at:
+            self._refresh()
+        if self._clock() >= self._record_use_at or self._closing.is_set():
+            self._record_use()
+
+    def _find(self, digests: Iterable[bytes]) -> dict[bytes, _Entry]:
+        asked_at = self._clock()
+        with self._link.connected(_QUERY_SECONDS) as connection:
+            projects = find_projects(connection, list(digests))
+        return {digest: _Entry(project, asked_at) for digest, project in projects.items()}
+
+    def _answer(self, digests: list[bytes]) -> None:
+        found = self._find(digests)
+        self._known.update(found)
+        for digest in digests:
+            with self._changed:
+                future = self._pending.pop(digest, None)
+            if future is None:
+                continue
+            if digest in found:
+                _settle(future, found[digest].project_id)
+            else:
+                self._remember_unknown(digest)
+                _settle(future, Unauthenticated())
+
+    def _remember_unknown(self, digest: bytes) -> None:
+        self._unknown[digest] = self._clock() + _UNKNOWN_SECONDS
+        if len(self._unknown) > _MAX_UNKNOWN:
+            self._unknown.popitem(last=False)
+
+    def _refresh(self) -> None:
+        if self._known:
+            self._known = self._find(self._known)
+        self._refresh_at = self._clock() + _REFRESH_SECONDS
+
+    def _record_use(self) -> None:
+        """Also forgets the keys that were not used since the last time."""
+        used, self._used = self._used, set()
+        if used:
+            with self._link.connected(_QUERY_SECONDS) as connection:
+                record_use(connection, used)
+        self._known = {digest: self._known[digest] for digest in used if digest in self._known}
+        self._record_use_at = self._clock() + _RECORD_USE_SECONDS
+
+    def _fail_pending(self, error: IngestError) -> None:
+        with self._changed:
+            self._available = not isinstance(error, Unavailable)
+            pending, self._pending = self._pending, {}
+        for future in pending.values():
+            _settle(future, error)
+
+
+def _settle(future: "Future[str]", result: str | IngestError) -> None:
+    with suppress(InvalidStateError):
+        if isinstance(result, IngestError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

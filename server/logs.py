@@ -1,0 +1,48 @@
+"""Logs on standard error: one JSON object a line, or plain text on a terminal."""
+
+import logging
+import sys
+from datetime import UTC, datetime
+
+import orjson
+
+# What every record has; anything else came in by `extra` and is a field of the line.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
+
+
+def configure_logs(level: str) -> None:
+    """Sends all logs of `level` and above to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_TextFormatter() if sys.stderr.isatty() else _JsonFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # One line for each request that finds no free thread: load, not a fault.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "pid": record.process,
+            **_fields_of(record),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+class _TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        fields = "".join(f" {name}={value}" for name, value in _fields_of(record).items())
+        return super().formatMessage(record) + fields

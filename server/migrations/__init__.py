@@ -1,0 +1,1 @@
+"""The tables' history: one ordered revision for each change of the schema in PostgreSQL."""

@@ -1,0 +1,99 @@
+"""The Event schema as the rest of the service reads it: fields, wire names and rules."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from productgraph.v1 import rules_pb2
+from productgraph.v1.event_ingestion_service_pb2 import IngestEventsRequest
+from productgraph.v1.event_pb2 import Event
+
+
+class Kind(Enum):
+    """What a field holds; the value is the PostgreSQL type of its column."""
+
+    TEXT = "text"
+    INTEGER = "integer"
+    LONG = "bigint"
+    TIMESTAMP = "timestamp with time zone"
+    OBJECT = "jsonb"
+
+
+_SCALAR_KINDS = {
+    FieldDescriptor.TYPE_STRING: Kind.TEXT,
+    FieldDescriptor.TYPE_INT32: Kind.INTEGER,
+    FieldDescriptor.TYPE_INT64: Kind.LONG,
+}
+_MESSAGE_KINDS = {
+    "google.protobuf.Timestamp": Kind.TIMESTAMP,
+    "google.protobuf.Struct": Kind.OBJECT,
+}
+_INTEGER_BITS = {Kind.INTEGER: 32, Kind.LONG: 64}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the schema; `position` is its place in the order of checking, from 0."""
+
+    position: int
+    name: str
+    wire_name: str
+    kind: Kind
+    rules: rules_pb2.FieldRules
+
+    @property
+    def range(self) -> range:
+        """The integers that the field can hold."""
+        limit = 1 << (_INTEGER_BITS[self.kind] - 1)
+        return range(-limit, limit)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The fields of an event in the order of their checking, and the limits of the whole."""
+
+    fields: tuple[Field, ...]
+    max_bytes: int
+    max_depth: int
+
+    def of_kind(self, *kinds: Kind) -> tuple[Field, ...]:
+        """The fields of these kinds, in order."""
+        return tuple(field for field in self.fields if field.kind in kinds)
+
+    @property
+    def catch_all(self) -> Field:
+        """The field that takes what the schema does not name."""
+        return next(field for field in self.fields if field.rules.takes_unnamed_fields)
+
+
+def read_schema(descriptor: Descriptor) -> Schema:
+    """Reads a schema off a message descriptor; raises ValueError for a type with no column."""
+    limits = descriptor.GetOptions().Extensions[rules_pb2.message_rules]
+    fields = tuple(_read_field(i, field) for i, field in enumerate(descriptor.fields))
+    return Schema(fields, limits.max_bytes, limits.max_depth)
+
+
+def _read_field(position: int, field: FieldDescriptor) -> Field:
+    rules = field.GetOptions().Extensions[rules_pb2.field_rules]
+    return Field(position, field.name, field.json_name, _kind_of(field), rules)
+
+
+def _kind_of(field: FieldDescriptor) -> Kind:
+    kind = (
+        _MESSAGE_KINDS.get(field.message_type.full_name)
+        if field.message_type
+        else _SCALAR_KINDS.get(field.type)
+    )
+    if kind is None or field.is_repeated:
+        raise ValueError(f"{field.full_name}: no column type for a field of this type")
+    return kind
+
+
+def _read_max_batch_size() -> int:
+    events = IngestEventsRequest.DESCRIPTOR.fields_by_name["events"]
+    return events.GetOptions().Extensions[rules_pb2.field_rules].max_items
+
+
+EVENT_SCHEMA = read_schema(Event.DESCRIPTOR)
+MAX_BATCH_SIZE = _read_max_batch_size()

@@ -1,0 +1,105 @@
+"""The one door for events: whose they are, which of them are valid, and when they are stored."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple, TypeVar
+
+from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
+from productgraph.v1.event_pb2 import Event
+from server.errors import Unavailable
+from server.key_directory import KeyDirectory
+from server.rows import Row, RowEncoder
+from server.schema import Schema
+from server.timestamps import truncate_timestamp
+from server.validation import InvalidEvent, MalformedEvent, Validator
+from server.writer import Writer
+
+T = TypeVar("T")
+
+
+class Ingestion(NamedTuple):
+    """The answer to a request, to be given once `stored` is done, unless that fails."""
+
+    response: IngestEventsResponse
+    stored: "Future[None]"
+
+
+class IngestService:
+    """What both protocols call."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        keys: KeyDirectory,
+        writer: Writer,
+        *,
+        timeout_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keys = keys
+        self._writer = writer
+        self._validator = Validator(schema)
+        self._rows = RowEncoder(schema)
+        self.timeout_seconds = timeout_seconds
+        self._clock = clock
+
+    def deadline_after(self, seconds: float | None = None) -> float:
+        """When a request that arrives now must be answered: after the timeout, or earlier."""
+        limit = self.timeout_seconds
+        return self._clock() + (limit if seconds is None else min(seconds, limit))
+
+    def authenticate(self, key: str) -> str | None:
+        """The project of an API key; None where `look_up_key` must be asked.
+
+        Raises Unauthenticated for a key that is empty, malformed, unknown or revoked.
+        """
+        return self._keys.known_project(key)
+
+    def look_up_key(self, key: str) -> "Future[str]":
+        """The project of a key that is not known yet; see KeyDirectory.look_up."""
+        return self._keys.look_up(key)
+
+    def wait(self, future: "Future[T]", deadline: float) -> T:
+        """The result of a future, for callers who have a thread to wait with.
+
+        Raises what the future fails with, and Unavailable once the deadline has passed.
+        """
+        try:
+            return future.result(max(0.0, deadline - self._clock()))
+        except TimeoutError:
+            raise Unavailable("not answered in time") from None
+
+    def ingest(
+        self, project_id: str, events: Sequence[Event | MalformedEvent], deadline: float
+    ) -> Ingestion:
+        """Validates events and hands the valid ones over to be stored.
+
+        Raises Unavailable where they cannot be stored now.
+        """
+        rows: list[Row] = []
+        errors: list[EventError] = []
+        for index, event in enumerate(events):
+            try:
+                rows.append(self._admit(event, project_id))
+            except InvalidEvent as problem:
+                errors.append(EventError(index=index, error=str(problem)))
+        response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
+        return Ingestion(response, self._store(rows, deadline))
+
+    def _admit(self, event: Event | MalformedEvent, project_id: str) -> Row:
+        if isinstance(event, MalformedEvent):
+            raise InvalidEvent(self._validator.explain_malformed(event, project_id))
+        self._validator.check_event(event, project_id)
+        truncate_timestamp(event.event_timestamp)
+        encoded = event.SerializeToString()
+        row = self._rows.encode(event, encoded)
+        self._validator.check_size(len(encoded))
+        return row
+
+    def _store(self, rows: list[Row], deadline: float) -> "Future[None]":
+        if rows:
+            return self._writer.submit(rows, deadline)
+        nothing: Future[None] = Future()
+        nothing.set_result(None)
+        return nothing

@@ -1,0 +1,83 @@
+"""The events table, and all SQL on it."""
+
+import time
+from collections.abc import Callable, Sequence
+from io import BytesIO
+
+from psycopg2.errors import UniqueViolation
+from psycopg2.extensions import cursor as Cursor
+from sqlalchemy import Connection
+
+from server.database import Conflict, Refused, translated_errors
+from server.rows import Row
+
+# After a duplicate for so long, since clients that send again do so in bursts.
+_STAGING_SECONDS = 5.0
+_COPY_BUFFER_BYTES = 1 << 18
+
+# One round trip with the COPY behind it. The settings are local to the transaction, so that they
+# hold under PgBouncer too; a database that acknowledges before its disk has the data is overruled.
+_BEGIN = """
+BEGIN;
+SET LOCAL statement_timeout = {timeout_ms};
+SELECT set_config('synchronous_commit', 'on', true)
+ WHERE current_setting('synchronous_commit') = 'off';
+"""
+_COPY = "COPY {table} ({columns}) FROM STDIN"
+_CREATE_STAGING = "CREATE TEMP TABLE staged_events (LIKE events INCLUDING DEFAULTS) ON COMMIT DROP;"
+_MOVE_STAGED = """
+INSERT INTO events ({columns}) SELECT {columns} FROM staged_events
+ ORDER BY project_id, event_timestamp, event_id
+    ON CONFLICT DO NOTHING
+"""
+
+
+class EventStore:
+    """Writes groups of rows to the events table, each group in one transaction."""
+
+    def __init__(self, columns: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        names = ", ".join(columns)
+        self._copy = _COPY.format(table="events", columns=names)
+        self._stage = _CREATE_STAGING + _COPY.format(table="staged_events", columns=names)
+        self._move = _MOVE_STAGED.format(columns=names)
+        self._clock = clock
+        self._stage_until = clock()
+
+    def save(self, connection: Connection, rows: Sequence[Row], seconds: float) -> None:
+        """Commits the rows, each once however often it is given or had been stored.
+
+        Returns when they are durable. Raises Conflict or Refused, having stored nothing;
+        Unavailable, with the outcome unknown.
+        """
+        # The first of equals wins. Sorted as the primary key is, so that writers of the same rows
+        # wait for each other instead of deadlocking.
+        unique = {row.key: row.text for row in reversed(rows)}
+        lines = [text for _, text in sorted(unique.items())]
+        begin = _BEGIN.format(timeout_ms=max(1, int(seconds * 1000)))
+        with connection.connection.driver_connection.cursor() as cursor:  # type: ignore[union-attr]
+            try:
+                with translated_errors():
+                    self._write(cursor, begin, lines)
+            except (Conflict, Refused):
+                cursor.execute("ROLLBACK")
+                raise
+
+    def _write(self, cursor: Cursor, begin: str, lines: list[str]) -> None:
+        if self._clock() >= self._stage_until:
+            try:
+                _copy(cursor, begin + self._copy, lines)
+            except UniqueViolation:
+                cursor.execute("ROLLBACK")
+                self._stage_until = self._clock() + _STAGING_SECONDS
+            else:
+                cursor.execute("COMMIT")
+                return
+        _copy(cursor, begin + self._stage, lines)
+        cursor.execute(self._move)
+        cursor.execute("COMMIT")
+
+
+def _copy(cursor: Cursor, statement: str, lines: list[str]) -> None:
+    cursor.copy_expert(statement, BytesIO("".join(lines).encode()), _COPY_BUFFER_BYTES)
+    if cursor.rowcount != len(lines):
+        raise RuntimeError(f"COPY took {cursor.rowcount} of {len(lines)} rows")

@@ -1,0 +1,117 @@
+"""Free-form JSON objects as google.protobuf.Struct, and back.
+
+Numbers are doubles here, as Struct's are: an integer that a double cannot hold exactly travels as
+its decimal text, and a number that is not finite becomes null. U+0000, which PostgreSQL refuses,
+becomes U+FFFD on the way back.
+"""
+
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
+
+# From here on a float may stand for an integer whose digits the fast JSON parser has dropped, and
+# the fast JSON writer takes no integers.
+_INTEGERS_END = 2.0**63
+
+
+class ExactFloat(float):
+    """A number that was written with a fraction or an exponent: no integer that lost digits."""
+
+
+class LostDigits(Exception):
+    """A number may have been an integer of more than 64 bits: parse again, exactly."""
+
+
+class TooDeep(Exception):
+    """Objects and arrays are nested deeper than allowed."""
+
+
+def fill_struct(struct: Struct, source: Mapping[str, Any], depth: int) -> None:
+    """Adds the parsed JSON object `source` to `struct`.
+
+    What is nested deeper than `depth` levels, `source` counted, is left out as null. Raises
+    LostDigits for a float that may have been an integer.
+    """
+    fields = struct.fields
+    for key, item in source.items():
+        _set_value(fields[key], item, depth - 1)
+
+
+def _set_value(value: Value, item: Any, depth: int) -> None:
+    kind = type(item)
+    if kind is str:
+        value.string_value = item
+    elif kind is bool:
+        value.bool_value = item
+    elif kind is int:
+        _set_integer(value, item)
+    elif kind is float:
+        _set_float(value, item)
+    elif kind is ExactFloat and math.isfinite(item):
+        value.number_value = item
+    elif kind is Decimal:
+        value.string_value = str(item)
+    elif kind is dict and depth > 0:
+        value.struct_value.SetInParent()
+        fill_struct(value.struct_value, item, depth)
+    elif kind is list and depth > 0:
+        value.list_value.SetInParent()
+        for element in item:
+            _set_value(value.list_value.values.add(), element, depth - 1)
+    else:
+        value.null_value = NULL_VALUE
+
+
+def _set_integer(value: Value, item: int) -> None:
+    if float(item) == item:
+        value.number_value = item
+    else:
+        value.string_value = str(item)
+
+
+def _set_float(value: Value, item: float) -> None:
+    if abs(item) >= _INTEGERS_END:
+        raise LostDigits
+    value.number_value = item
+
+
+def read_struct(struct: Struct, depth: int) -> dict[str, Any]:
+    """The JSON object that `struct` holds; raises TooDeep where it has over `depth` levels."""
+    if depth == 0:
+        raise TooDeep
+    fields = struct.fields
+    return {_clean(key): _read_value(fields[key], depth) for key in fields}
+
+
+def _read_value(value: Value, depth: int) -> Any:
+    if text := value.string_value:
+        return _clean(text)
+    kind = value.WhichOneof("kind")
+    if kind == "number_value":
+        return _read_number(value.number_value)
+    if kind == "bool_value":
+        return value.bool_value
+    if kind == "struct_value":
+        return read_struct(value.struct_value, depth - 1)
+    if kind == "list_value":
+        return _read_list(value.list_value, depth - 1)
+    return "" if kind == "string_value" else None
+
+
+def _read_list(values: ListValue, depth: int) -> list[Any]:
+    if depth == 0:
+        raise TooDeep
+    return [_read_value(value, depth) for value in values.values]
+
+
+def _read_number(number: float) -> int | float | None:
+    if number.is_integer() and abs(number) < _INTEGERS_END:
+        return int(number)
+    return number if math.isfinite(number) else None
+
+
+def _clean(text: str) -> str:
+    return text.replace("\0", "\ufffd") if "\0" in text else text

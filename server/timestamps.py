@@ -1,0 +1,60 @@
+"""Date-times: read from JSON, truncated to what the table holds, written for COPY."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+# RFC 3339 (section 5.6) with a space allowed for the T, and seconds, fraction and offset optional.
+_DATE_TIME = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ]([01]\d|2[0-3]):([0-5]\d)"
+    r"(?::([0-5]\d|60)(?:\.(\d+))?)?"
+    r"(?:[Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))?",
+    re.ASCII,
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH_DAY = _EPOCH.toordinal()
+
+# 0001-01-01T00:00:00Z and the end of 9999, in seconds of the Unix epoch.
+FIRST_SECOND, END_SECOND = -62_135_596_800, 253_402_300_800
+
+
+def parse_timestamp(text: str) -> tuple[int, int]:
+    """The seconds of the Unix epoch and the nanoseconds of a date-time.
+
+    Digits after the ninth of a fraction are cut; second 60 is the first of the next minute. Raises
+    ValueError for anything else, dates that do not exist included; the years are not limited here.
+    """
+    match = _DATE_TIME.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    date, hour, minute, second, fraction, sign, *offset = match.groups()
+    seconds = (datetime.fromisoformat(date).toordinal() - _EPOCH_DAY) * 86_400
+    seconds += int(hour) * 3600 + int(minute) * 60 + int(second or 0)
+    if sign:
+        east = int(offset[0]) * 3600 + int(offset[1]) * 60
+        seconds += east if sign == "-" else -east
+    return seconds, int(fraction[:9].ljust(9, "0")) if fraction else 0
+
+
+def is_storable(timestamp: Timestamp) -> bool:
+    """Whether the timestamp is well-formed and falls within the years 1 to 9999."""
+    return FIRST_SECOND <= timestamp.seconds < END_SECOND and 0 <= timestamp.nanos < 1_000_000_000
+
+
+def truncate_timestamp(timestamp: Timestamp) -> None:
+    """Cuts a timestamp to whole microseconds, which is what PostgreSQL can hold."""
+    if excess := timestamp.nanos % 1000:
+        timestamp.nanos -= excess
+
+
+def format_timestamp(timestamp: Timestamp) -> str:
+    """A storable timestamp as `YYYY-MM-DD hh:mm:ss.ffffff+00`: of one width, so texts sort."""
+    return f"{_format_second(timestamp.seconds)}.{timestamp.nanos // 1000:06}+00"
+
+
+# Events of a batch tend to share their seconds.
+@lru_cache(maxsize=4096)
+def _format_second(seconds: int) -> str:
+    return f"{_EPOCH + timedelta(seconds=seconds):%Y-%m-%d %H:%M:%S}".rjust(19, "0")

@@ -1,0 +1,319 @@
+"""The parent process: it reserves the ports and looks after the worker processes.
+
+Each worker listens on sockets of its own, which share the ports through SO_REUSEPORT. Parent and
+worker are joined by one socket pair, the lifeline: the worker reports on it that it is ready, and
+its end of file tells the worker that the parent is gone.
+"""
+
+import errno
+import logging
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+logger = logging.getLogger("productgraph.workers")
+
+_LIFELINE = "PRODUCTGRAPH_LIFELINE"
+_LOOK_SECONDS = 0.1
+_TICK_SECONDS = 1.0
+_START_SECONDS = 30.0
+_YOUNG_SECONDS = 5.0
+_PAUSE_SECONDS = 1.0
+
+
+class PortTaken(Exception):
+    """A port cannot be had; the text is one line that names the setting."""
+
+
+class WorkerFailed(Exception):
+    """A worker exited before it was ready; `status` is as `subprocess` has it (-9: SIGKILL)."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"a worker exited with status {status} before it was ready")
+        self.status = status
+
+
+@contextmanager
+def reserve_ports(host: str, ports: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Keep `ports` (setting name -> number, 0 for any) for our workers; yields the real numbers.
+
+    Raises PortTaken where a port is in use or the host or port is not ours to use.
+    """
+    with ExitStack() as reserved:
+        numbers = {}
+        for setting, port in ports.items():
+            try:
+                holder = reserved.enter_context(_hold(host, port))
+            except (OSError, UnicodeError) as error:
+                raise PortTaken(_explain(error, setting, host, port)) from error
+            numbers[setting] = holder.getsockname()[1]
+        yield numbers
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a worker's own socket to a reserved port; its server makes it listen.
+
+    A name with several addresses means its first IPv4 one; `::` takes IPv4 as well. Raises OSError.
+    """
+    # With SO_REUSEADDR because connections inherit it: those left in TIME_WAIT would otherwise
+    # keep the next start from binding.
+    return _bind(host, port, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+
+
+def _hold(host: str, port: int) -> socket.socket:
+    """Bind a socket, never listening, that shuts out strangers and lets workers in."""
+    # Linux lets later sockets in by how the first one was bound, so SO_REUSEADDR is used only
+    # where connections in TIME_WAIT may be in the way; a listener refuses both attempts.
+    try:
+        holder = _bind(host, port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        holder = _bind(host, port, socket.SO_REUSEADDR)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    # Bound without it, so that no listener goes unnoticed; set now, so that workers may join.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return holder
+
+
+def _bind(host: str, port: int, *options: int) -> socket.socket:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    bound = socket.socket(family, kind, protocol)
+    try:
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        for option in options:
+            bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def _explain(error: OSError | UnicodeError, setting: str, host: str, port: int) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"port {port} is already in use ({setting})"
+    reason = error.strerror if isinstance(error, OSError) else "not a host name"
+    return f"cannot listen on {host!r} port {port}: {reason} (HOST, {setting})"
+
+
+class Lifeline:
+    """The worker's end of the connection to its parent."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    @classmethod
+    def from_environment(cls) -> "Lifeline":
+        """Take over what the parent handed down. Raises KeyError outside a worker."""
+        connection = socket.socket(fileno=int(os.environ.pop(_LIFELINE)))
+        connection.set_inheritable(False)
+        return cls(connection)
+
+    def report_ready(self) -> None:
+        """Tell the parent that this worker serves; call it once both servers listen."""
+        with suppress(ConnectionError):  # the parent is gone: on_parent_exit deals with that
+            self._connection.sendall(b"ready\n")
+
+    def on_parent_exit(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, in a thread of its own, when the parent is gone."""
+
+        def wait() -> None:
+            with suppress(ConnectionError):
+                self._connection.recv(1)
+            callback()
+
+        threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+class _Worker:
+    """A worker process as its parent sees it; times are those of `time.monotonic`."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._lifeline, theirs = socket.socketpair()
+        self._lifeline.setblocking(False)
+        with theirs, ExitStack() as undo:
+            undo.callback(self._lifeline.close)
+            self._process = subprocess.Popen(  # noqa: S603 - the command is the caller's own
+                command,
+                env={**environment, _LIFELINE: str(theirs.fileno())},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C goes to the terminal's whole process group: the parent alone shall get
+                # it, and drain the workers with SIGTERM.
+                start_new_session=True,
+            )
+            undo.pop_all()
+        self.fields: dict[str, int] = {"worker_pid": self._process.pid}  # of its log records
+        self._born = time.monotonic()
+        self.deadline = self._born + _START_SECONDS  # to be ready, or else gone: then it is killed
+        self.due = 0.0  # when its successor may start, once it has exited
+        self.status: int | None = None
+        self.ready = self.leaving = False
+        self.successor: _Worker | None = None
+
+    def has_exited(self) -> bool:
+        self.status = self._process.poll()
+        if self.status is None:
+            return False
+        self._lifeline.close()
+        self.fields["exit_status"] = self.status
+        now = time.monotonic()
+        self.due = now + _PAUSE_SECONDS if now - self._born < _YOUNG_SECONDS else now
+        return True
+
+    def becomes_ready(self) -> bool:
+        if self.ready or self.leaving:
+            return False
+        with suppress(BlockingIOError):
+            self.ready = bool(self._lifeline.recv(16))
+        if self.ready:
+            self.deadline = float("inf")
+        return self.ready
+
+    def leave(self, drain_seconds: float) -> None:
+        if not self.leaving:
+            self.leaving = True
+            self.deadline = time.monotonic() + drain_seconds
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.deadline = float("inf")
+        self._process.kill()
+
+
+class Supervisor:
+    """Keeps `count` workers running `command`, each in `environment` (all of its variables)."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        count: int,
+        *,
+        environment: Mapping[str, str],
+        drain_seconds: float = 30.0,
+    ) -> None:
+        self._command = command
+        self._count = count
+        self._environment = environment
+        self._drain_seconds = drain_seconds
+        self._slots: list[_Worker] = []  # who serves in each place, or served last
+        self._running: list[_Worker] = []  # every process of ours, replacements and leavers too
+        self._restart_requested = False
+
+    def start(self) -> None:
+        """Start all workers and return when each is ready.
+
+        Raises WorkerFailed or OSError, with all of them stopped again. One that is not ready
+        within 30 seconds is killed, here and later.
+        """
+        try:
+            self._slots = [self._spawn() for _ in range(self._count)]
+            while not all(worker.ready for worker in self._slots):
+                time.sleep(_LOOK_SECONDS)
+                self._watch()
+                for worker in self._slots:
+                    if worker.status is not None:
+                        raise WorkerFailed(worker.status)
+        except BaseException:
+            self.stop()
+            raise
+
+    def run(self, tick: Callable[[], None], stop: threading.Event) -> None:
+        """Replace workers that exit, and those of before a `restart`, until `stop` is set.
+
+        Calls `tick` about every second, between its other work: let it be quick. What it raises
+        ends the run. Stopping the workers is left to `stop()`.
+        """
+        restarts = self._restarts()
+        next_tick = 0.0
+        # Event.wait() holds a lock that a signal handler's stop.set() could wait for in vain.
+        while not stop.is_set():
+            self._watch()
+            self._revive()
+            next(restarts)
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + _TICK_SECONDS
+                tick()
+            time.sleep(_LOOK_SECONDS)
+
+    def restart(self) -> None:
+        """Ask `run` for a rolling restart: no worker leaves before its replacement is ready.
+
+        A replacement that fails ends it; the rest keep their old workers. Safe in a signal handler.
+        """
+        self._restart_requested = True
+
+    def stop(self) -> None:
+        """Let all workers drain (SIGTERM), kill those still there after `drain_seconds`."""
+        for worker in self._running:
+            worker.leave(self._drain_seconds)
+        while self._running:
+            self._watch()
+            time.sleep(_LOOK_SECONDS)
+
+    def _spawn(self) -> _Worker:
+        worker = _Worker(self._command, self._environment)
+        self._running.append(worker)
+        logger.info("worker started", extra=worker.fields)
+        return worker
+
+    def _watch(self) -> None:
+        """Reap who has exited, note who is ready, kill who is overdue."""
+        for worker in tuple(self._running):
+            if worker.has_exited():
+                self._running.remove(worker)
+                expected = worker.leaving and worker.status == 0
+                level = logging.INFO if expected else logging.WARNING
+                logger.log(level, "worker exited", extra=worker.fields)
+            elif worker.becomes_ready():
+                logger.info("worker ready", extra=worker.fields)
+            elif time.monotonic() >= worker.deadline:
+                logger.error("worker overdue, killing it", extra=worker.fields)
+                worker.kill()
+
+    def _revive(self) -> None:
+        """Fill the places of workers that have exited, unless a replacement is on its way."""
+        for slot, worker in enumerate(self._slots):
+            if worker in self._running or worker.successor in self._running:
+                continue
+            if time.monotonic() >= worker.due:
+                try:
+                    self._slots[slot] = self._spawn()
+                except OSError as error:
+                    worker.due = time.monotonic() + _PAUSE_SECONDS
+                    logger.error("cannot start a worker: %s", error)
+
+    def _restarts(self) -> Iterator[None]:
+        """Carry out the requested rolling restarts, a step each time it is advanced."""
+        while True:
+            yield
+            if not self._restart_requested:
+                continue
+            self._restart_requested = False
+            try:
+                for slot in range(self._count):
+                    yield from self._replace(slot)
+            except (OSError, WorkerFailed) as error:
+                logger.error("rolling restart given up: %s", error)
+            else:
+                logger.info("rolling restart done")
+
+    def _replace(self, slot: int) -> Iterator[None]:
+        old = self._slots[slot]
+        new = old.successor = self._spawn()
+        while not new.ready:
+            if new.status is not None:
+                raise WorkerFailed(new.status)
+            yield
+        self._slots[slot] = new
+        old.leave(self._drain_seconds)
+        while old in self._running:
+            yield

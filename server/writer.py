@@ -1,0 +1,189 @@
+"""Group commit: whatever arrives while a commit is in flight shares the next one."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from server.database import Conflict, Link, Refused
+from server.errors import IngestError, Internal, Unavailable
+from server.rows import Row
+from server.storage import EventStore
+
+# A request is answered so long before its deadline, where its outcome is still unknown.
+_MARGIN_SECONDS = 0.25
+# A commit is given this long even when a request in it has less time left.
+_SHORTEST_COMMIT_SECONDS = 1.0
+_GROUP_BYTES = 16 << 20
+_STOP_SECONDS = 5.0
+
+_log = logging.getLogger("productgraph.writer")
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """The rows of one request, and when it must have its answer."""
+
+    rows: Sequence[Row]
+    size: int
+    answer_by: float
+    stored: Future[None] = field(default_factory=Future)
+
+    def settle(self, error: IngestError | None = None) -> None:
+        """Answers the request, unless it has been answered."""
+        with suppress(InvalidStateError):
+            if error is None:
+                self.stored.set_result(None)
+            else:
+                self.stored.set_exception(error)
+
+
+class Writer:
+    """One thread that stores what all requests of the process hand in, one group at a time."""
+
+    def __init__(
+        self,
+        link: Link,
+        store: EventStore,
+        *,
+        max_waiting_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link = link
+        self._store = store
+        self._max_waiting_bytes = max_waiting_bytes
+        self._clock = clock
+        self._waiting: deque[Batch] = deque()
+        self._waiting_bytes = 0
+        self._in_flight: list[Batch] = []
+        self._available = True
+        self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    def start(self) -> None:
+        """Starts storing."""
+        self._thread.start()
+
+    def submit(self, rows: Sequence[Row], deadline: float) -> Future[None]:
+        """Hands rows in; the future is done once they are committed, or fails by `deadline`.
+
+        `deadline` is on the writer's clock. Raises Unavailable at once where the database is away
+        or too much is waiting. After a failure the rows may have been stored all the same.
+        """
+        size = sum(len(row.text) for row in rows)
+        batch = Batch(rows, size, deadline - _MARGIN_SECONDS)
+        with self._changed:
+            if not self._available or self._closing.is_set():
+                raise Unavailable("storage is unavailable")
+            if self._waiting_bytes + size > self._max_waiting_bytes:
+                raise Unavailable("too many events are waiting to be stored")
+            self._waiting.append(batch)
+            self._waiting_bytes += size
+            self._changed.notify()
+        return batch.stored
+
+    def check(self) -> None:
+        """For the watchdog: answers those whose time is up, and cuts a commit that hangs."""
+        now = self._clock()
+        with self._changed:
+            overdue = [batch for batch in self._waiting if now >= batch.answer_by]
+        for batch in (*overdue, *self._in_flight):
+            if now >= batch.answer_by:
+                batch.settle(Unavailable("not stored in time"))
+        if self._link.cut_if_overdue():
+            self._fail(self._in_flight)
+
+    def stop(self) -> None:
+        """Stores what is waiting, then ends."""
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
+        self._thread.join(_STOP_SECONDS)
+
+    def _run(self) -> None:
+        while group := self._take_group():
+            try:
+                self._store_group(group)
+            except Exception:  # noqa: BLE001 - the thread outlives whatever happens
+                _log.exception("a group could not be stored")
+                _settle(group, Internal())
+            if not self._available:
+                self._available = self._link.wait_until_available(self._closing)
+        self._link.close()
+
+    def _take_group(self) -> list[Batch]:
+        """Waits for batches to store together; empty when there will be no more."""
+        with self._changed:
+            self._in_flight = []
+            while not self._in_flight:
+                self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
+                if not self._waiting:
+                    break
+                self._in_flight = self._pop_group()
+            return self._in_flight
+
+    def _pop_group(self) -> list[Batch]:
+        group: list[Batch] = []
+        size, now = 0, self._clock()
+        while self._waiting and size < _GROUP_BYTES:
+            batch = self._waiting.popleft()
+            self._waiting_bytes -= batch.size
+            if now >= batch.answer_by:
+                batch.settle(Unavailable("not stored in time"))
+            elif not batch.stored.done():
+                group.append(batch)
+                size += batch.size
+        return group
+
+    def _store_group(self, group: list[Batch]) -> None:
+        try:
+            self._save(group)
+        except Unavailable as error:
+            _log.warning("storage is unavailable", exc_info=error.__cause__)
+            self._fail(group)
+        except Refused:
+            if len(group) == 1:
+                raise
+            for batch in group:
+                self._store_alone(batch)
+        else:
+            _settle(group)
+
+    def _store_alone(self, batch: Batch) -> None:
+        """So that data which PostgreSQL refuses fails its own request only."""
+        try:
+            self._store_group([batch])
+        except Refused:
+            _log.exception("a request's rows were refused")
+            batch.settle(Internal())
+
+    def _save(self, group: list[Batch]) -> None:
+        rows = group[0].rows if len(group) == 1 else [row for each in group for row in each.rows]
+        earliest = min(batch.answer_by for batch in group)
+        until = max(earliest, self._clock() + _SHORTEST_COMMIT_SECONDS)
+        while True:
+            seconds = until - self._clock()
+            try:
+                with self._link.connected(seconds) as connection:
+                    return self._store.save(connection, rows, seconds)
+            except Conflict:
+                if self._clock() >= until:
+                    raise Unavailable("not stored in time") from None
+
+    def _fail(self, group: list[Batch]) -> None:
+        """Answers everyone now, and whoever comes until the database is back."""
+        with self._changed:
+            self._available = False
+            waiting, self._waiting = self._waiting, deque()
+            self._waiting_bytes = 0
+        _settle([*group, *waiting], Unavailable("storage is unavailable"))
+
+
+def _settle(group: Sequence[Batch], error: IngestError | None = None) -> None:
+    for batch in group:
+        batch.settle(error)

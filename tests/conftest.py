@@ -1,0 +1,111 @@
+"""What most tests share: one PostgreSQL, one running service, a project for each test."""
+
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg2
+import pytest
+from sqlalchemy.engine import make_url
+
+from server.database import connected, open_engine
+from server.embedded import EmbeddedPostgres
+from server.keys import create_key
+from server.migration import migrate
+from tests.services import Service, running_service
+
+
+@dataclass(frozen=True)
+class Project:
+    """A tenant of a test's own."""
+
+    id: str
+    key: str
+
+
+@pytest.fixture(scope="session")
+def open_directory() -> Iterator[Path]:
+    """A directory that the account of an embedded PostgreSQL may enter."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(open_directory: Path) -> Iterator[str]:
+    """A PostgreSQL for all tests: TEST_DATABASE_URL, or an embedded one."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        yield url
+    else:
+        with EmbeddedPostgres(open_directory / "data", create=True) as embedded:
+            yield embedded.url
+
+
+@pytest.fixture(scope="session")
+def create_database(postgres_url: str) -> Iterator[Callable[[], str]]:
+    """Makes empty databases, in the form libpq takes, and drops them at the end."""
+    server = make_url(postgres_url).set(drivername="postgresql")
+    names: list[str] = []
+
+    def create() -> str:
+        names.append(f"test_{uuid.uuid4().hex}")
+        _execute(server.render_as_string(hide_password=False), f"CREATE DATABASE {names[-1]}")
+        return server.set(database=names[-1]).render_as_string(hide_password=False)
+
+    yield create
+    for name in names:
+        _execute(server.render_as_string(hide_password=False), f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _for_sqlalchemy(url: str) -> str:
+    return url.replace("postgresql:", "postgresql+psycopg2:")
+
+
+def _execute(url: str, statement: str) -> None:
+    with closing(psycopg2.connect(url)) as connection:
+        connection.autocommit = True
+        connection.cursor().execute(statement)
+
+
+@pytest.fixture(scope="session")
+def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
+    """Makes databases with the tables of this version."""
+
+    def create() -> str:
+        url = create_database()
+        migrate(open_engine(_for_sqlalchemy(url)))
+        return url
+
+    return create
+
+
+@pytest.fixture(scope="session")
+def service(create_migrated: Callable[[], str]) -> Iterator[Service]:
+    """A running service that all tests share."""
+    with running_service({"DATABASE_URL": create_migrated()}) as running:
+        yield running
+
+
+@pytest.fixture
+def project(service: Service) -> Project:
+    """A fresh project of the shared service, with a key."""
+    return create_project(service)
+
+
+def create_project(service: Service) -> Project:
+    """A fresh project with a key, of any service."""
+    name = f"proj_{uuid.uuid4().hex[:12]}"
+    with connected(open_engine(_for_sqlalchemy(service.database_url))) as connection:
+        return Project(name, create_key(connection, name, "test"))
+
+
+@pytest.fixture
+def database(service: Service) -> Iterator["psycopg2.extensions.connection"]:
+    """A connection to the shared service's database."""
+    with closing(psycopg2.connect(service.database_url)) as connection:
+        connection.autocommit = True
+        yield connection

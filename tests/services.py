@@ -1,0 +1,128 @@
+"""Running services for tests: real processes on real ports with a real database."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+ROOT = Path(__file__).parents[1]
+_PLACES = re.compile(r"HTTP  http://localhost:(\d+)\n  gRPC  localhost:(\d+)\n")
+
+
+@dataclass(frozen=True)
+class Service:
+    """`productgraph serve` in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    settings: Mapping[str, str]
+    output: Path
+    log: Path
+
+    @property
+    def http_port(self) -> int:
+        """The number of its HTTP port."""
+        return self._read_ports()[0]
+
+    @property
+    def http_url(self) -> str:
+        """Where its HTTP port is."""
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_target(self) -> str:
+        """Where its gRPC port is."""
+        return f"127.0.0.1:{self._read_ports()[1]}"
+
+    @property
+    def database_url(self) -> str:
+        """Its database, as libpq takes it."""
+        return self.settings["DATABASE_URL"]
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Runs another command of `productgraph` with the same settings."""
+        return run_command(*arguments, settings=self.settings)
+
+    def stop(self) -> int:
+        """Sends SIGTERM and returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=40)
+
+    def is_ready(self) -> bool:
+        """Whether the banner is printed and /ready says so."""
+        if self.process.poll() is not None:
+            raise AssertionError(f"the service ended: {self.log.read_text()}")
+        return bool(self._read_ports()) and ask(f"{self.http_url}/ready") == 200
+
+    def _read_ports(self) -> tuple[int, ...]:
+        found = _PLACES.search(self.output.read_text())
+        return tuple(map(int, found.groups())) if found else ()
+
+
+def run_command(*arguments: str, settings: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Runs `productgraph` with these settings and no others."""
+    return subprocess.run(
+        [sys.executable, "-m", "server", *arguments],
+        env=clean_environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def clean_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """What a command needs to run here, and these settings."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'gen'}"} | dict(settings)
+
+
+@contextmanager
+def running_service(settings: Mapping[str, str]) -> Iterator[Service]:
+    """A service on free ports that is ready; stopped at the end, if it still runs."""
+    with tempfile.TemporaryDirectory() as directory:
+        output, log = Path(directory, "output"), Path(directory, "log")
+        with output.open("wb") as stdout, log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "server", "serve"],
+                env=clean_environment({"PORT": "0", "GRPC_PORT": "0"} | dict(settings)),
+                stdout=stdout,
+                stderr=stderr,
+            )
+        service = Service(process, settings, output, log)
+        try:
+            wait_until(service.is_ready, seconds=60)
+            yield service
+            if process.poll() is None:
+                service.stop()
+        finally:
+            process.kill()
+            process.wait()
+
+
+def ask(url: str) -> int | None:
+    """The status of a GET, or None where there is no answer."""
+    try:
+        with urlopen(url, timeout=10) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return None
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Returns as soon as the condition holds; fails if it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
