@@ -1,6 +1,7 @@
 """Settings, from the environment alone, checked before anything starts."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,26 @@ T = TypeVar("T")
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+# Each provider's credential variable and usual endpoint.
+_PROVIDERS = {
+    "amplitude": ("AMPLITUDE_API_KEY", "https://api2.amplitude.com/batch"),
+    "mixpanel": ("MIXPANEL_TOKEN", "https://api.mixpanel.com/import?strict=1"),
+}
 _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
 
 
 class InvalidSetting(Exception):
     """A setting is unusable; the text is one line that names the variable and the problem."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """An analytics provider that events are forwarded to."""
+
+    endpoint: str
+    credential: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,9 @@ class Settings:
     grpc_reflection: bool
     request_timeout_seconds: float
     max_waiting_bytes: int
+    # By provider name; empty where analytics is off.
+    destinations: Mapping[str, Destination]
+    forward_max_age_seconds: float
     log_level: str
 
 
@@ -51,8 +70,23 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         grpc_reflection=read("GRPC_REFLECTION", "true", _parse_flag),
         request_timeout_seconds=read("REQUEST_TIMEOUT_SECONDS", "5", _parse_seconds),
         max_waiting_bytes=read("MAX_WAITING_MB", "64", _whole_number(1, 4096)) * 1024 * 1024,
+        destinations=_read_destinations(read),
+        forward_max_age_seconds=read("FORWARD_MAX_AGE", "3d", _parse_duration),
         log_level="DEBUG" if debug else read("LOG_LEVEL", "INFO", _parse_log_level),
     )
+
+
+def _read_destinations(read: "_Reader") -> dict[str, Destination]:
+    if not read("ANALYTICS_ENABLED", "false", _parse_flag):
+        return {}
+    return {
+        name: Destination(
+            read(f"{name.upper()}_ENDPOINT", endpoint, _parse_endpoint),
+            read(credential, "", _require(f"{name.upper()}_ENABLED")),
+        )
+        for name, (credential, endpoint) in _PROVIDERS.items()
+        if read(f"{name.upper()}_ENABLED", "false", _parse_flag)
+    }
 
 
 class _Reader:
@@ -100,6 +134,33 @@ def _parse_log_level(text: str) -> str:
     return text.upper()
 
 
+def _require(cause: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not text:
+            raise ValueError(f"must be set, since {cause} is true")
+        return text
+
+    return parse
+
+
+def _parse_endpoint(text: str) -> str:
+    """Plain HTTP is for tests: it would show the events and the credential to anybody between."""
+    if _has_valid_port(text):
+        parts = urlsplit(text)
+        if parts.scheme == "https" and parts.hostname:
+            return text
+        if parts.scheme == "http" and parts.hostname in _LOOPBACK:
+            return text
+    raise ValueError("must be an https:// URL, or http:// on the loopback interface")
+
+
+def _parse_duration(text: str) -> float:
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", text)
+    if match is None:
+        raise ValueError("must be a number and a unit (s, m, h or d), such as 3d")
+    return float(int(match[1]) * _UNIT_SECONDS[match[2]])
+
+
 def _parse_origins(text: str) -> frozenset[str]:
     origins = frozenset(origin.strip() for origin in text.split(",") if origin.strip())
     for origin in origins - {"*"}:
@@ -114,6 +175,17 @@ def _parse_database_url(text: str) -> str | None:
     if not text:
         return None
     scheme, separator, rest = text.partition("://")
-    if not separator or scheme not in _POSTGRESQL_SCHEMES:
-        raise ValueError("must be like postgresql://user:password@host:5432/database")
+    is_well_formed = _has_valid_port(text) and "%00" not in text and rest.count("@") <= 1
+    if not separator or scheme not in _POSTGRESQL_SCHEMES or not is_well_formed:
+        raise ValueError(
+            "must be like postgresql://user:password@host:5432/database, with other characters"
+            " than letters, digits and -._~ in the password percent-encoded"
+        )
     return f"postgresql+psycopg2://{rest}"
+
+
+def _has_valid_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:  # not shown: where a password is malformed, it holds a part of it
+        return False

@@ -11,9 +11,10 @@ from os import dup
 
 import psycopg2
 from psycopg2 import errors as driver_errors
+from psycopg2.extensions import connection as DriverConnection
 from sqlalchemy import Connection as Connection
 from sqlalchemy import Engine as Engine
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import NullPool, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 
 from server.errors import Unavailable
@@ -56,7 +57,7 @@ def translated_errors() -> Iterator[None]:
         yield
     except (psycopg2.Error, DBAPIError) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
-        if isinstance(cause, _CONFLICTS):
+        if isinstance(cause, _CONFLICTS) or _lost_its_partition(cause):
             raise Conflict from error
         if isinstance(cause, _OUTAGES):
             raise Unavailable("storage is unavailable") from error
@@ -65,16 +66,29 @@ def translated_errors() -> Iterator[None]:
         raise
 
 
+def _lost_its_partition(cause: BaseException | None) -> bool:
+    """Whether a row was on its way to the default partition when its month got one of its own.
+
+    That is a check violation there, of no constraint with a name.
+    """
+    return (
+        isinstance(cause, driver_errors.CheckViolation)
+        and cause.diag.table_name == "events_default"
+        and not cause.diag.constraint_name
+    )
+
+
 def open_engine(url: str) -> Engine:
     """An engine whose connections commit each statement by itself and time out when opened.
 
     No startup options are sent, which PgBouncer would refuse.
     """
-    return create_engine(
+    engine = create_engine(
         url,
         poolclass=NullPool,
         isolation_level="AUTOCOMMIT",
         hide_parameters=True,
+        use_native_hstore=False,  # would cost a query at the first connection
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "application_name": "productgraph",
@@ -84,6 +98,18 @@ def open_engine(url: str) -> Engine:
             "tcp_user_timeout": 20_000,
         },
     )
+    # Before the dialect's own first queries, during which the database may fall silent too.
+    event.listen(engine, "connect", _introduce, insert=True)
+    return engine
+
+
+# The link that a thread is opening at the moment.
+_opening = threading.local()
+
+
+def _introduce(driver: DriverConnection, _record: object) -> None:
+    if link := getattr(_opening, "link", None):
+        link.adopt(driver)
 
 
 @contextmanager
@@ -133,24 +159,27 @@ class Link:
                 self._cut_at = math.inf
 
     def _open(self) -> Connection:
-        connection = self._engine.connect()
-        driver = connection.connection.driver_connection
-        assert driver is not None
+        _opening.link = self
+        try:
+            self._connection = self._engine.connect()
+        finally:
+            _opening.link = None
+        return self._connection
+
+    def adopt(self, driver: DriverConnection) -> None:
+        """Takes note of the connection that is being opened, so that it can be cut."""
         with self._lock:
             # A descriptor of its own: the driver's may be closed and reused at any moment.
             self._socket = socket.socket(fileno=dup(driver.fileno()))
-            self._connection = connection
-        return connection
 
     def cut_if_overdue(self) -> bool:
         """Cuts the connection if its user has overstayed; says whether it did."""
         with self._lock:
             overdue = self._clock() >= self._cut_at
-            if overdue:
+            if overdue and self._socket is not None:
                 self._cut_at = math.inf
-                if self._socket is not None:
-                    with suppress(OSError):
-                        self._socket.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
         return overdue
 
     def close(self) -> None:

@@ -23,18 +23,47 @@ from typing import Any
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ThreadedTaskDispatcher, WSGITask
+from waitress.utilities import BadRequest
 
 HOLD = "productgraph.hold"
 FAILURE = "productgraph.failure"
 
 _SMALL_BODY_BYTES = 64 * 1024
+_MAX_CHUNK_LINE_BYTES = 16 * 1024
 _LOOP_SECONDS = 1.0
 _DRAIN_LOOP_SECONDS = 0.05
 # While draining, a connection without a request is kept so long: one may be on its way.
 _IDLE_GRACE_SECONDS = 0.25
+
+
+class _Parser(HTTPRequestParser):
+    """Refuses what waitress lets through: ambiguous lengths, and lines without an end."""
+
+    completed: bool
+
+    def received(self, data: bytes) -> int:
+        """Takes a part of the request; says how many of its bytes belong to it."""
+        consumed: int = super().received(data)
+        if self.chunked and not self.completed:
+            # Both are searched from their start for each part that arrives.
+            pending = len(self.body_rcv.control_line) + len(self.body_rcv.trailer)
+            if pending > _MAX_CHUNK_LINE_BYTES:
+                self.error = BadRequest("a chunk's size or the trailer is too long")
+                self.completed = True
+        return consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Reads the head; raises ParsingError for a malformed one."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError:  # a Content-Length of thousands of digits, an address that is none
+            raise ParsingError("Invalid request") from None
+        if self.chunked and "CONTENT_LENGTH" in self.headers:
+            # https://www.rfc-editor.org/rfc/rfc9112#section-6.1-15: it may be smuggling.
+            raise ParsingError("Content-Length and Transfer-Encoding exclude each other")
 
 
 class _Held(BaseException):
@@ -108,11 +137,17 @@ class _Replay:
         self._response = b"".join(held.channel.output)
 
     def service(self) -> None:
+        if self._channel.server.draining and not self.close_on_finish:
+            self.close_on_finish = True
+            status, head, rest = self._response.partition(b"\r\n")
+            self._response = b"".join((status, b"\r\nConnection: close", head, rest))
         self._channel.write_soon(self._response)
 
 
 class _Channel(HTTPChannel):
     """One connection."""
+
+    parser_class = _Parser
 
     def task_class(self, channel: HTTPChannel, request: HTTPRequestParser) -> _Task | _Replay:
         held = getattr(request, "held", None)
@@ -227,7 +262,9 @@ class HTTPServer(TcpWSGIServer):
             super().pull_trigger()
 
     def _run_loop(self, seconds: float) -> None:
-        wasyncore.loop(seconds, use_poll=True, map=self._map, count=1)
+        # What the loop itself has added since pulled no trigger: do not sleep on it.
+        timeout = 0.0 if self._completed else seconds
+        wasyncore.loop(timeout, use_poll=True, map=self._map, count=1)
         with self._completed_lock:
             completed, self._completed = self._completed, []
         for channel in completed:

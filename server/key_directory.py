@@ -9,7 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import NamedTuple
 
-from server.database import Link
+from server.database import Conflict, Link
 from server.errors import IngestError, Internal, Unauthenticated, Unavailable
 from server.keys import digest_key, find_projects, is_well_formed, record_use
 
@@ -97,19 +97,27 @@ class KeyDirectory:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            with self._changed:
-                pause = max(0.0, self._refresh_at - self._clock())
-                self._changed.wait_for(lambda: self._pending or self._closing.is_set(), pause)
+            self._wait_for_work()
             try:
                 self._work()
             except Unavailable as error:
                 _log.warning("API keys cannot be looked up", exc_info=error.__cause__)
                 self._fail_pending(error)
-                self._available = self._link.wait_until_available(self._closing)
             except Exception:  # noqa: BLE001 - the thread outlives whatever happens
                 _log.exception("API keys cannot be looked up")
                 self._fail_pending(Internal())
+            if not self._available:
+                self._available = self._link.wait_until_available(self._closing)
+        self._fail_pending(Unavailable("API keys cannot be looked up"))
         self._link.close()
+
+    def _wait_for_work(self) -> None:
+        with self._changed:
+            pause = max(0.0, self._refresh_at - self._clock())
+            # A query may be cut in the moment of its success, and nobody asks after that.
+            self._changed.wait_for(
+                lambda: self._pending or self._closing.is_set() or not self._available, pause
+            )
 
     def _work(self) -> None:
         if self._pending:
@@ -145,23 +153,25 @@ class KeyDirectory:
             self._unknown.popitem(last=False)
 
     def _refresh(self) -> None:
+        self._refresh_at = self._clock() + _REFRESH_SECONDS
         if self._known:
             self._known = self._find(self._known)
-        self._refresh_at = self._clock() + _REFRESH_SECONDS
 
     def _record_use(self) -> None:
         """Also forgets the keys that were not used since the last time."""
+        self._record_use_at = self._clock() + _RECORD_USE_SECONDS
         used, self._used = self._used, set()
         if used:
-            with self._link.connected(_QUERY_SECONDS) as connection:
+            # Workers may note the same keys at once; the next time is soon enough.
+            with suppress(Conflict), self._link.connected(_QUERY_SECONDS) as connection:
                 record_use(connection, used)
         self._known = {digest: self._known[digest] for digest in used if digest in self._known}
-        self._record_use_at = self._clock() + _RECORD_USE_SECONDS
 
     def _fail_pending(self, error: IngestError) -> None:
         with self._changed:
             self._available = not isinstance(error, Unavailable)
             pending, self._pending = self._pending, {}
+            self._changed.notify()
         for future in pending.values():
             _settle(future, error)
 

@@ -18,6 +18,10 @@ _ROUND_SECONDS = 60.0
 
 _log = logging.getLogger("productgraph.partitions")
 
+_FIND_PARTITION = text("""
+SELECT 1 FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
+ WHERE inhparent = 'events'::regclass AND relname = :name
+""")
 # Ingestion takes its lock on the parent before that on a partition; here the parent's is of a kind
 # that ingestion does not wait for, so the two cannot deadlock. A long reader makes this fail by its
 # lock timeout rather than stop ingestion behind it.
@@ -61,7 +65,7 @@ def add_months(connection: Connection, today: date) -> None:
 
 
 def _exists(connection: Connection, name: str) -> bool:
-    return connection.scalar(text("SELECT to_regclass(:name)"), {"name": name}) is not None
+    return connection.scalar(_FIND_PARTITION, {"name": name}) is not None
 
 
 def _add_month(connection: Connection, name: str, start: str, end: str) -> None:

@@ -9,6 +9,7 @@ from productgraph.internal.v1.frames_pb2 import EventFrames
 from productgraph.v1.event_pb2 import Event
 from server.errors import InvalidArgument
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
+from server.structs import REPLACEMENT, replace_nul
 from server.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent, describe_nesting
 
 
@@ -18,6 +19,7 @@ class ProtobufCodec:
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
         self._texts = schema.of_kind(Kind.TEXT)
+        self._objects = schema.of_kind(Kind.OBJECT)
         self._loose_type = _loosen(Event)
 
     def parse_batch(self, request: bytes) -> list[Event | MalformedEvent]:
@@ -45,7 +47,9 @@ class ProtobufCodec:
     def _replace_nul(self, event: Event) -> None:
         for field in self._texts:
             if "\0" in (text := getattr(event, field.name)):
-                setattr(event, field.name, text.replace("\0", "\ufffd"))
+                setattr(event, field.name, text.replace("\0", REPLACEMENT))
+        for field in self._objects:
+            replace_nul(getattr(event, field.name))
 
     def _find_malformed(self, encoded: bytes) -> MalformedEvent:
         """Reads what can be read, up to the first field that cannot."""

@@ -68,7 +68,7 @@ class Schema:
 
 
 def read_schema(descriptor: Descriptor) -> Schema:
-    """Reads a schema off a message descriptor; raises ValueError for a type with no column."""
+    """Reads a schema off a message descriptor; raises ValueError for what has no column."""
     limits = descriptor.GetOptions().Extensions[rules_pb2.message_rules]
     fields = tuple(_read_field(i, field) for i, field in enumerate(descriptor.fields))
     return Schema(fields, limits.max_bytes, limits.max_depth)
@@ -76,7 +76,10 @@ def read_schema(descriptor: Descriptor) -> Schema:
 
 def _read_field(position: int, field: FieldDescriptor) -> Field:
     rules = field.GetOptions().Extensions[rules_pb2.field_rules]
-    return Field(position, field.name, field.json_name, _kind_of(field), rules)
+    kind = _kind_of(field)
+    if not field.has_presence and not rules.required:
+        raise ValueError(f"{field.full_name}: must be optional or required")
+    return Field(position, field.name, field.json_name, kind, rules)
 
 
 def _kind_of(field: FieldDescriptor) -> Kind:

@@ -2,7 +2,7 @@
 
 Numbers are doubles here, as Struct's are: an integer that a double cannot hold exactly travels as
 its decimal text, and a number that is not finite becomes null. U+0000, which PostgreSQL refuses,
-becomes U+FFFD on the way back.
+becomes U+FFFD.
 """
 
 import math
@@ -15,6 +15,10 @@ from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
 # From here on a float may stand for an integer whose digits the fast JSON parser has dropped, and
 # the fast JSON writer takes no integers.
 _INTEGERS_END = 2.0**63
+
+
+# Stands for characters that PostgreSQL refuses.
+REPLACEMENT = "\ufffd"
 
 
 class ExactFloat(float):
@@ -83,12 +87,32 @@ def read_struct(struct: Struct, depth: int) -> dict[str, Any]:
     if depth == 0:
         raise TooDeep
     fields = struct.fields
-    return {_clean(key): _read_value(fields[key], depth) for key in fields}
+    return {key: _read_value(fields[key], depth) for key in fields}
+
+
+def replace_nul(struct: Struct) -> None:
+    """Replaces U+0000 in a struct's keys and texts, at any depth."""
+    fields = struct.fields
+    for key in [key for key in fields if "\0" in key]:
+        fields[key.replace("\0", REPLACEMENT)].CopyFrom(fields[key])
+        del fields[key]
+    for key in fields:
+        _replace_nul(fields[key])
+
+
+def _replace_nul(value: Value) -> None:
+    if "\0" in (text := value.string_value):
+        value.string_value = text.replace("\0", REPLACEMENT)
+    elif value.HasField("struct_value"):
+        replace_nul(value.struct_value)
+    elif value.HasField("list_value"):
+        for element in value.list_value.values:
+            _replace_nul(element)
 
 
 def _read_value(value: Value, depth: int) -> Any:
     if text := value.string_value:
-        return _clean(text)
+        return text
     kind = value.WhichOneof("kind")
     if kind == "number_value":
         return _read_number(value.number_value)
@@ -111,7 +135,3 @@ def _read_number(number: float) -> int | float | None:
     if number.is_integer() and abs(number) < _INTEGERS_END:
         return int(number)
     return number if math.isfinite(number) else None
-
-
-def _clean(text: str) -> str:
-    return text.replace("\0", "\ufffd") if "\0" in text else text

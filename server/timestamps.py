@@ -8,13 +8,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 # RFC 3339 (section 5.6) with a space allowed for the T, and seconds, fraction and offset optional.
 _DATE_TIME = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ]([01]\d|2[0-3]):([0-5]\d)"
-    r"(?::([0-5]\d|60)(?:\.(\d+))?)?"
-    r"(?:[Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))?",
+    r"\d{4}-\d\d-\d\d[Tt ](?:[01]\d|2[0-3]):[0-5]\d"
+    r"(?::(?:[0-5]\d|(60))(?:\.(\d+))?)?"
+    r"(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)?",
     re.ASCII,
 )
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_EPOCH_DAY = _EPOCH.toordinal()
 
 # 0001-01-01T00:00:00Z and the end of 9999, in seconds of the Unix epoch.
 FIRST_SECOND, END_SECOND = -62_135_596_800, 253_402_300_800
@@ -29,13 +28,16 @@ def parse_timestamp(text: str) -> tuple[int, int]:
     match = _DATE_TIME.fullmatch(text)
     if match is None:
         raise ValueError(text)
-    date, hour, minute, second, fraction, sign, *offset = match.groups()
-    seconds = (datetime.fromisoformat(date).toordinal() - _EPOCH_DAY) * 86_400
-    seconds += int(hour) * 3600 + int(minute) * 60 + int(second or 0)
-    if sign:
-        east = int(offset[0]) * 3600 + int(offset[1]) * 60
-        seconds += east if sign == "-" else -east
-    return seconds, int(fraction[:9].ljust(9, "0")) if fraction else 0
+    if match[1]:
+        seconds, nanos = parse_timestamp(f"{text[:17]}59{text[19:]}")
+        return seconds + 1, nanos
+    # The letters are upper case for fromisoformat; a text that matches has no others.
+    moment = datetime.fromisoformat(text.upper())
+    elapsed = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
+    nanos = elapsed.microseconds * 1000
+    if match[2] and len(match[2]) > 6:  # where datetime cuts them
+        nanos = int(match[2][:9].ljust(9, "0"))
+    return elapsed.days * 86_400 + elapsed.seconds, nanos
 
 
 def is_storable(timestamp: Timestamp) -> bool:

@@ -106,9 +106,10 @@ class Writer:
         self._thread.join(_STOP_SECONDS)
 
     def _run(self) -> None:
-        while group := self._take_group():
+        while (group := self._take_group()) is not None:
             try:
-                self._store_group(group)
+                if group:
+                    self._store_group(group)
             except Exception:  # noqa: BLE001 - the thread outlives whatever happens
                 _log.exception("a group could not be stored")
                 _settle(group, Internal())
@@ -116,15 +117,17 @@ class Writer:
                 self._available = self._link.wait_until_available(self._closing)
         self._link.close()
 
-    def _take_group(self) -> list[Batch]:
-        """Waits for batches to store together; empty when there will be no more."""
+    def _take_group(self) -> list[Batch] | None:
+        """Waits for batches to store together: none where the database is away, None at the end."""
         with self._changed:
             self._in_flight = []
-            while not self._in_flight:
-                self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
-                if not self._waiting:
-                    break
-                self._in_flight = self._pop_group()
+            # A commit may be cut in the moment of its success, and nobody submits after that.
+            self._changed.wait_for(
+                lambda: self._waiting or self._closing.is_set() or not self._available
+            )
+            if self._closing.is_set() and not self._waiting:
+                return None
+            self._in_flight = self._pop_group()
             return self._in_flight
 
     def _pop_group(self) -> list[Batch]:
@@ -181,6 +184,7 @@ class Writer:
             self._available = False
             waiting, self._waiting = self._waiting, deque()
             self._waiting_bytes = 0
+            self._changed.notify()
         _settle([*group, *waiting], Unavailable("storage is unavailable"))
 
 

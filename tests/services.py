@@ -1,5 +1,6 @@
 """Running services for tests: real processes on real ports with a real database."""
 
+import json
 import os
 import re
 import signal
@@ -11,8 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
+
+import psutil  # type: ignore[import-untyped]
+
+from server.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[1]
 _PLACES = re.compile(r"HTTP  http://localhost:(\d+)\n  gRPC  localhost:(\d+)\n")
@@ -45,7 +51,21 @@ class Service:
     @property
     def database_url(self) -> str:
         """Its database, as libpq takes it."""
-        return self.settings["DATABASE_URL"]
+        if url := self.settings.get("DATABASE_URL"):
+            return url
+        url = EmbeddedPostgres(Path(self.settings["DATA_DIR"]), create=False).url
+        return url.replace("postgresql+psycopg2:", "postgresql:")
+
+    def find_workers(self) -> list[psutil.Process]:
+        """The processes of its workers."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if child.cmdline()[-1:] == ["worker"]]
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The records of its log; fails where a line is not a JSON object."""
+        records = [json.loads(line) for line in self.log.read_text().splitlines()]
+        assert all(isinstance(record, dict) for record in records)
+        return records
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Runs another command of `productgraph` with the same settings."""

@@ -1,0 +1,203 @@
+"""Settings are checked before anything starts, and errors name the variable."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.config import InvalidSetting, read_settings
+from server.database import open_engine
+
+MIB = 1024 * 1024
+PASSWORD = "s3cret-passw0rd"
+
+# Each setting: its variable, its default, texts with what they mean, texts that are refused.
+SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
+    "host": ("HOST", "127.0.0.1", {"0.0.0.0": "0.0.0.0", "::1": "::1"}, []),
+    "port": (
+        "PORT",
+        8080,
+        {"0": 0, "65535": 65535, " 80 ": 80},
+        ["65536", "-1", "+80", "80.0", "8e1", "http", "0x50", "1_000", "\uff18\uff10", "9" * 5000],
+    ),
+    "grpc_port": ("GRPC_PORT", 50051, {"0": 0, "65535": 65535}, ["65536", "-1", "grpc"]),
+    "database_url": (
+        "DATABASE_URL",
+        None,
+        {
+            "postgresql://me@db/app": "postgresql+psycopg2://me@db/app",
+            "postgres://me@db:5433/app": "postgresql+psycopg2://me@db:5433/app",
+            "postgresql+psycopg2://me@db/app": "postgresql+psycopg2://me@db/app",
+            "postgresql:///app?host=/run": "postgresql+psycopg2:///app?host=/run",
+        },
+        [
+            *("db", "db:5432/app", "postgresql:me@db", "mysql://me@db/app", "://me@db/app"),
+            *("postgresql+asyncpg://me@db/app", "sqlite:///app.db"),
+            *("postgresql://me@db:port/app", "postgresql://me@[::1/app"),
+        ],
+    ),
+    "data_dir": (
+        "DATA_DIR",
+        Path.cwd() / "data",
+        {"/var/data": Path("/var/data"), "here": Path.cwd() / "here", "~/d": Path.home() / "d"},
+        [],
+    ),
+    "workers": ("WORKERS", 1, {"1": 1, "64": 64}, ["0", "65", "-1", "two", "1.5"]),
+    "cors_allowed_origins": (
+        "CORS_ALLOWED_ORIGINS",
+        {"*"},
+        {
+            "https://a.example": {"https://a.example"},
+            "https://a.example, http://b.example:3000,": {
+                "https://a.example",
+                "http://b.example:3000",
+            },
+            "app://desktop": {"app://desktop"},
+        },
+        ["a.example", "https://a.example/", "https://a.example/x", "https://", "*.example", "[::"],
+    ),
+    "grpc_reflection": (
+        "GRPC_REFLECTION",
+        True,
+        {"false": False, "0": False, "No": False, "OFF": False, "TRUE": True, "1": True},
+        ["maybe", "2", "y"],
+    ),
+    "request_timeout_seconds": (
+        "REQUEST_TIMEOUT_SECONDS",
+        5.0,
+        {"1": 1.0, "2.5": 2.5, "60": 60.0},
+        ["0.9", "61", "-5", "nan", "inf", "5s"],
+    ),
+    "max_waiting_bytes": (
+        "MAX_WAITING_MB",
+        64 * MIB,
+        {"1": MIB, "4096": 4096 * MIB},
+        ["0", "4097", "1.5", "64MB"],
+    ),
+    "forward_max_age_seconds": (
+        "FORWARD_MAX_AGE",
+        259_200.0,
+        {"90s": 90.0, "2m": 120.0, "1h": 3600.0, "7d": 604_800.0},
+        ["0s", "-1d", "3", "d", "1.5h", "1w", "\u0663d", "9" * 400 + "d"],
+    ),
+    "log_level": (
+        "LOG_LEVEL",
+        "INFO",
+        {"debug": "DEBUG", "Warning": "WARNING", "ERROR": "ERROR"},
+        ["verbose", "10", "CRITICAL"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_defaults(name: str) -> None:
+    """A variable that is missing, empty or blank leaves its setting at the default."""
+    variable, default, _, _ = SETTINGS[name]
+    for environment in ({}, {variable: ""}, {variable: "  "}):
+        assert getattr(read_settings(environment), name) == default
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, (_, _, good, _) in SETTINGS.items() for text in good]
+)
+def test_accepted_values(name: str, text: str) -> None:
+    """Each setting takes the values that the documentation names."""
+    variable, _, good, _ = SETTINGS[name]
+    assert getattr(read_settings({variable: text}), name) == good[text]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        pytest.param(name, text, id=f"{name}-{text[:40]}")
+        for name, (_, _, _, bad) in SETTINGS.items()
+        for text in bad
+    ],
+)
+def test_refused_values(name: str, text: str) -> None:
+    """An unusable value is refused in one line that begins with the variable's name."""
+    variable = SETTINGS[name][0]
+    with pytest.raises(InvalidSetting) as failure:
+        read_settings({variable: text})
+    message = str(failure.value)
+    assert message.startswith(f"{variable}: ")
+    assert "\n" not in message
+    assert len(message) < 300
+
+
+def test_every_setting_is_in_the_table() -> None:
+    """A new setting is tested like the others; that of destinations has a test of its own."""
+    assert set(SETTINGS) | {"destinations"} == set(vars(read_settings({})))
+
+
+@pytest.mark.parametrize(("debug", "level"), [("true", "DEBUG"), ("0", "ERROR"), ("", "ERROR")])
+def test_debug(debug: str, level: str) -> None:
+    """DEBUG prevails over LOG_LEVEL."""
+    assert read_settings({"DEBUG": debug, "LOG_LEVEL": "ERROR"}).log_level == level
+
+
+def test_refused_debug() -> None:
+    """DEBUG is a flag like any other."""
+    with pytest.raises(InvalidSetting, match="DEBUG: must be true or false, is 'very'"):
+        read_settings({"DEBUG": "very"})
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "mysql", "", "postgresql+asyncpg"])
+@pytest.mark.parametrize("place", ["me:{}@db/app", "me:{}@db:port/app", "me:x@{}@db/app"])
+def test_password_stays_secret(scheme: str, place: str) -> None:
+    """The password of a good or a bad DATABASE_URL is in no message and no representation."""
+    url = f"{scheme}://{place.format(PASSWORD)}"
+    try:
+        settings = read_settings({"DATABASE_URL": url})
+        assert settings.database_url is not None
+        shown = f"{settings} {open_engine(settings.database_url)!r}"
+    except InvalidSetting as problem:
+        shown = f"{problem!r} {problem.__cause__!r}"
+    assert PASSWORD not in shown
+
+
+ANALYTICS = {
+    "ANALYTICS_ENABLED": "true",
+    "AMPLITUDE_ENABLED": "true",
+    "AMPLITUDE_API_KEY": PASSWORD,
+    "MIXPANEL_TOKEN": "unused",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "endpoints"),
+    [
+        ({}, {"amplitude": "https://api2.amplitude.com/batch"}),
+        ({"ANALYTICS_ENABLED": ""}, {}),
+        ({"AMPLITUDE_ENABLED": "false"}, {}),
+        ({"AMPLITUDE_ENDPOINT": "http://[::1]:9/b"}, {"amplitude": "http://[::1]:9/b"}),
+        (
+            {"AMPLITUDE_ENABLED": "no", "MIXPANEL_ENABLED": "yes"},
+            {"mixpanel": "https://api.mixpanel.com/import?strict=1"},
+        ),
+    ],
+    ids=str,
+)
+def test_destinations(changes: dict[str, str], endpoints: dict[str, str]) -> None:
+    """Events go to the providers that are enabled, and a credential is never shown."""
+    settings = read_settings(ANALYTICS | changes)
+    assert {name: place.endpoint for name, place in settings.destinations.items()} == endpoints
+    assert PASSWORD not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("AMPLITUDE_API_KEY", ""),
+        ("MIXPANEL_ENABLED", "perhaps"),
+        ("AMPLITUDE_ENDPOINT", "http://api2.amplitude.com/batch"),
+        ("AMPLITUDE_ENDPOINT", "http://localhost.example/batch"),
+        ("AMPLITUDE_ENDPOINT", "https:///batch"),
+        ("AMPLITUDE_ENDPOINT", "https://api2.amplitude.com:port/batch"),
+    ],
+)
+def test_refused_destinations(variable: str, text: str) -> None:
+    """An enabled provider needs a credential, and an endpoint that nobody can listen in on."""
+    with pytest.raises(InvalidSetting, match=f"^{variable}: ") as failure:
+        read_settings(ANALYTICS | {variable: text})
+    assert PASSWORD not in str(failure.value)

@@ -1,0 +1,75 @@
+"""Every error has its place in both protocols."""
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from falcon.testing import TestClient
+
+import server.app  # noqa: F401 - so that the errors of every module are known
+from server.database import Link, open_engine
+from server.errors import IngestError, Unavailable
+from server.http_api import create_app
+from server.json_codec import JsonCodec
+from server.key_directory import KeyDirectory
+from server.rows import RowEncoder
+from server.schema import EVENT_SCHEMA
+from server.service import IngestService
+from server.storage import EventStore
+from server.writer import Writer
+
+# The statuses that google.rpc.Code gives for these codes.
+HTTP_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+}
+
+
+def find_subclasses(root: type[IngestError]) -> Iterator[type[IngestError]]:
+    """The class and all that derive from it."""
+    yield root
+    for subclass in root.__subclasses__():
+        yield from find_subclasses(subclass)
+
+
+ERRORS = sorted(set(find_subclasses(IngestError)), key=lambda error: error.__name__)
+
+
+@pytest.fixture(scope="module")
+def client() -> TestClient:
+    """The HTTP application of a service that was never started."""
+    link = Link(open_engine("postgresql+psycopg2://nowhere/none"))
+    store = EventStore(RowEncoder(EVENT_SCHEMA).columns)
+    service = IngestService(
+        EVENT_SCHEMA,
+        KeyDirectory(link),
+        Writer(link, store, max_waiting_bytes=1),
+        timeout_seconds=1,
+    )
+    codec = JsonCodec(EVENT_SCHEMA)
+    return TestClient(create_app(service, codec, bool, allowed_origins={"*"}, threads=4))
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_http(kind: type[IngestError], client: TestClient) -> None:
+    """Over HTTP, each error has the status that corresponds to its code, and its text."""
+    error = kind.__new__(kind, "what went wrong")
+    answer = client.simulate_post("/v1/events", extras={"productgraph.failure": error})
+    assert answer.status_code == HTTP_STATUS[kind.code]
+    assert answer.json == {"error": "what went wrong"}
+    retry_after = answer.headers.get("Retry-After")
+    assert retry_after == (kind.retry_after_seconds and str(kind.retry_after_seconds))
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_grpc(kind: type[IngestError]) -> None:
+    """In gRPC, each error's code is one of the protocol's, and it is no success."""
+    assert grpc.StatusCode[kind.code] is not grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_retries(kind: type[IngestError]) -> None:
+    """What can be sent again says when, and nothing else does."""
+    assert (kind.retry_after_seconds is not None) is issubclass(kind, Unavailable)

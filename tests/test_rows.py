@@ -1,0 +1,136 @@
+"""Events become lines that COPY reads back as they were."""
+
+from typing import Any
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from productgraph.v1.event_pb2 import Event
+from server.rows import Row, RowEncoder
+from server.schema import EVENT_SCHEMA, Kind
+from server.validation import InvalidEvent
+
+NOON = 1_705_320_000  # 2024-01-15T12:00:00Z
+ENCODER = RowEncoder(EVENT_SCHEMA)
+OPTIONAL_TEXTS = [
+    field.name for field in EVENT_SCHEMA.of_kind(Kind.TEXT) if not field.rules.required
+]
+
+
+def make_event(
+    project_id: str, event_id: str, seconds: int = NOON, nanos: int = 0, **fields: Any
+) -> Event:
+    """A valid event with some further fields."""
+    return Event(
+        event_id=event_id,
+        project_id=project_id,
+        session_id="session",
+        event_type="custom",
+        event_timestamp=Timestamp(seconds=seconds, nanos=nanos),
+        **fields,
+    )
+
+
+def make_row(project_id: str, event_id: str, **fields: Any) -> Row:
+    """The row of a valid event with some further fields."""
+    event = make_event(project_id, event_id, **fields)
+    return ENCODER.encode(event, event.SerializeToString())
+
+
+def encode(**fields: Any) -> dict[str, str]:
+    """What stands in each column of the row of an event with some further fields."""
+    values = make_row("p", "e", **fields).text.removesuffix("\n").split("\t")
+    return dict(zip(ENCODER.columns, values, strict=True))
+
+
+def nest(levels: int) -> dict[str, Any]:
+    """An object of so many levels."""
+    return {"k": nest(levels - 1)} if levels > 1 else {}
+
+
+def test_columns() -> None:
+    """There is a column for each field of the schema, under its name."""
+    assert sorted(ENCODER.columns) == sorted(field.name for field in EVENT_SCHEMA.fields)
+
+
+def test_absent_fields() -> None:
+    """What an event does not have is NULL."""
+    required = {field.name for field in EVENT_SCHEMA.fields if field.rules.required}
+    assert {name for name, value in encode().items() if value != r"\N"} == required
+
+
+@pytest.mark.parametrize("name", OPTIONAL_TEXTS)
+def test_empty_text(name: str) -> None:
+    """An empty text that was sent is an empty text, in every optional field."""
+    assert encode(**{name: ""})[name] == ""
+
+
+@pytest.mark.parametrize(
+    "field", EVENT_SCHEMA.of_kind(Kind.INTEGER, Kind.LONG), ids=lambda field: field.name
+)
+@pytest.mark.parametrize("end", ["first", "zero", "last"])
+def test_numbers(field: Any, end: str) -> None:
+    """A zero that was sent is a zero, and the ends of a field's range are kept."""
+    number = {"first": field.range.start, "zero": 0, "last": field.range.stop - 1}[end]
+    assert encode(**{field.name: number})[field.name] == str(number)
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("plain 'text' \"quoted\"", "plain 'text' \"quoted\""),
+        ("a\tb", r"a\tb"),
+        ("a\nb\rc", r"a\nb\rc"),
+        (r"\N", r"\\N"),
+        (r"\.", r"\\."),
+        ("C:\\temp\\new", r"C:\\temp\\new"),
+        ("\b\f\v\x01\x7f\u2028", "\b\f\v\x01\x7f\u2028"),
+    ],
+    ids=repr,
+)
+def test_escapes(text: str, written: str) -> None:
+    """What means something to COPY is escaped, in every column and nothing else."""
+    assert encode(event_name=text, user_id=text)["event_name"] == written
+    assert encode(event_name="plain", user_id=text)["event_name"] == "plain"
+
+
+def test_escapes_in_objects() -> None:
+    """JSON's own escapes are escaped once more, for COPY."""
+    metadata = {'a"b': "line\nend\\"}
+    assert encode(metadata=metadata)["metadata"] == r'{"a\\"b":"line\\nend\\\\"}'
+
+
+@pytest.mark.parametrize(("nanos", "fraction"), [(0, "000000"), (999_999_999, "999999")])
+def test_timestamps(nanos: int, fraction: str) -> None:
+    """Instants are written in microseconds of UTC."""
+    assert encode(nanos=nanos)["event_timestamp"] == f"2024-01-15 12:00:00.{fraction}+00"
+
+
+@pytest.mark.parametrize("name", ["metadata", "attributes"])
+def test_nesting(name: str) -> None:
+    """An object of 32 levels is written, one of 33 is refused by its documented name."""
+    assert encode(**{name: nest(32)})[name].count("{") == 32
+    with pytest.raises(InvalidEvent, match=f"^{name}: nested more than 32 levels deep$"):
+        encode(**{name: nest(33)})
+
+
+ids = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+identities = st.tuples(ids, st.integers(0, 3), ids)
+
+
+@given(identities, identities)
+def test_keys(one: tuple[str, int, str], other: tuple[str, int, str]) -> None:
+    """Keys are equal where the primary key is, and sort as its bytes do."""
+
+    def make_key(identity: tuple[str, int, str]) -> str:
+        project_id, seconds, event_id = identity
+        return make_row(project_id, event_id, seconds=seconds).key
+
+    def as_stored(identity: tuple[str, int, str]) -> tuple[bytes, int, bytes]:
+        return identity[0].encode(), identity[1], identity[2].encode()
+
+    keys = make_key(one), make_key(other)
+    assert (keys[0] == keys[1]) is (one == other)
+    assert (keys[0] < keys[1]) is (as_stored(one) < as_stored(other))
