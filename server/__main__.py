@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TypeAlias
 
-from server import app, keys
+from productgraph.v1.event_pb2 import Event
+from server import app, keys, outbox
 from server.config import InvalidSetting, Settings, read_settings
-from server.database import Connection, DatabaseError, connected, open_engine
+from server.database import Connection, DatabaseError, connected, open_engine, transactional
 from server.embedded import EmbeddedPostgresError
 from server.logs import configure_logs
 from server.migration import check_migrated, migrate
@@ -83,6 +84,7 @@ def _build_parser() -> argparse.ArgumentParser:
     worker = _add_command(commands, "worker", _work, "Runs one worker; `serve` starts these.")
     worker.usage = argparse.SUPPRESS
     _add_key_commands(commands)
+    _add_forward_commands(commands)
     return parser
 
 
@@ -104,6 +106,34 @@ def _add_key_commands(commands: _Commands) -> None:
         actions, "revoke", _revoke_key, "Revokes an API key; a running service refuses it in 30 s."
     )
     revoke.add_argument("id", type=int, help="its number in `productgraph keys list`")
+
+
+def _add_forward_commands(commands: _Commands) -> None:
+    forward = _add_command(
+        commands,
+        "forward",
+        _forward,
+        "Forwards stored events to the enabled analytics providers, until SIGTERM or Ctrl-C."
+        " `serve` runs one of these when analytics is enabled; any number may run, on any number of"
+        " machines.",
+    )
+    actions = forward.add_subparsers(metavar="ACTION")
+    _add_command(actions, "status", _show_forwarding, "Shows how far each provider has come.")
+    text = "Lists, retries and purges the events that a provider refused for good."
+    dead = actions.add_parser("dead", help=text, description=text, epilog=_SETTINGS)
+    letters = dead.add_subparsers(metavar="ACTION", required=True)
+    listing = _add_command(letters, "list", _list_dead, "Lists dead events, the newest first.")
+    listing.add_argument("--limit", type=int, default=50, help="how many (50)")
+    listing.add_argument("--provider", help="only this provider's")
+    for name, run, summary in (
+        ("retry", _retry_dead, "Puts dead events back into the queue."),
+        ("purge", _purge_dead, "Deletes dead events."),
+    ):
+        command = _add_command(letters, name, run, summary)
+        command.add_argument("--provider", help="only this provider's")
+        chosen = command.add_mutually_exclusive_group(required=True)
+        chosen.add_argument("--all", action="store_true", help="all of them")
+        chosen.add_argument("ids", type=int, nargs="*", default=[], help="their numbers")
 
 
 def _add_command(commands: _Commands, name: str, run: _Run, text: str) -> argparse.ArgumentParser:
@@ -165,7 +195,8 @@ def _migrate(settings: Settings, _options: argparse.Namespace) -> int:
 
 def _create_key(settings: Settings, options: argparse.Namespace) -> int:
     with _opened_tables(settings) as connection:
-        print(keys.create_key(connection, options.project, options.name))
+        key = keys.create_key(connection, options.project, options.name)
+    print(key)
     return 0
 
 
@@ -182,10 +213,57 @@ def _list_keys(settings: Settings, _options: argparse.Namespace) -> int:
 
 def _revoke_key(settings: Settings, options: argparse.Namespace) -> int:
     with _opened_tables(settings) as connection:
-        if keys.revoke_key(connection, options.id):
-            return 0
+        revoked = keys.revoke_key(connection, options.id)
+    if revoked:
+        return 0
     print(f"productgraph: no key {options.id} that is not revoked", file=sys.stderr)
     return 1
+
+
+def _forward(settings: Settings, _options: argparse.Namespace) -> int:
+    app.run_forwarder(settings)
+    return 0
+
+
+def _show_forwarding(settings: Settings, _options: argparse.Namespace) -> int:
+    with _opened_tables(settings) as connection:
+        lanes = outbox.read_status(connection)
+    print(f"{'PROVIDER':10}  {'PENDING':>9}  {'OLDEST':>9}  {'DELIVERED':>11}  {'DEAD':>7}  STATE")
+    for lane in lanes:
+        age = (
+            f"{(datetime.now(UTC) - lane.oldest_at).total_seconds():.0f} s"
+            if lane.oldest_at
+            else "-"
+        )
+        state = f"stopped: {lane.stopped_reason}" if lane.stopped_reason else "forwarding"
+        counts = f"{lane.pending:9}  {age:>9}  {lane.delivered:11}  {lane.dead:7}"
+        print(f"{lane.provider:10}  {counts}  {state}")
+    return 0
+
+
+def _list_dead(settings: Settings, options: argparse.Namespace) -> int:
+    with _opened_tables(settings) as connection:
+        for letter in outbox.list_dead(connection, options.provider, options.limit):
+            event = Event.FromString(letter.event)
+            print(
+                f"{letter.id}  {letter.died_at:%Y-%m-%d %H:%M}  {letter.provider}"
+                f"  {letter.project_id}  {event.event_id!r}  {letter.reason}"
+            )
+    return 0
+
+
+def _retry_dead(settings: Settings, options: argparse.Namespace) -> int:
+    with _opened_tables(settings) as connection:
+        count = outbox.retry_dead(connection, options.provider, options.ids)
+    print(f"{count} put back into the queue")
+    return 0
+
+
+def _purge_dead(settings: Settings, options: argparse.Namespace) -> int:
+    with _opened_tables(settings) as connection:
+        count = outbox.purge_dead(connection, options.provider, options.ids)
+    print(f"{count} deleted")
+    return 0
 
 
 @contextmanager
@@ -193,7 +271,7 @@ def _opened_tables(settings: Settings) -> Iterator[Connection]:
     with app.opened_database(settings) as url:
         engine = open_engine(url)
         check_migrated(engine)
-        with connected(engine) as connection:
+        with connected(transactional(engine)) as connection, connection.begin():
             yield connection
 
 

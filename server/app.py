@@ -1,17 +1,20 @@
 """The only place where the parts are put together: the parent process and the workers."""
 
+import asyncio
 import logging
 import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 
 from server.config import Settings
-from server.database import Engine, Link, Readiness, Watchdog, connected, open_engine
+from server.database import Engine, Link, Readiness, Watchdog, connected, open_engine, transactional
 from server.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from server.forwarder import REQUESTS_IN_FLIGHT, Lane
 from server.grpc_api import GrpcServer, IngestServicer
 from server.http_api import MAX_BODY_BYTES, create_app
 from server.http_server import HTTPServer
@@ -19,12 +22,17 @@ from server.json_codec import JsonCodec
 from server.key_directory import KeyDirectory
 from server.keys import create_key, list_keys
 from server.migration import check_migrated, migrate
+from server.outbox import Outbox
 from server.partitions import PartitionKeeper
 from server.protobuf_codec import ProtobufCodec
+from server.providers import CURRENT_MAPPING_VERSION, Provider
+from server.providers.amplitude import Amplitude
+from server.providers.mixpanel import Mixpanel
 from server.rows import RowEncoder
 from server.schema import EVENT_SCHEMA
 from server.service import IngestService
-from server.storage import EventStore
+from server.storage import EventStore, OnStored
+from server.transport import Transport
 from server.workers import Lifeline, Supervisor, listen, reserve_ports
 from server.writer import Writer
 
@@ -59,7 +67,7 @@ class Worker:
         self._keys = KeyDirectory(Link(engine))
         self._writer = Writer(
             Link(engine),
-            EventStore(RowEncoder(EVENT_SCHEMA).columns),
+            EventStore(RowEncoder(EVENT_SCHEMA).columns, _open_outbox(settings)),
             max_waiting_bytes=settings.max_waiting_bytes,
         )
         self._watchdog = Watchdog(self._writer.check, self._keys.check, self._readiness.check)
@@ -117,6 +125,12 @@ class Worker:
         self._watchdog.stop()
 
 
+def _open_outbox(settings: Settings) -> OnStored | None:
+    if not settings.destinations:
+        return None
+    return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).enqueue
+
+
 def run_worker(settings: Settings) -> None:
     """Runs one worker, started by `run_service`, until it is told to stop or that is gone."""
     lifeline = Lifeline.from_environment()
@@ -149,18 +163,36 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         ports = stack.enter_context(reserve_ports(settings.host, wanted))
         engine, tick, first_key = _prepare_database(settings, stack)
         _keep_partitions(engine, stack)
-        supervisor = Supervisor(
-            [sys.executable, "-m", "server", "worker"],
-            settings.workers,
-            environment=os.environ | {name: str(port) for name, port in ports.items()},
-            drain_seconds=_KILL_SECONDS,
-        )
+        numbers = {name: str(port) for name, port in ports.items()}
+        supervisor = _supervise("worker", settings.workers, os.environ | numbers)
         if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
         supervisor.start()
         stack.callback(supervisor.stop)
+        if settings.destinations:
+            _keep_forwarding(stack)
         announce(ports, first_key)
         supervisor.run(tick, stop)
+
+
+def _supervise(command: str, count: int, environment: Mapping[str, str]) -> Supervisor:
+    return Supervisor(
+        [sys.executable, "-m", "server", command],
+        count,
+        environment=environment,
+        drain_seconds=_KILL_SECONDS,
+    )
+
+
+def _keep_forwarding(stack: ExitStack) -> None:
+    """Runs a forwarder beside the workers: a process of its own, that slows none of them."""
+    supervisor, stop = _supervise("forward", 1, os.environ), threading.Event()
+    supervisor.start()
+    watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop), daemon=True)
+    watching.start()
+    stack.callback(supervisor.stop)
+    stack.callback(watching.join)
+    stack.callback(stop.set)
 
 
 def _prepare_database(
@@ -193,3 +225,41 @@ def _keep_partitions(engine: Engine, stack: ExitStack) -> None:
     for part in (watchdog, keeper):
         part.start()
         stack.callback(part.stop)
+
+
+def run_forwarder(settings: Settings) -> None:
+    """Forwards to the enabled providers until a signal, or the end of the parent if it has one."""
+    with opened_database(settings) as database_url:
+        asyncio.run(_forward(settings, open_engine(database_url)))
+
+
+async def _forward(settings: Settings, engine: Engine) -> None:
+    check_migrated(engine)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    lanes = [_build_lane(provider, settings, engine) for provider in _build_providers(settings)]
+    watchdog = Watchdog(*(lane.check for lane in lanes))
+    watchdog.start()
+    if lifeline := Lifeline.find():
+        lifeline.report_ready()
+        lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
+    await asyncio.gather(*(lane.run(stop) for lane in lanes))
+    watchdog.stop()
+
+
+def _build_providers(settings: Settings) -> list[Provider]:
+    types: dict[str, type[Amplitude | Mixpanel]] = {"amplitude": Amplitude, "mixpanel": Mixpanel}
+    return [
+        types[name](destination.credential, destination.endpoint)
+        for name, destination in settings.destinations.items()
+    ]
+
+
+def _build_lane(provider: Provider, settings: Settings, engine: Engine) -> Lane:
+    # Connections of its own: a provider that hangs takes none of another one's.
+    transport = Transport(REQUESTS_IN_FLIGHT)
+    link = Link(transactional(engine))
+    return Lane(
+        provider, transport, link, max_age=timedelta(seconds=settings.forward_max_age_seconds)
+    )

@@ -103,6 +103,11 @@ def open_engine(url: str) -> Engine:
     return engine
 
 
+def transactional(engine: Engine) -> Engine:
+    """The same engine, with connections on which `begin` starts a transaction."""
+    return engine.execution_options(isolation_level="READ COMMITTED")
+
+
 # The link that a thread is opening at the moment.
 _opening = threading.local()
 
@@ -196,7 +201,7 @@ class Link:
 
     def ping(self) -> None:
         """Runs a query; raises Unavailable where that fails or takes too long."""
-        with self.connected(PING_TIMEOUT_SECONDS) as connection:
+        with self.connected(PING_TIMEOUT_SECONDS) as connection, connection.begin():
             connection.execute(text("SELECT 1"))
 
     def wait_until_available(self, stop: threading.Event) -> bool:

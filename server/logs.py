@@ -17,6 +17,8 @@ def configure_logs(level: str) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # One line for each request that finds no free thread: load, not a fault.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    # One line for each request to a provider.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 

@@ -8,7 +8,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
-from server.database import DatabaseError, connected
+from server.database import DatabaseError, connected, transactional
 
 # Held while migrating, so that several starts at once migrate one after the other.
 _ADVISORY_LOCK = 0x7067_6576_656E_7473  # "pgevents"
@@ -23,8 +23,7 @@ def migrate(engine: Engine) -> None:
 
     A database of this version or a newer one is left as it is.
     """
-    transactional = engine.execution_options(isolation_level="READ COMMITTED")
-    with connected(transactional) as connection, connection.begin():
+    with connected(transactional(engine)) as connection, connection.begin():
         _check_encoding(connection)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         if _current_revision(connection) < _newest_revision():

@@ -22,11 +22,18 @@ _ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 class Row(NamedTuple):
     """One event ready for COPY.
 
-    `key` identifies the event, and sorts as the primary key does; `text` is its line.
+    `key` identifies the event, and sorts as the primary key does; `text` is its line; `encoded` is
+    its protobuf.
     """
 
     key: str
     text: str
+    encoded: bytes = b""
+
+    @property
+    def project_id(self) -> str:
+        """The project of the event."""
+        return self.key.partition("\0")[0]
 
 
 class RowEncoder:
@@ -66,7 +73,7 @@ class RowEncoder:
         values += instants
         values += [self._encode_object(event, field) for field in self._objects]
         key = f"{event.project_id}\0{instants[0]}\0{event.event_id}"
-        return Row(key, self._line % tuple(values))
+        return Row(key, self._line % tuple(values), encoded)
 
     def _tell_empty_from_absent(self, event: Message, scalars: tuple[Any, ...]) -> list[Any]:
         has = event.HasField

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from operator import itemgetter
 
 from psycopg2.errors import UniqueViolation
 from psycopg2.extensions import cursor as Cursor
@@ -30,16 +31,30 @@ INSERT INTO events ({columns}) SELECT {columns} FROM staged_events
  ORDER BY project_id, event_timestamp, event_id
     ON CONFLICT DO NOTHING
 """
+# What was new, by the keys that the rows have here.
+_RETURN_KEYS = """
+RETURNING project_id, to_char(event_timestamp AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00'),
+          event_id
+"""
+
+# Called in the transaction, with what it has stored, sorted by key.
+OnStored = Callable[[Cursor, Sequence[Row]], None]
 
 
 class EventStore:
     """Writes groups of rows to the events table, each group in one transaction."""
 
-    def __init__(self, columns: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        columns: Sequence[str],
+        on_stored: OnStored | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         names = ", ".join(columns)
         self._copy = _COPY.format(table="events", columns=names)
         self._stage = _CREATE_STAGING + _COPY.format(table="staged_events", columns=names)
-        self._move = _MOVE_STAGED.format(columns=names)
+        self._move = _MOVE_STAGED.format(columns=names) + (_RETURN_KEYS if on_stored else "")
+        self._on_stored = on_stored
         self._clock = clock
         self._stage_until = clock()
 
@@ -51,33 +66,42 @@ class EventStore:
         """
         # The first of equals wins. Sorted as the primary key is, so that writers of the same rows
         # wait for each other instead of deadlocking.
-        unique = {row.key: row.text for row in reversed(rows)}
-        lines = [text for _, text in sorted(unique.items())]
+        unique = {row.key: row for row in reversed(rows)}
+        ordered = sorted(unique.values(), key=itemgetter(0))
         begin = _BEGIN.format(timeout_ms=max(1, int(seconds * 1000)))
         with connection.connection.driver_connection.cursor() as cursor:  # type: ignore[union-attr]
             try:
                 with translated_errors():
-                    self._write(cursor, begin, lines)
+                    self._write(cursor, begin, ordered)
             except (Conflict, Refused):
                 cursor.execute("ROLLBACK")
                 raise
 
-    def _write(self, cursor: Cursor, begin: str, lines: list[str]) -> None:
+    def _write(self, cursor: Cursor, begin: str, rows: list[Row]) -> None:
         if self._clock() >= self._stage_until:
             try:
-                _copy(cursor, begin + self._copy, lines)
+                _copy(cursor, begin + self._copy, rows)
             except UniqueViolation:
                 cursor.execute("ROLLBACK")
                 self._stage_until = self._clock() + _STAGING_SECONDS
             else:
-                cursor.execute("COMMIT")
+                self._commit(cursor, rows)
                 return
-        _copy(cursor, begin + self._stage, lines)
+        _copy(cursor, begin + self._stage, rows)
         cursor.execute(self._move)
+        if self._on_stored is not None:
+            stored = {"\0".join(parts) for parts in cursor.fetchall()}
+            rows = [row for row in rows if row.key in stored]
+        self._commit(cursor, rows)
+
+    def _commit(self, cursor: Cursor, stored: list[Row]) -> None:
+        if self._on_stored is not None and stored:
+            self._on_stored(cursor, stored)
         cursor.execute("COMMIT")
 
 
-def _copy(cursor: Cursor, statement: str, lines: list[str]) -> None:
-    cursor.copy_expert(statement, BytesIO("".join(lines).encode()), _COPY_BUFFER_BYTES)
-    if cursor.rowcount != len(lines):
-        raise RuntimeError(f"COPY took {cursor.rowcount} of {len(lines)} rows")
+def _copy(cursor: Cursor, statement: str, rows: list[Row]) -> None:
+    content = BytesIO("".join(row.text for row in rows).encode())
+    cursor.copy_expert(statement, content, _COPY_BUFFER_BYTES)
+    if cursor.rowcount != len(rows):
+        raise RuntimeError(f"COPY took {cursor.rowcount} of {len(rows)} rows")

@@ -117,12 +117,17 @@ class Lifeline:
         connection.set_inheritable(False)
         return cls(connection)
 
+    @classmethod
+    def find(cls) -> "Lifeline | None":
+        """What the parent handed down, or None in a process that has no such parent."""
+        return cls.from_environment() if _LIFELINE in os.environ else None
+
     def report_ready(self) -> None:
         """Tell the parent that this worker serves; call it once both servers listen."""
         with suppress(ConnectionError):  # the parent is gone: on_parent_exit deals with that
             self._connection.sendall(b"ready\n")
 
-    def on_parent_exit(self, callback: Callable[[], None]) -> None:
+    def on_parent_exit(self, callback: Callable[[], object]) -> None:
         """Call `callback` once, in a thread of its own, when the parent is gone."""
 
         def wait() -> None:

@@ -316,7 +316,7 @@ def test_free_form_values(sender: Sender, sent: str, stored: str, beside: str) -
     ("sent", "stored"),
     [
         ({}, None),
-        ({"attributes": None}, None),
+        ({"attributes": None, "org.id": None}, None),
         ({"performance.lcp_ms": 123.5}, {"performance.lcp_ms": 123.5}),
         ({"ui.viewport": {"width": 8}}, {"ui.viewport": {"width": 8}}),
         ({"session_id": "s", "pagePath": "/"}, {"session_id": "s", "pagePath": "/"}),

@@ -103,8 +103,13 @@ def test_fields(twin: Twin, make_value: Callable[[FieldDescriptor], object]) -> 
 
 def test_unnamed_fields(twin: Twin) -> None:
     """A field that the schema does not name is an attribute, wherever HTTP found it."""
-    unnamed = {"performance.lcp_ms": 12.5, "ui.viewport": {"w": 8}, "org.id": "o", "page_path": ""}
-    inner = {"page.path": "/inner", "kept": 1}
+    unnamed: Event = {
+        "performance.lcp_ms": 12.5,
+        "ui.viewport": {"w": 8},
+        "org.id": "o",
+        "page_path": "",
+    }
+    inner: Event = {"page.path": "/inner", "kept": 1}
     over_http = twin.make_event({"attributes": inner | {"org.id": "loses"}} | unnamed)
     over_grpc = twin.make_event({"attributes": inner | unnamed})
     assert twin.send([over_http], [to_message(over_grpc)]) == accepted(1)
