@@ -229,6 +229,7 @@ def _keep_partitions(engine: Engine, stack: ExitStack) -> None:
 
 def run_forwarder(settings: Settings) -> None:
     """Forwards to the enabled providers until a signal, or the end of the parent if it has one."""
+    os.nice(10)  # ingestion goes first: what waits here is kept
     with opened_database(settings) as database_url:
         asyncio.run(_forward(settings, open_engine(database_url)))
 

@@ -153,8 +153,11 @@ class Link:
         self._cut_at = self._clock() + seconds
         try:
             with translated_errors():
-                yield self._connection or self._open()
+                connection = self._connection or self._open()
+                yield connection
+                connection.commit()  # ends what SQLAlchemy may have begun by itself
         except (Conflict, Refused):
+            connection.rollback()
             raise
         except BaseException:
             self.close()
@@ -201,7 +204,7 @@ class Link:
 
     def ping(self) -> None:
         """Runs a query; raises Unavailable where that fails or takes too long."""
-        with self.connected(PING_TIMEOUT_SECONDS) as connection, connection.begin():
+        with self.connected(PING_TIMEOUT_SECONDS) as connection:
             connection.execute(text("SELECT 1"))
 
     def wait_until_available(self, stop: threading.Event) -> bool:
@@ -210,6 +213,9 @@ class Link:
             try:
                 self.ping()
             except Unavailable:
+                stop.wait(_RETRY_SECONDS)
+            except Exception:  # noqa: BLE001 - whoever waits here has nobody to tell
+                _log.exception("the database cannot be probed")
                 stop.wait(_RETRY_SECONDS)
             else:
                 return True
