@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -167,10 +167,11 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         supervisor = _supervise("worker", settings.workers, os.environ | numbers)
         if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
+        supervisors = [supervisor]
         supervisor.start()
-        stack.callback(supervisor.stop)
+        stack.callback(_stop_together, supervisors)
         if settings.destinations:
-            _keep_forwarding(stack)
+            supervisors.append(_keep_forwarding(stack))
         announce(ports, first_key)
         supervisor.run(tick, stop)
 
@@ -184,15 +185,23 @@ def _supervise(command: str, count: int, environment: Mapping[str, str]) -> Supe
     )
 
 
-def _keep_forwarding(stack: ExitStack) -> None:
+def _stop_together(supervisors: Sequence[Supervisor]) -> None:
+    stopping = [threading.Thread(target=supervisor.stop) for supervisor in supervisors]
+    for thread in stopping:
+        thread.start()
+    for thread in stopping:
+        thread.join()
+
+
+def _keep_forwarding(stack: ExitStack) -> Supervisor:
     """Runs a forwarder beside the workers: a process of its own, that slows none of them."""
     supervisor, stop = _supervise("forward", 1, os.environ), threading.Event()
     supervisor.start()
     watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop), daemon=True)
     watching.start()
-    stack.callback(supervisor.stop)
     stack.callback(watching.join)
     stack.callback(stop.set)
+    return supervisor
 
 
 def _prepare_database(

@@ -17,7 +17,7 @@ _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 # Each provider's credential variable and usual endpoint.
 _PROVIDERS = {
     "amplitude": ("AMPLITUDE_API_KEY", "https://api2.amplitude.com/batch"),
-    "mixpanel": ("MIXPANEL_TOKEN", "https://api.mixpanel.com/import?strict=1"),
+    "mixpanel": ("MIXPANEL_TOKEN", "https://api.mixpanel.com/import"),
 }
 _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
 

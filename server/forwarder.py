@@ -20,7 +20,7 @@ from productgraph.v1.event_pb2 import Event
 from server.database import Connection, Link
 from server.errors import Unavailable
 from server.outbox import Death, Outcome, claim_batch, record_outcomes, set_stopped
-from server.providers import CURRENT_MAPPING_VERSION, Answer, Decision, Provider
+from server.providers import CURRENT_MAPPING_VERSION, Answer, Decision, Provider, Request
 from server.transport import Transport
 
 P = ParamSpec("P")
@@ -30,7 +30,7 @@ REQUESTS_IN_FLIGHT = 4
 # Enough for several requests in turn; what a killed forwarder had claimed waits for its end.
 LEASE_SECONDS = 60.0
 # No request begins with less of the lease left than it may take.
-_RESERVE_SECONDS = 30.0
+_RESERVE_SECONDS = 45.0
 _QUERY_SECONDS = 20.0
 _POLL_SECONDS = 0.25
 _FULL = 1000
@@ -38,6 +38,8 @@ _STOPPED_SECONDS = 15.0
 _SHORTEST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 2.0, 300.0
 # Kept by a newer release, while this one is still running: left to that one's forwarder.
 _NEWER_VERSION_SECONDS = 60.0
+# What is in flight when the forwarder is to stop may still be answered for so long.
+_STOP_GRACE_SECONDS = 5.0
 _MAX_ANSWER_CHARACTERS = 500
 
 _log = logging.getLogger("productgraph.forwarder")
@@ -79,6 +81,8 @@ class Lane:
         self._link = link
         self._max_age = max_age
         self._failures = 0
+        self._has_progressed = False
+        self._stop_event = asyncio.Event()
         # A single event goes first, to find out.
         self._is_stopped = True
 
@@ -88,6 +92,7 @@ class Lane:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Forwards until `stop` is set, and then until what is in flight is recorded."""
+        self._stop_event = stop
         while not stop.is_set():
             try:
                 pause = await self.forward_batch()
@@ -108,24 +113,25 @@ class Lane:
             return _POLL_SECONDS
         outcomes = [Outcome(delivery) for delivery in deliveries]
         items = await asyncio.to_thread(self._make_items, outcomes)
+        self._has_progressed = False
         queues = (self._send_queue(queue, deadline) for queue in _queue_by_session(items))
         ends = await asyncio.gather(*queues, return_exceptions=True)
         await self._query(record_outcomes, name, lease, outcomes)
-        return await self._draw_conclusion(ends, outcomes)
+        return await self._draw_conclusion(ends, len(items))
 
-    async def _draw_conclusion(
-        self, ends: Iterable[BaseException | None], outcomes: Sequence[Outcome]
-    ) -> float:
+    async def _draw_conclusion(self, ends: Iterable[BaseException | None], count: int) -> float:
         for end in ends:
             if isinstance(end, Stopped):
                 return await self._stop(str(end))
             if end is not None:
                 raise end
-        if any(outcome.done or outcome.dead for outcome in outcomes):
+        if not count:
+            return 0.0
+        if self._has_progressed:
             self._failures = 0
             await self._resume()
             # Where little was due, more gathers meanwhile, and goes in fewer and larger requests.
-            return 0.0 if sum(len(o.delivery.events) for o in outcomes) >= _FULL else _POLL_SECONDS
+            return 0.0 if count >= _FULL else _POLL_SECONDS
         self._failures += 1
         return backoff_seconds(self._failures)
 
@@ -147,16 +153,28 @@ class Lane:
     def _make_items(self, outcomes: Sequence[Outcome]) -> list[Item]:
         items = []
         for outcome in outcomes:
-            version, backoff = outcome.delivery.mapping_version, backoff_seconds(outcome.attempts)
-            if version > CURRENT_MAPPING_VERSION:
+            if outcome.delivery.mapping_version > CURRENT_MAPPING_VERSION:
                 outcome.postpone(_NEWER_VERSION_SECONDS)
                 continue
+            backoff = backoff_seconds(outcome.attempts)
             for position, encoded in outcome.delivery.events.items():
-                event = Event.FromString(encoded)
-                payload = self._provider.encode_event(event, version)
-                moment = (event.event_timestamp.seconds, event.event_timestamp.nanos)
-                items.append(Item(outcome, position, payload, event.session_id, moment, backoff))
+                if item := self._make_item(outcome, position, encoded, backoff):
+                    items.append(item)
         return items
+
+    def _make_item(
+        self, outcome: Outcome, position: int, encoded: bytes, backoff: float
+    ) -> Item | None:
+        """The item of one event; None for one that no request can be made of, which is dead."""
+        try:
+            event = Event.FromString(encoded)
+            payload = self._provider.encode_event(event, outcome.delivery.mapping_version)
+        except Exception:  # noqa: BLE001 - one event shall not hold up all behind it
+            _log.exception("an event cannot be mapped", extra={"provider": self._provider.name})
+            outcome.dead[position] = Death("cannot be mapped, see the log", "")
+            return None
+        moment = (event.event_timestamp.seconds, event.event_timestamp.nanos)
+        return Item(outcome, position, payload, event.session_id, moment, backoff)
 
     async def _send_queue(self, items: Sequence[Item], deadline: float) -> None:
         limits = self._provider.max_events, self._provider.max_bytes
@@ -164,10 +182,10 @@ class Lane:
             await self._send(request, deadline)
 
     async def _send(self, items: Sequence[Item], deadline: float) -> None:
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or self._stop_event.is_set():
             return  # recorded as neither, they are due again at once
         payloads = [item.payload for item in items]
-        answer = await self._transport.post(self._provider.build_request(payloads))
+        answer = await self._post(self._provider.build_request(payloads))
         decision = self._provider.decide(payloads, answer)
         if decision.stop is not None:
             raise Stopped(decision.stop)
@@ -175,9 +193,21 @@ class Lane:
         for group in decision.resend:
             await self._send([items[index] for index in group], deadline)
 
+    async def _post(self, request: Request) -> Answer | None:
+        sending = asyncio.create_task(self._transport.post(request))
+        stopping = asyncio.create_task(self._stop_event.wait())
+        await asyncio.wait((sending, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        await asyncio.wait((sending,), timeout=_STOP_GRACE_SECONDS)
+        if sending.done():
+            return sending.result()
+        sending.cancel()
+        return None
+
     def _note(self, decision: Decision, items: Sequence[Item], answer: Answer | None) -> None:
         body = answer.body.decode(errors="replace") if answer else "no answer"
         said = body[:_MAX_ANSWER_CHARACTERS].replace("\0", "\ufffd")
+        self._has_progressed = self._has_progressed or bool(decision.done or decision.dead)
         for index in decision.done:
             items[index].outcome.done.add(items[index].position)
         for index, reason in decision.dead.items():

@@ -317,7 +317,7 @@ class DeadEvent:
 def list_dead(connection: Connection, provider: str | None, limit: int) -> list[DeadEvent]:
     """The newest dead letters of a provider, or of all."""
     rows = connection.execute(_LIST_DEAD, {"provider": provider, "limit": limit}).mappings()
-    return [DeadEvent(**row) for row in rows]
+    return [DeadEvent(**row | {"event": bytes(row["event"])}) for row in map(dict, rows)]
 
 
 def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
@@ -327,7 +327,7 @@ def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int])
     """
     taken = _take_dead(connection, provider, ids)
     for row in taken:
-        events = EventFrames(events=[row["event"]]).SerializeToString()
+        events = EventFrames(events=[bytes(row["event"])]).SerializeToString()
         connection.execute(_REVIVE, {**row, "events": events})
     return len(taken)
 

@@ -17,6 +17,7 @@ class Transport:
     def __init__(self, connections: int) -> None:
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(_TOTAL_SECONDS, connect=_CONNECT_SECONDS),
+            trust_env=False,
             limits=httpx.Limits(max_connections=connections),
             # A compressed answer could be far larger than it looks.
             headers={"Accept-Encoding": "identity", "User-Agent": "productgraph"},

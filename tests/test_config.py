@@ -173,7 +173,7 @@ ANALYTICS = {
         ({"AMPLITUDE_ENDPOINT": "http://[::1]:9/b"}, {"amplitude": "http://[::1]:9/b"}),
         (
             {"AMPLITUDE_ENABLED": "no", "MIXPANEL_ENABLED": "yes"},
-            {"mixpanel": "https://api.mixpanel.com/import?strict=1"},
+            {"mixpanel": "https://api.mixpanel.com/import"},
         ),
     ],
     ids=str,
