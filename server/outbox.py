@@ -185,7 +185,8 @@ def claim_batch(
     """
     with connection.begin():
         connection.execute(_BEGIN_LIGHTLY)
-        wanted = {"provider": provider, "limit": _MAX_DELIVERIES}
+        # Each has an event at the least: no more of them are read and locked than can be taken.
+        wanted = {"provider": provider, "limit": min(max_events, _MAX_DELIVERIES)}
         due = _take_first(connection.execute(_FIND_DUE, wanted).mappings().all(), max_events)
         ids = [row["id"] for row in due]
         connection.execute(_LEASE, {"lease": lease, "seconds": seconds, "ids": ids})
