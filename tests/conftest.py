@@ -12,7 +12,7 @@ import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
 
-from server.database import connected, open_engine
+from server.database import Engine, connected, open_engine
 from server.embedded import EmbeddedPostgres
 from server.keys import create_key
 from server.migration import migrate
@@ -81,6 +81,18 @@ def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
         return url
 
     return create
+
+
+@pytest.fixture(scope="module")
+def url(create_migrated: Callable[[], str]) -> str:
+    """A database of the module's own, in the form libpq takes."""
+    return create_migrated()
+
+
+@pytest.fixture(scope="module")
+def engine(url: str) -> Engine:
+    """How the service connects to it."""
+    return open_engine(_for_sqlalchemy(url))
 
 
 @pytest.fixture(scope="session")

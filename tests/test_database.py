@@ -36,18 +36,6 @@ FREEING_SECONDS = 0.3
 END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
 
 
-@pytest.fixture(scope="module")
-def url(create_database: Callable[[], str]) -> str:
-    """An empty database of this module's own."""
-    return create_database()
-
-
-@pytest.fixture(scope="module")
-def engine(url: str) -> Engine:
-    """How the service connects to it."""
-    return open_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
-
-
 @pytest.fixture
 def link(engine: Engine) -> Iterator[Link]:
     """A link that a watchdog cuts."""

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import string
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,6 @@ from tests.services import wait_until
 # The service promises to refuse a revoked key after so long.
 REVOCATION_SECONDS = 30
 REFRESH_SECONDS = 10
-
-
-@pytest.fixture(scope="module")
-def engine(create_migrated: Callable[[], str]) -> Engine:
-    """How the service connects to a database of this module's own."""
-    return open_engine(create_migrated().replace("postgresql:", "postgresql+psycopg2:"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from productgraph.internal.v1.frames_pb2 import EventFrames
 from productgraph.v1.event_pb2 import Event
-from server.database import Conflict, Connection, Engine, Refused, connected, open_engine
+from server.database import Conflict, Connection, Engine, Refused, connected
 from server.database import transactional as make_transactional
 from server.outbox import (
     _FIND_DUE,
@@ -48,18 +48,6 @@ SELECT (SELECT count(*) FROM outbox_payloads p WHERE NOT EXISTS
 DUE_AFTER = "SELECT round(extract(epoch FROM due_at - now())) FROM outbox_deliveries ORDER BY id"
 
 Query = Callable[..., list[Any]]
-
-
-@pytest.fixture(scope="module")
-def url(create_migrated: Callable[[], str]) -> str:
-    """A database of this module's own."""
-    return create_migrated()
-
-
-@pytest.fixture(scope="module")
-def engine(url: str) -> Engine:
-    """How ingestion connects to it."""
-    return open_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
 
 
 @pytest.fixture

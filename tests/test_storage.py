@@ -43,18 +43,6 @@ Name = Callable[[], str]
 
 
 @pytest.fixture(scope="module")
-def url(create_migrated: Callable[[], str]) -> str:
-    """A database of this module's own."""
-    return create_migrated()
-
-
-@pytest.fixture(scope="module")
-def engine(url: str) -> Engine:
-    """How the service connects to it."""
-    return open_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
-
-
-@pytest.fixture(scope="module")
 def reader(url: str) -> Iterator[psycopg2.extensions.connection]:
     """A connection beside the service's."""
     with closing(psycopg2.connect(url)) as connection:

@@ -29,17 +29,11 @@ BLOCKED = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'events'::reg
 
 @pytest.fixture(scope="module")
 def url(create_migrated: Callable[[], str]) -> str:
-    """A database of this module's own."""
+    """A database of this module's own, which refuses one event name."""
     url = create_migrated()
     with closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
         cursor.execute(f"ALTER TABLE events ADD CHECK (event_name <> '{POISON}')")
     return url
-
-
-@pytest.fixture(scope="module")
-def engine(url: str) -> Engine:
-    """How the service connects to it."""
-    return open_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
 
 
 class Table:

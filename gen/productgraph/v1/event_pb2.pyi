@@ -23,8 +23,7 @@ class Event(_message.Message):
     """One thing that happened in a customer's application.
 
     The JSON names are the documented wire names. The order of the fields is the order in which
-    they are checked. A new field takes the next free number and its place in the documented order
-    does not matter.
+    they are checked; a new one takes the next free number.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
