@@ -16,7 +16,7 @@ from server.database import Engine, connected, open_engine
 from server.embedded import EmbeddedPostgres
 from server.keys import create_key
 from server.migration import migrate
-from tests.services import Service, running_service
+from tests.services import Service, for_sqlalchemy, running_service
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,6 @@ def create_database(postgres_url: str) -> Iterator[Callable[[], str]]:
         _execute(server.render_as_string(hide_password=False), f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def _for_sqlalchemy(url: str) -> str:
-    return url.replace("postgresql:", "postgresql+psycopg2:")
-
-
 def _execute(url: str, statement: str) -> None:
     with closing(psycopg2.connect(url)) as connection:
         connection.autocommit = True
@@ -77,7 +73,7 @@ def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
 
     def create() -> str:
         url = create_database()
-        migrate(open_engine(_for_sqlalchemy(url)))
+        migrate(open_engine(for_sqlalchemy(url)))
         return url
 
     return create
@@ -92,7 +88,7 @@ def url(create_migrated: Callable[[], str]) -> str:
 @pytest.fixture(scope="module")
 def engine(url: str) -> Engine:
     """How the service connects to it."""
-    return open_engine(_for_sqlalchemy(url))
+    return open_engine(for_sqlalchemy(url))
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +107,7 @@ def project(service: Service) -> Project:
 def create_project(service: Service) -> Project:
     """A fresh project with a key, of any service."""
     name = f"proj_{uuid.uuid4().hex[:12]}"
-    with connected(open_engine(_for_sqlalchemy(service.database_url))) as connection:
+    with connected(open_engine(for_sqlalchemy(service.database_url))) as connection:
         return Project(name, create_key(connection, name, "test"))
 
 

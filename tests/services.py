@@ -17,7 +17,9 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import psutil  # type: ignore[import-untyped]
+from sqlalchemy import text
 
+from server.database import Engine, connected
 from server.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[1]
@@ -146,3 +148,14 @@ def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def for_sqlalchemy(url: str) -> str:
+    """The URL of a database, from the form that libpq takes."""
+    return url.replace("postgresql:", "postgresql+psycopg2:")
+
+
+def query(engine: Engine, statement: str) -> list[tuple[object, ...]]:
+    """The rows of a query."""
+    with connected(engine) as connection:
+        return [tuple(row) for row in connection.execute(text(statement))]

@@ -52,7 +52,13 @@ from tests.provider_servers import (
     Reply,
     Script,
 )
-from tests.services import clean_environment, run_command, running_service, wait_until
+from tests.services import (
+    clean_environment,
+    for_sqlalchemy,
+    run_command,
+    running_service,
+    wait_until,
+)
 from tests.test_rows import ENCODER, make_event
 
 SECRET = "s3cret"
@@ -98,7 +104,7 @@ class Bench:
         """Stores them in one commit, as the service does."""
         rows = [ENCODER.encode(event, event.SerializeToString()) for event in events]
         outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
-        with connected(open_engine(self.url.replace("postgresql:", "postgresql+psycopg2:"))) as c:
+        with connected(open_engine(for_sqlalchemy(self.url))) as c:
             EventStore(ENCODER.columns, outbox.enqueue).save(c, rows, 10)
 
     def build_lane(self, name: str, max_age: timedelta, sender: Transport) -> tuple[Lane, Link]:
@@ -108,7 +114,7 @@ class Bench:
             "mixpanel": Mixpanel,
         }
         provider: Provider = types[name](SECRET, self.servers[name].url)
-        engine = open_engine(self.url.replace("postgresql:", "postgresql+psycopg2:"))
+        engine = open_engine(for_sqlalchemy(self.url))
         link = Link(make_transactional(engine))
         return Lane(provider, sender, link, max_age=max_age), link
 

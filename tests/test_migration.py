@@ -9,6 +9,7 @@ from sqlalchemy import text
 from server.database import DatabaseError, Engine, connected, open_engine
 from server.migration import UnsuitableDatabase, check_migrated, migrate
 from server.schema import EVENT_SCHEMA
+from tests.services import for_sqlalchemy, query
 
 COLUMNS = """
 SELECT attname, format_type(atttypid, atttypmod), attnotnull
@@ -20,13 +21,7 @@ TABLES = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespa
 @pytest.fixture
 def engine(create_database: Callable[[], str]) -> Engine:
     """How the service connects to an empty database."""
-    return open_engine(create_database().replace("postgresql:", "postgresql+psycopg2:"))
-
-
-def query(engine: Engine, statement: str) -> list[tuple[object, ...]]:
-    """The rows of a query."""
-    with connected(engine) as connection:
-        return [tuple(row) for row in connection.execute(text(statement))]
+    return open_engine(for_sqlalchemy(create_database()))
 
 
 def test_events_table(engine: Engine) -> None:

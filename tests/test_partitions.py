@@ -12,7 +12,7 @@ from sqlalchemy import text
 from server.database import Conflict, Engine, Link, connected, open_engine
 from server.partitions import PartitionKeeper, add_months, months_from
 from server.storage import EventStore
-from tests.services import wait_until
+from tests.services import for_sqlalchemy, query, wait_until
 from tests.test_rows import ENCODER, make_row
 
 DECEMBER = date(2023, 12, 31)
@@ -28,13 +28,7 @@ PLACES = "SELECT event_id, tableoid::regclass::text FROM events ORDER BY 1"
 @pytest.fixture
 def engine(create_migrated: Callable[[], str]) -> Engine:
     """How the service connects to a fresh database."""
-    return open_engine(create_migrated().replace("postgresql:", "postgresql+psycopg2:"))
-
-
-def query(engine: Engine, statement: str) -> list[tuple[object, ...]]:
-    """The rows of a query."""
-    with connected(engine) as connection:
-        return [tuple(row) for row in connection.execute(text(statement))]
+    return open_engine(for_sqlalchemy(create_migrated()))
 
 
 def add(engine: Engine, today: date = DECEMBER) -> None:

@@ -15,7 +15,7 @@ from google.protobuf.descriptor import Descriptor
 
 from productgraph.v1.event_pb2 import Event
 from server.schema import EVENT_SCHEMA, MAX_BATCH_SIZE, Kind, read_schema
-from tests.services import ROOT, clean_environment
+from tests.services import ROOT, clean_environment, for_sqlalchemy
 
 # The documentation's tables of fields, in its order; the last one takes what it does not name.
 DOCUMENTED = [
@@ -224,7 +224,7 @@ def test_adding_a_field(extended_gen: Path, create_migrated: Callable[[], str]) 
         cursor.execute(NEW_COLUMNS)
         connection.commit()
         stored = subprocess.run(
-            [sys.executable, "-c", STORE, url.replace("postgresql:", "postgresql+psycopg2:")],
+            [sys.executable, "-c", STORE, for_sqlalchemy(url)],
             input=json.dumps({"events": events}).encode(),
             env=environment,
             capture_output=True,

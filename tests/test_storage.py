@@ -17,6 +17,7 @@ from server.database import Conflict, Connection, Engine, Refused, connected, op
 from server.errors import Unavailable
 from server.rows import Row
 from server.storage import EventStore
+from tests.services import for_sqlalchemy
 from tests.test_rows import ENCODER, make_row
 
 # Makes the database tell how each row was written, and acknowledge before its disk has it.
@@ -194,7 +195,7 @@ def test_staging(create_migrated: Callable[[], str]) -> None:
         cursor.execute(OBSERVE)
     now = [100.0]
     store = EventStore(ENCODER.columns, clock=lambda: now[0])
-    engine = open_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
+    engine = open_engine(for_sqlalchemy(url))
     with connected(engine) as connection:
         assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "off"
         for seconds, names in [(0, "a"), (0, "b"), (0, "bc"), (0, "d"), (4.9, "e"), (0.2, "f")]:
