@@ -1,24 +1,18 @@
 """The HTTP edge: POST /v1/events, the health endpoints, CORS."""
 
 import logging
-import threading
 import zlib
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 
 import falcon
 import orjson
 from falcon.constants import COMBINED_METHODS
 
-from productgraph.v1.event_pb2 import Event
-from server.errors import IngestError, Internal, InvalidArgument, Unavailable
+from server.errors import IngestError, Internal, InvalidArgument
 from server.json_codec import JsonCodec, encode_response
 from server.service import IngestService
-from server.validation import MalformedEvent
 
 MAX_BODY_BYTES = 10 * 1024 * 1024
-# Decoded, a body can take thirty times its size: those above this one are decoded one at a time.
-_LARGE_BODY_BYTES = 1024 * 1024
 _PREFLIGHT_SECONDS = 3600
 _GZIP_WINDOW = 31  # zlib's number for "with a gzip header"
 
@@ -43,17 +37,14 @@ def create_app(
     is_ready: Callable[[], bool],
     *,
     allowed_origins: Collection[str],
-    threads: int,
 ) -> App:
-    """The WSGI application; `threads` is how many the server runs it with.
+    """The WSGI application.
 
     `allowed_origins` may hold `*` for any. Behind a server that cannot hold answers back, a request
     waits for its commit.
     """
     app: App = falcon.App(middleware=[_CrossOrigin(allowed_origins), _UnknownMethods()])
-    # A quarter of the threads never waits, so that health checks are always answered.
-    waiting = _Slots(threads * 3 // 4)
-    app.add_route("/v1/events", _Events(service, codec, waiting))
+    app.add_route("/v1/events", _Events(service, codec))
     app.add_route("/health", _Health())
     app.add_route("/ready", _Ready(is_ready))
     app.set_error_serializer(_serialize_http_error)
@@ -62,29 +53,10 @@ def create_app(
     return app
 
 
-class _Slots:
-    """Limits how many threads may wait at a time."""
-
-    def __init__(self, count: int) -> None:
-        self._semaphore = threading.BoundedSemaphore(count)
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Raises Unavailable at once where all are taken."""
-        if not self._semaphore.acquire(blocking=False):
-            raise Unavailable("too many requests are waiting")
-        try:
-            yield
-        finally:
-            self._semaphore.release()
-
-
 class _Events:
-    def __init__(self, service: IngestService, codec: JsonCodec, waiting: _Slots) -> None:
+    def __init__(self, service: IngestService, codec: JsonCodec) -> None:
         self._service = service
         self._codec = codec
-        self._waiting = waiting
-        self._large_bodies = threading.Lock()
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         if failure := req.env.get(_FAILURE):
@@ -94,7 +66,7 @@ class _Events:
         if project_id is None:
             return
         _check_content_type(req)
-        events = self._decode(_read_body(req))
+        events = self._codec.parse_batch(_read_body(req))
         response, stored = self._service.ingest(project_id, events, deadline)
         if hold := req.env.get(_HOLD):
             hold(stored)
@@ -114,12 +86,6 @@ class _Events:
             hold(found, repeat=True)
             return None
         return self._service.wait(found, deadline)
-
-    def _decode(self, body: bytes) -> list[Event | MalformedEvent]:
-        if len(body) <= _LARGE_BODY_BYTES:
-            return self._codec.parse_batch(body)
-        with self._waiting.taken(), self._large_bodies:
-            return self._codec.parse_batch(body)
 
 
 class _Health:

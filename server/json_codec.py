@@ -5,14 +5,17 @@ the first field that is wrong, or to accept what only looked wrong.
 """
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import orjson
+from google.protobuf.struct_pb2 import Struct
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from productgraph.v1.event_pb2 import Event
+from server.columns import ColumnReader, ParsedEvent
 from server.errors import InvalidArgument
 from server.json_document import parse_document, parse_exactly
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
@@ -29,102 +32,114 @@ class JsonCodec:
 
     def __init__(self, schema: Schema) -> None:
         self._fields = schema.fields
-        scalars = schema.of_kind(Kind.TEXT, Kind.INTEGER, Kind.LONG)
-        composites = schema.of_kind(Kind.TIMESTAMP, Kind.OBJECT)
-        self._scalar_names = {field.wire_name: field.name for field in scalars}
-        self._composites = {field.wire_name: field for field in composites}
-        self._rounded = [field for field in scalars if field.rules.rounding]
-        self._catch_all = schema.catch_all.wire_name
+        self._name_of = {field.wire_name: field.name for field in schema.fields}.get
+        self._composites = [
+            (field.name, _set_timestamp if field.kind is Kind.TIMESTAMP else self._set_object)
+            for field in schema.of_kind(Kind.TIMESTAMP, Kind.OBJECT)
+        ]
+        integers = schema.of_kind(Kind.INTEGER, Kind.LONG)
+        self._integers = {field.name: field for field in integers}
+        self._catch_all = schema.catch_all
+        self._columns = ColumnReader(schema)
         # One level more than allowed, for the validator to see.
         self._depth = schema.max_depth + 1
 
-    def parse_batch(self, body: bytes) -> list[Event | MalformedEvent]:
-        """The events of a request's body, in order.
+    def parse_batch(self, body: bytes) -> Iterator[ParsedEvent | MalformedEvent]:
+        """The events of a request's body in order, each parsed when it is asked for.
 
+        So one event at a time is in memory, and in the processor's cache, beside the document.
         Raises InvalidArgument where the body is not JSON, not of the documented shape, or holds
         too many events.
         """
-        try:
-            return [self._parse_event(item) for item in _read_items(parse_document(body))]
-        except LostDigits:
-            return [self._parse_event(item) for item in _read_items(parse_exactly(body))]
+        return self._parse_items(_read_items(parse_document(body)), body)
 
-    def _parse_event(self, item: Any) -> Event | MalformedEvent:
+    def _parse_items(self, items: list[Any], body: bytes) -> Iterator[ParsedEvent | MalformedEvent]:
+        exact: list[Any] = []
+        for index, item in enumerate(items):
+            try:
+                yield self._parse_event(item)
+            except LostDigits:
+                exact = exact or _read_items(parse_exactly(body))
+                yield self._parse_event(exact[index])
+
+    def _parse_event(self, item: Any) -> ParsedEvent | MalformedEvent:
         if type(item) is not dict:
             return MalformedEvent(Event(), 0, NOT_AN_EVENT)
-        scalars, composites = self._sort_fields(item)
         try:
-            for field in self._rounded:
-                if type(scalars.get(field.name)) is float:
-                    scalars[field.name] = _read_integer(scalars[field.name], field)
-            event = Event(**scalars)
-            for wire_name, value in composites.items():
-                self._set_composite(event, self._composites[wire_name], value)
+            return self._build_event(self._collect_fields(item))
         except (TypeError, ValueError):
-            return self._parse_carefully(item, composites)
-        return event
+            return self._parse_carefully(self._collect_fields(item))
 
-    def _sort_fields(self, item: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The scalars by proto name; timestamps and objects by wire name, unnamed fields in one."""
-        scalars: dict[str, Any] = {}
-        composites: dict[str, Any] = {}
-        unnamed: dict[str, Any] = {}
-        for wire_name, value in item.items():
-            if name := self._scalar_names.get(wire_name):
-                scalars[name] = value
-            elif value is None:
-                continue
-            elif wire_name in self._composites:
-                composites[wire_name] = value
-            else:
-                unnamed[wire_name] = value
-        self._merge_unnamed(composites, unnamed)
-        return scalars, composites
+    def _collect_fields(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The fields that are present, by proto name; those that the schema lacks in one."""
+        name_of = self._name_of
+        fields = {name_of(name, ""): value for name, value in item.items() if value is not None}
+        if "" in fields:
+            del fields[""]
+            self._merge_unnamed(fields, item)
+        return fields
 
-    def _merge_unnamed(self, composites: dict[str, Any], unnamed: dict[str, Any]) -> None:
-        sent = composites.get(self._catch_all)
-        if type(sent) is dict:
-            composites[self._catch_all] = sent | unnamed
-        elif sent is not None:
-            composites[self._catch_all] = unnamed | {self._catch_all: sent}
-        elif unnamed:
-            composites[self._catch_all] = unnamed
+    def _merge_unnamed(self, fields: dict[str, Any], item: dict[str, Any]) -> None:
+        unnamed = {
+            name: value
+            for name, value in item.items()
+            if value is not None and not self._name_of(name)
+        }
+        sent = fields.get(self._catch_all.name, {})
+        is_object = type(sent) is dict
+        merged = sent | unnamed if is_object else unnamed | {self._catch_all.wire_name: sent}
+        fields[self._catch_all.name] = merged
 
-    def _parse_carefully(
-        self, item: dict[str, Any], composites: dict[str, Any]
-    ) -> Event | MalformedEvent:
+    def _build_event(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
+        """Takes what is of the right types, and raises TypeError or ValueError otherwise."""
+        composites = []
+        for name, set_value in self._composites:
+            if name in fields:
+                composites.append((name, set_value, fields.pop(name)))
+        integers = self._integers.keys() & fields.keys()
+        for name in integers:
+            if type(fields[name]) is float:
+                fields[name] = _read_integer(fields[name], self._integers[name])
+        event = Event(**fields)
+        # The event has taken them, so they are what their columns hold, once the integers are text.
+        for name in integers:
+            fields[name] = str(fields[name])
+        for name, set_value, value in composites:
+            if text := set_value(getattr(event, name), value):
+                fields[name] = text
+        return self._columns.complete(event, fields)
+
+    def _parse_carefully(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
         """Sets field by field in the order of the schema, up to the first that is malformed."""
         event = Event()
-        values = item | composites
         for field in self._fields:
-            value = values.get(field.wire_name)
-            if value is None:
+            if field.name not in fields:
                 continue
             try:
-                self._set_field(event, field, value)
+                self._set_field(event, field, fields[field.name])
             except ValueError as problem:
                 return MalformedEvent(event, field.position, f"{field.wire_name}: {problem}")
-        return event
+        return self._columns.read(event, event.SerializeToString())
 
     def _set_field(self, event: Event, field: Field, value: Any) -> None:
-        if field.wire_name in self._composites:
-            self._set_composite(event, field, value)
-        elif field.kind is Kind.TEXT:
+        if field.kind is Kind.TEXT:
             if type(value) is not str:
                 raise ValueError("must be a string")
             setattr(event, field.name, value)
+        elif field.kind is Kind.TIMESTAMP:
+            _set_timestamp(getattr(event, field.name), value)
+        elif field.kind is Kind.OBJECT:
+            self._set_object(getattr(event, field.name), value)
         else:
             setattr(event, field.name, _read_integer(value, field))
 
-    def _set_composite(self, event: Event, field: Field, value: Any) -> None:
-        target = getattr(event, field.name)
-        if field.kind is Kind.OBJECT:
-            if type(value) is not dict:
-                raise ValueError("must be an object")
-            target.SetInParent()
-            fill_struct(target, value, self._depth)
-        elif value != "":
-            target.seconds, target.nanos = _read_timestamp(value)
+    def _set_object(self, target: Struct, value: Any) -> str | None:
+        """Returns the object's JSON, where it is the same as that of the struct."""
+        if type(value) is not dict:
+            raise ValueError("must be an object")
+        target.SetInParent()
+        is_plain = fill_struct(target, value, self._depth)
+        return orjson.dumps(value).decode() if is_plain else None
 
 
 def _read_items(document: Any) -> list[Any]:
@@ -138,11 +153,13 @@ def _read_items(document: Any) -> list[Any]:
     return items
 
 
-def _read_timestamp(value: Any) -> tuple[int, int]:
-    if type(value) is str:
-        with suppress(ValueError):
-            return parse_timestamp(value)
-    raise ValueError(NOT_A_TIMESTAMP)
+def _set_timestamp(target: Timestamp, value: Any) -> None:
+    if value == "":
+        return
+    try:
+        target.seconds, target.nanos = parse_timestamp(value)
+    except (TypeError, ValueError):
+        raise ValueError(NOT_A_TIMESTAMP) from None
 
 
 def _read_integer(value: Any, field: Field) -> int:

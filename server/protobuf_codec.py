@@ -1,5 +1,6 @@
 """Protobuf bytes to Events, each parsed by itself."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -7,6 +8,7 @@ from google.protobuf.message import DecodeError, Message
 
 from productgraph.internal.v1.frames_pb2 import EventFrames
 from productgraph.v1.event_pb2 import Event
+from server.columns import ColumnReader, ParsedEvent
 from server.errors import InvalidArgument
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.structs import REPLACEMENT, replace_nul
@@ -20,10 +22,11 @@ class ProtobufCodec:
         self._schema = schema
         self._texts = schema.of_kind(Kind.TEXT)
         self._objects = schema.of_kind(Kind.OBJECT)
+        self._columns = ColumnReader(schema)
         self._loose_type = _loosen(Event)
 
-    def parse_batch(self, request: bytes) -> list[Event | MalformedEvent]:
-        """The events of an encoded IngestEventsRequest, in order.
+    def parse_batch(self, request: bytes) -> Iterator[ParsedEvent | MalformedEvent]:
+        """The events of an encoded IngestEventsRequest in order, each parsed when asked for.
 
         Raises InvalidArgument where the request is not readable, or holds too many events.
         """
@@ -33,16 +36,19 @@ class ProtobufCodec:
             raise InvalidArgument("request: not an IngestEventsRequest") from None
         if len(frames) > MAX_BATCH_SIZE:
             raise InvalidArgument(f"events: more than {MAX_BATCH_SIZE} in one batch")
-        return [self._parse_event(frame) for frame in frames]
+        return map(self._parse_event, frames)
 
-    def _parse_event(self, encoded: bytes) -> Event | MalformedEvent:
+    def _parse_event(self, encoded: bytes) -> ParsedEvent | MalformedEvent:
         try:
             event = Event.FromString(encoded)
         except DecodeError:
             return self._find_malformed(encoded)
-        if b"\0" in encoded:
-            self._replace_nul(event)
-        return event
+        parsed = self._columns.read(event, encoded)
+        return parsed if _is_storable(parsed) else self._repair(event)
+
+    def _repair(self, event: Event) -> ParsedEvent | MalformedEvent:
+        self._replace_nul(event)
+        return self._columns.read(event, event.SerializeToString())
 
     def _replace_nul(self, event: Event) -> None:
         for field in self._texts:
@@ -87,6 +93,14 @@ class ProtobufCodec:
         if "MaxDepth" in str(error):
             return describe_nesting(self._schema.max_depth)
         return "must be an object"
+
+
+def _is_storable(parsed: ParsedEvent | MalformedEvent) -> bool:
+    """Whether no text has U+0000, nor any object's JSON what may be its escape."""
+    if isinstance(parsed, MalformedEvent):
+        return False
+    joined = "".join(parsed.columns.values())
+    return "\0" not in joined and r"\u0000" not in joined
 
 
 def _loosen(message_type: type[Message]) -> type[Message]:

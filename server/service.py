@@ -1,12 +1,12 @@
 """The one door for events: whose they are, which of them are valid, and when they are stored."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
-from productgraph.v1.event_pb2 import Event
+from server.columns import ParsedEvent
 from server.errors import Unavailable
 from server.key_directory import KeyDirectory
 from server.rows import Row, RowEncoder
@@ -71,7 +71,7 @@ class IngestService:
             raise Unavailable("not answered in time") from None
 
     def ingest(
-        self, project_id: str, events: Sequence[Event | MalformedEvent], deadline: float
+        self, project_id: str, events: Iterable[ParsedEvent | MalformedEvent], deadline: float
     ) -> Ingestion:
         """Validates events and hands the valid ones over to be stored.
 
@@ -87,15 +87,15 @@ class IngestService:
         response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
         return Ingestion(response, self._store(rows, deadline))
 
-    def _admit(self, event: Event | MalformedEvent, project_id: str) -> Row:
-        if isinstance(event, MalformedEvent):
-            raise InvalidEvent(self._validator.explain_malformed(event, project_id))
+    def _admit(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
+        if isinstance(parsed, MalformedEvent):
+            raise InvalidEvent(self._validator.explain_malformed(parsed, project_id))
+        event = parsed.event
         self._validator.check_event(event, project_id)
         truncate_timestamp(event.event_timestamp)
         encoded = event.SerializeToString()
-        row = self._rows.encode(event, encoded)
         self._validator.check_size(len(encoded))
-        return row
+        return self._rows.encode(parsed, encoded)
 
     def _store(self, rows: list[Row], deadline: float) -> "Future[None]":
         if rows:

@@ -33,53 +33,78 @@ class TooDeep(Exception):
     """Objects and arrays are nested deeper than allowed."""
 
 
-def fill_struct(struct: Struct, source: Mapping[str, Any], depth: int) -> None:
+def fill_struct(struct: Struct, source: Mapping[str, Any], depth: int) -> bool:
     """Adds the parsed JSON object `source` to `struct`.
 
-    What is nested deeper than `depth` levels, `source` counted, is left out as null. Raises
+    What is nested deeper than `depth` levels, `source` counted, is left out as null. Says whether
+    `source` has fewer levels and is, written as JSON, what `read_struct` would give back. Raises
     LostDigits for a float that may have been an integer.
     """
     fields = struct.fields
+    is_plain = depth > 1
     for key, item in source.items():
-        _set_value(fields[key], item, depth - 1)
+        if type(item) is str:
+            fields[key].string_value = item
+        elif not _set_value(fields[key], item, depth - 1):
+            is_plain = False
+    return is_plain
 
 
-def _set_value(value: Value, item: Any, depth: int) -> None:
+def _set_value(value: Value, item: Any, depth: int) -> bool:
     kind = type(item)
     if kind is str:
         value.string_value = item
     elif kind is bool:
         value.bool_value = item
     elif kind is int:
-        _set_integer(value, item)
+        return _set_integer(value, item)
     elif kind is float:
-        _set_float(value, item)
-    elif kind is ExactFloat and math.isfinite(item):
-        value.number_value = item
-    elif kind is Decimal:
-        value.string_value = str(item)
+        return _set_float(value, item)
     elif kind is dict and depth > 0:
         value.struct_value.SetInParent()
-        fill_struct(value.struct_value, item, depth)
+        return fill_struct(value.struct_value, item, depth)
     elif kind is list and depth > 0:
         value.list_value.SetInParent()
-        for element in item:
-            _set_value(value.list_value.values.add(), element, depth - 1)
-    else:
+        return _add_elements(value.list_value, item, depth)
+    elif item is None:
         value.null_value = NULL_VALUE
+    else:
+        return _set_odd(value, item)
+    return True
 
 
-def _set_integer(value: Value, item: int) -> None:
+def _add_elements(values: ListValue, source: list[Any], depth: int) -> bool:
+    is_plain = depth > 1
+    for element in source:
+        if not _set_value(values.values.add(), element, depth - 1):
+            is_plain = False
+    return is_plain
+
+
+def _set_integer(value: Value, item: int) -> bool:
     if float(item) == item:
         value.number_value = item
-    else:
-        value.string_value = str(item)
+        return abs(item) < _INTEGERS_END
+    value.string_value = str(item)
+    return False
 
 
-def _set_float(value: Value, item: float) -> None:
+def _set_float(value: Value, item: float) -> bool:
     if abs(item) >= _INTEGERS_END:
         raise LostDigits
     value.number_value = item
+    return not item.is_integer()
+
+
+def _set_odd(value: Value, item: Any) -> bool:
+    """Sets what only the exact parser finds, or what is nested too deep."""
+    if type(item) is ExactFloat and math.isfinite(item):
+        value.number_value = item
+    elif type(item) is Decimal:
+        value.string_value = str(item)
+    else:
+        value.null_value = NULL_VALUE
+    return False
 
 
 def read_struct(struct: Struct, depth: int) -> dict[str, Any]:

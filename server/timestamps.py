@@ -13,6 +13,8 @@ _DATE_TIME = re.compile(
     r"(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)?",
     re.ASCII,
 )
+# What may follow the seconds in UTC; nothing long, since it is remembered.
+_UTC_FRACTION = re.compile(r"(?:\.(\d{1,9}))?[Zz]?", re.ASCII)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # 0001-01-01T00:00:00Z and the end of 9999, in seconds of the Unix epoch.
@@ -25,11 +27,34 @@ def parse_timestamp(text: str) -> tuple[int, int]:
     Digits after the ninth of a fraction are cut; second 60 is the first of the next minute. Raises
     ValueError for anything else, dates that do not exist included; the years are not limited here.
     """
+    try:
+        return _parse_second(text[:19]), _parse_fraction(text[19:])
+    except ValueError:
+        return _parse_any(text)
+
+
+# Events of a batch tend to share their seconds, and clients write no more than milliseconds.
+@lru_cache(maxsize=4096)
+def _parse_second(text: str) -> int:
+    if len(text) != 19:  # up to the seconds, which only a full date-time has in so many characters
+        raise ValueError(text)
+    return _parse_any(text)[0]
+
+
+@lru_cache(maxsize=4096)
+def _parse_fraction(text: str) -> int:
+    match = _UTC_FRACTION.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    return int((match[1] or "").ljust(9, "0"))
+
+
+def _parse_any(text: str) -> tuple[int, int]:
     match = _DATE_TIME.fullmatch(text)
     if match is None:
         raise ValueError(text)
     if match[1]:
-        seconds, nanos = parse_timestamp(f"{text[:17]}59{text[19:]}")
+        seconds, nanos = _parse_any(f"{text[:17]}59{text[19:]}")
         return seconds + 1, nanos
     # The letters are upper case for fromisoformat; a text that matches has no others.
     moment = datetime.fromisoformat(text.upper())

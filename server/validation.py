@@ -5,6 +5,7 @@ from operator import attrgetter
 
 from google.protobuf.message import Message
 
+from productgraph.v1 import rules_pb2
 from productgraph.v1.event_pb2 import Event
 from server.schema import Field, Kind, Schema
 from server.timestamps import is_storable
@@ -38,19 +39,19 @@ class Validator:
         self._fields = schema.fields
         self._max_bytes = schema.max_bytes
         texts = schema.of_kind(Kind.TEXT)
-        limited = [field for field in texts if field.rules.max_bytes]
-        self._required = attrgetter(*(field.name for field in texts if field.rules.required))
-        self._limited = attrgetter(*(field.name for field in limited))
+        # Texts with rules, all read at once: required ones first, the project before all others.
+        ruled = [field for field in texts if field.rules != rules_pb2.FieldRules()]
+        ruled.sort(key=lambda field: (not field.rules.matches_api_key, not field.rules.required))
+        self._ruled = attrgetter(*(field.name for field in ruled))
+        self._required_count = sum(field.rules.required for field in ruled)
         # A text of so few characters keeps every limit in bytes of UTF-8.
-        self._safe_length = min(field.rules.max_bytes for field in limited) // 4
+        self._safe_length = min(f.rules.max_bytes for f in ruled if f.rules.max_bytes) // 4
         self._choices = [
-            (attrgetter(field.name), frozenset(field.rules.allowed_values))
-            for field in texts
+            (ruled.index(field), frozenset(field.rules.allowed_values))
+            for field in ruled
             if field.rules.allowed_values
         ]
-        [project] = [field for field in texts if field.rules.matches_api_key]
-        self._project = attrgetter(project.name)
-        self._timestamps = schema.of_kind(Kind.TIMESTAMP)
+        self._timestamps = [field.name for field in schema.of_kind(Kind.TIMESTAMP)]
 
     def check_event(self, event: Event, project_id: str) -> None:
         """Raises InvalidEvent for the first rule that a field of the event breaks."""
@@ -69,19 +70,20 @@ class Validator:
         before = self._find_problem(malformed.event, project_id, malformed.position)
         return before or malformed.problem
 
-    def _looks_valid(self, event: Event, project_id: str) -> bool:
+    def _looks_valid(self, event: Message, project_id: str) -> bool:
         """All rules at once, by a few operations in C; False may still be a valid event."""
-        return (
-            self._project(event) == project_id
-            and "" not in self._required(event)
-            and max(map(len, self._limited(event))) <= self._safe_length
-            and all(choice(event) in allowed for choice, allowed in self._choices)
-            and all(self._keeps_time(event, field) for field in self._timestamps)
-        )
-
-    @staticmethod
-    def _keeps_time(event: Message, field: Field) -> bool:
-        return event.HasField(field.name) and is_storable(getattr(event, field.name))
+        texts = self._ruled(event)
+        if texts[0] != project_id or "" in texts[: self._required_count]:
+            return False
+        if max(map(len, texts)) > self._safe_length:
+            return False
+        for index, allowed in self._choices:
+            if texts[index] not in allowed:
+                return False
+        for name in self._timestamps:
+            if not (event.HasField(name) and is_storable(getattr(event, name))):
+                return False
+        return True
 
     def _find_problem(self, event: Event, project_id: str, end: int) -> str | None:
         for field in self._fields[:end]:

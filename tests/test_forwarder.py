@@ -59,7 +59,7 @@ from tests.services import (
     running_service,
     wait_until,
 )
-from tests.test_rows import ENCODER, make_event
+from tests.test_rows import ENCODER, encode_event, make_event
 
 SECRET = "s3cret"
 NAMES = ("amplitude", "mixpanel")
@@ -102,7 +102,7 @@ class Bench:
 
     def store(self, events: Sequence[Event]) -> None:
         """Stores them in one commit, as the service does."""
-        rows = [ENCODER.encode(event, event.SerializeToString()) for event in events]
+        rows = [encode_event(event) for event in events]
         outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
         with connected(open_engine(for_sqlalchemy(self.url))) as c:
             EventStore(ENCODER.columns, outbox.enqueue).save(c, rows, 10)

@@ -91,12 +91,12 @@ from server.storage import EventStore
 from server.validation import InvalidEvent, MalformedEvent, Validator
 
 validator, encoder, rows = Validator(EVENT_SCHEMA), RowEncoder(EVENT_SCHEMA), []
-for event in JsonCodec(EVENT_SCHEMA).parse_batch(sys.stdin.buffer.read()):
+for parsed in JsonCodec(EVENT_SCHEMA).parse_batch(sys.stdin.buffer.read()):
     try:
-        if isinstance(event, MalformedEvent):
-            raise InvalidEvent(validator.explain_malformed(event, "p"))
-        validator.check_event(event, "p")
-        rows.append(encoder.encode(event, event.SerializeToString()))
+        if isinstance(parsed, MalformedEvent):
+            raise InvalidEvent(validator.explain_malformed(parsed, "p"))
+        validator.check_event(parsed.event, "p")
+        rows.append(encoder.encode(parsed, parsed.event.SerializeToString()))
     except InvalidEvent as problem:
         print(problem)
 with connected(open_engine(sys.argv[1])) as connection:

@@ -1,5 +1,6 @@
 """Free-form objects keep what they hold, as far as PostgreSQL can."""
 
+import json
 import math
 from typing import Any
 
@@ -34,6 +35,15 @@ def pass_through(source: dict[str, Any], depth: int = DEPTH) -> dict[str, Any]:
 def test_round_trip(source: dict[str, Any]) -> None:
     """Any JSON object of storable texts and exact numbers comes back as it was."""
     assert pass_through(source) == source
+
+
+@given(st.dictionaries(texts, values, max_size=5), st.integers(1, 6))
+def test_plain(source: dict[str, Any], depth: int) -> None:
+    """What is called plain is, as JSON, what comes back; and nothing plain is nested too deep."""
+    struct = Struct()
+    if fill_struct(struct, source, depth + 1):
+        returned = read_struct(struct, depth)
+        assert json.dumps(returned, sort_keys=True) == json.dumps(source, sort_keys=True)
 
 
 @pytest.mark.parametrize(
