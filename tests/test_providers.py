@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from productgraph.v1.event_pb2 import Event
+from server.columns import ParsedEvent
 from server.json_codec import JsonCodec
 from server.providers import CURRENT_MAPPING_VERSION, Answer, Decision, Provider, Request
 from server.providers.amplitude import Amplitude
@@ -62,9 +63,9 @@ def make_event(**fields: Any) -> Event:
 
 def parse(sent: dict[str, Any]) -> Event:
     """An event as it is stored."""
-    [event] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [sent]}).encode())
-    assert isinstance(event, Event)
-    return event
+    [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [sent]}).encode())
+    assert isinstance(parsed, ParsedEvent)
+    return parsed.event
 
 
 def encode(provider: Provider, event: Event) -> dict[str, Any]:
