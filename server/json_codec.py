@@ -74,8 +74,8 @@ class JsonCodec:
         """The fields that are present, by proto name; those that the schema lacks in one."""
         name_of = self._name_of
         fields = {name_of(name, ""): value for name, value in item.items() if value is not None}
-        if "" in fields:
-            del fields[""]
+        if "" in fields or type(fields.get(self._catch_all.name, fields)) is not dict:
+            fields.pop("", None)
             self._merge_unnamed(fields, item)
         return fields
 
