@@ -1,0 +1,61 @@
+"""What processes use: CPU time, memory, connections."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+_MEGABYTE = 1_000_000
+
+
+def read_cpu_seconds(root: int) -> float:
+    """The CPU time that a process and all its descendants have used, those that ended included."""
+    process = psutil.Process(root)
+    total = sum(process.cpu_times()[:4])  # user and system, its own and its ended children's
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            total += sum(child.cpu_times()[:4])
+    return float(total)
+
+
+def read_all_cpu_seconds(roots: Mapping[str, int]) -> dict[str, float]:
+    """The CPU time of several such families, by their names."""
+    return {name: read_cpu_seconds(root) for name, root in roots.items()}
+
+
+def reset_peak_memory(pids: Sequence[int]) -> None:
+    """Lets `read_peak_memory` start again (man 5 proc, clear_refs)."""
+    for pid in pids:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def read_peak_memory(pids: Sequence[int]) -> float:
+    """The most resident memory that one of these processes has had, in MB of 1,000,000 bytes."""
+    return max(_read_status(pid, "VmHWM") for pid in pids)
+
+
+def read_memory(pids: Sequence[int]) -> float:
+    """The most resident memory that one of these processes has now, in MB of 1,000,000 bytes."""
+    return max(_read_status(pid, "VmRSS") for pid in pids)
+
+
+def _read_status(pid: int, field: str) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    [kilobytes] = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(kilobytes) * 1024 / _MEGABYTE
+
+
+def find_owner(client_port: int, pids: Sequence[int]) -> int | None:
+    """Which of these processes has accepted the connection from a port of this machine."""
+    for pid in pids:
+        for connection in psutil.Process(pid).net_connections("tcp"):
+            if connection.raddr and connection.raddr.port == client_port:
+                return pid
+    return None
+
+
+def find_client_ports(server_port: int) -> set[int]:
+    """The ports of this process's connections to a server."""
+    connections = psutil.Process().net_connections("tcp")
+    return {c.laddr.port for c in connections if c.raddr and c.raddr.port == server_port}
