@@ -28,7 +28,7 @@ class GrpcConnection:
         self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", options)
         grpc.channel_ready_future(self._channel).result(_CONNECT_SECONDS)
         [self.local_port] = find_client_ports(port) - before
-        self._ingest = self._channel.unary_unary(_INGEST)
+        self._ingest = self._channel.unary_unary(_INGEST, None, None)  # bytes as they are
         self._metadata = (("x-pg-api-key", key),)
 
     def call(self, request: bytes) -> "grpc.CallFuture[bytes]":
@@ -93,7 +93,7 @@ class GrpcLoad:
         call = stream.connection.call(request)
         call.add_done_callback(lambda call: self._end(stream, call, started_at))
 
-    def _end(self, stream: _Stream, call: "grpc.CallFuture[bytes]", started_at: float) -> None:
+    def _end(self, stream: _Stream, call: "grpc.Future[bytes]", started_at: float) -> None:
         meter = self._meter
         meter.latencies.append(time.perf_counter() - started_at)
         failed = cast(grpc.Call, call)

@@ -1,0 +1,132 @@
+"""The command behind `scripts/bench`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests.bench import cells
+from tests.bench.chart import draw_chart
+from tests.bench.report import (
+    CAPTION,
+    HEADINGS,
+    Document,
+    build_document,
+    describe,
+    format_row,
+    summarise,
+)
+from tests.bench.run import BenchFailed, Measurement, Plan, Results, run_bench
+
+_COPIES = 4
+_LARGE_ROWS = 10_000_000
+_WIDTHS = (18, *[11] * 2, *[8] * 9)
+
+
+def main() -> int:
+    """Measures what the arguments say; returns the exit code."""
+    parser = _build_parser()
+    options = parser.parse_args()
+    try:
+        plan = _make_plan(options)
+    except ValueError as problem:
+        parser.error(str(problem))
+    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    try:
+        results = _run(plan, console)
+    except BenchFailed as failure:
+        console.print(f"bench: {failure}", markup=False)
+        return 1
+    document = build_document(plan, results)
+    _show(document, console)
+    _write(document, options.output, console)
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    names = ", ".join(cell.name for cell in cells.ALL)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="Measures how fast the service stores events, beside PostgreSQL's own COPY and"
+        " a straightforward program. It starts everything it needs; leave the machine alone.",
+        epilog=f"Loads: {names}.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few loads, in about a minute")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="LOAD",
+        help="measure only this load, or those that match, such as 'http-*-2'; may be repeated",
+    )
+    parser.add_argument("--seconds", type=float, help="how long each load is measured (4)")
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help=f"also on a table of {_LARGE_ROWS:,} rows; takes two minutes and 20 GB of disk",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/bench"),
+        metavar="DIR",
+        help="where bench.json and bench.svg go (build/bench)",
+    )
+    return parser
+
+
+def _make_plan(options: argparse.Namespace) -> Plan:
+    seconds = options.seconds or (2.0 if options.quick else 4.0)
+    if seconds <= 0:
+        raise ValueError("--seconds must be more than 0")
+    patterns = options.only or (cells.QUICK if options.quick else ["*"])
+    chosen = cells.choose_cells(patterns)
+    return Plan(chosen, seconds, seconds / 4, _LARGE_ROWS if options.large else 0)
+
+
+def _run(plan: Plan, console: Console) -> Results:
+    steps = len(plan.cells) + _COPIES + (2 if plan.large_rows else 0)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # Seldom refreshed, for that takes its time from the same cores.
+    with Progress(*columns, console=console, refresh_per_second=2, transient=True) as progress:
+        task = progress.add_task("", total=steps)
+
+        def show_step(step: str) -> None:
+            progress.update(task, description=step)
+
+        def show_measured(measurement: Measurement) -> None:
+            progress.advance(task)
+            console.print(_join(format_row(describe(measurement))))
+
+        console.print(_join(HEADINGS[:-2]))
+        return run_bench(plan, show_step, show_measured)
+
+
+def _join(texts: tuple[str, ...]) -> str:
+    first, *others = zip(texts, _WIDTHS, strict=False)
+    return f"{first[0]:{first[1]}}" + "".join(f"{text:>{width}}" for text, width in others)
+
+
+def _show(document: Document, console: Console) -> None:
+    table = Table(*HEADINGS[:1], caption=CAPTION)
+    for heading in HEADINGS[1:]:
+        table.add_column(heading, justify="right")
+    for figures in document["measurements"]:
+        table.add_row(*format_row(figures))
+    console.print(table)
+    for line in summarise(document):
+        console.print(line)
+
+
+def _write(document: Document, directory: Path, console: Console) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
+    (directory / "bench.svg").write_text(draw_chart(document))
+    console.print(f"Written: {directory / 'bench.json'}, {directory / 'bench.svg'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

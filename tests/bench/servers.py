@@ -1,0 +1,49 @@
+"""The servers that are measured, each in processes of its own."""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.database import BenchDatabase
+from tests.services import clean_environment, running_service
+
+
+@dataclass(frozen=True)
+class Server:
+    """Ports by protocol; `process` is the parent of the `workers`, or their only one."""
+
+    ports: dict[str, int]
+    process: int
+    workers: Sequence[int]
+
+
+@contextmanager
+def running_workers(data_directory: Path, workers: int) -> Iterator[Server]:
+    """The service as `scripts/serve` runs it, with so many workers."""
+    settings = {"DATA_DIR": str(data_directory), "WORKERS": str(workers)}
+    with running_service(settings) as service:
+        grpc_port = int(service.grpc_target.rpartition(":")[2])
+        ports = {"http": service.http_port, "grpc": grpc_port}
+        pids = [worker.pid for worker in service.find_workers()]
+        yield Server(ports, service.process.pid, pids)
+
+
+@contextmanager
+def running_baseline(database: BenchDatabase) -> Iterator[Server]:
+    """The straightforward program of `baseline.py`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.bench.baseline", database.url],
+        env=clean_environment({}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # waitress tells of every request that waits
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            yield Server({"http": port}, process.pid, [process.pid])
+        finally:
+            process.kill()
