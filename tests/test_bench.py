@@ -1,0 +1,116 @@
+"""The bench measures; what it measures depends on the machine and is not asserted."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.bench.events import encode_http, encode_protobuf, make_events, make_long_events
+from tests.services import ROOT, clean_environment
+
+LOADS = ("baseline-20", "http-20-2", "grpc-20-2")
+_POSITIVE = (
+    *("events_per_second", "requests_per_second", "p50_ms", "p99_ms", "peak_memory_mb"),
+    *("ratio_to_copy", "ratio_to_baseline"),
+)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a short run of three loads has written."""
+    directory = tmp_path_factory.mktemp("bench")
+    chosen = [word for load in LOADS for word in ("--only", load)]
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.bench", "--seconds=0.4", f"--output={directory}", *chosen],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def document(output: Path) -> Any:
+    """Its figures."""
+    return json.loads((output / "bench.json").read_text())
+
+
+def test_every_chosen_load_is_measured_and_compared(document: Any) -> None:
+    """Each load has speed, latency, memory and its ratios to COPY and to the baseline."""
+    measured = document["measurements"]
+    assert [figures["name"] for figures in measured] == list(LOADS)
+    assert all(figures[name] > 0 for figures in measured for name in _POSITIVE)
+    assert all(not figures["failures"] for figures in measured)
+    assert all(speed > 0 for speed in document["copy"]["each_time"])
+
+
+def test_cpu_time_is_told_apart(document: Any) -> None:
+    """The CPU time of service, database and load generator is known for each load."""
+    for figures in document["measurements"]:
+        assert set(figures["cpu_us_per_event"]) == {"service", "database", "load_generator"}
+        assert figures["cpu_us_per_event"]["load_generator"] > 0
+
+
+def test_every_worker_gets_its_share_of_connections(document: Any) -> None:
+    """No load is measured on workers that are unequally busy."""
+    shares = [figures["connections_per_worker"] for figures in document["measurements"]]
+    assert shares == [[16], [8, 8], [4, 4]]
+
+
+def test_the_machine_is_described(document: Any) -> None:
+    """Figures say where they come from."""
+    assert document["machine"]["cores"] > 0
+    assert document["machine"]["processor"]
+    assert re.match(r"\d+\.\d+", document["postgresql"])
+
+
+def test_the_chart_shows_every_load(output: Path) -> None:
+    """The SVG is well-formed, and has a bar for each load."""
+    chart = ElementTree.parse(output / "bench.svg")
+    labels = {element.text for element in chart.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"baseline", "HTTP, 2 workers", "gRPC, 2 workers"} <= labels
+
+
+def test_an_unknown_load_is_refused() -> None:
+    """A misspelt load ends the command with the names there are."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.bench", "--only", "htp-1-1"],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert "http-1-1" in finished.stderr
+
+
+def test_requests_are_numbered_in_place() -> None:
+    """A number gives all events of a request new ids, and changes its length never."""
+    request = encode_http(make_events(3), "key")
+    length = len(request.buffer)
+    ids = set()
+    for number in (7, 8, 0xFFFFFFFF):
+        request.number(number)
+        body = json.loads(bytes(request.buffer).partition(b"\r\n\r\n")[2])
+        ids |= {event["event_id"] for event in body["events"]}
+    assert len(ids) == 9
+    assert len(request.buffer) == length
+
+
+def test_events_are_as_large_as_they_are_said_to_be() -> None:
+    """A usual event is about 600 bytes of JSON and 356 of protobuf; a long one fills 10 MB."""
+    events = make_events(1000)
+    assert len(encode_http(events, "key").buffer) / 1000 == pytest.approx(600, abs=30)
+    assert len(encode_protobuf(events).buffer) / 1000 == pytest.approx(356, abs=15)
+    assert 10_000_000 < len(encode_http(make_long_events(1000), "key").buffer) < 10_485_760
