@@ -24,7 +24,7 @@ from tests.bench.run import BenchFailed, Measurement, Plan, Results, run_bench
 
 _COPIES = 4
 _LARGE_ROWS = 10_000_000
-_WIDTHS = (18, *[11] * 2, *[8] * 9)
+_WIDTHS = (16, *[11] * 2, *[9] * 9)
 
 
 def main() -> int:
