@@ -86,13 +86,16 @@ class NumberedRequest:
         self._encode_time = encode_time
         self._numbers = _Columns(self.buffer, _NUMBER_MARK, count)
         self._times = _Columns(self.buffer, encode_time(_TIME_MARK), count)
+        self._second = -1
         self._start = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
     def number(self, number: int) -> None:
         """Gives every event a new id, and a time of this month, later than all before."""
         self._numbers.write(b"%08x" % number)
-        later = timedelta(seconds=number // _REQUESTS_PER_SECOND)
-        self._times.write(self._encode_time(self._start + later))
+        second = number // _REQUESTS_PER_SECOND
+        if second != self._second:
+            self._times.write(self._encode_time(self._start + timedelta(seconds=second)))
+            self._second = second
 
 
 class _Columns:
