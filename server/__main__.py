@@ -4,24 +4,19 @@ import argparse
 import json
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TypeAlias
 
-from productgraph.v1.event_pb2 import Event
-from server import app, keys, outbox
+from server import app, keys
+from server.commands.command import SETTINGS, Commands, Run, add_command, add_group, opened_tables
+from server.commands.forward import add_forward_commands
 from server.config import InvalidSetting, Settings, read_settings
-from server.database import Connection, DatabaseError, connected, open_engine, transactional
+from server.database import DatabaseError, open_engine
 from server.embedded import EmbeddedPostgresError
 from server.logs import configure_logs
 from server.migration import check_migrated, migrate
 from server.workers import PortTaken, WorkerFailed
 
-_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-_Run = Callable[[Settings, argparse.Namespace], int]
-
-_SETTINGS = "Settings come from environment variables; README.md lists them all."
 _FAILURES = (InvalidSetting, DatabaseError, EmbeddedPostgresError, PortTaken, WorkerFailed)
 
 _BANNER = """\
@@ -52,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = read_settings()
         configure_logs(settings.log_level)
-        run: _Run = options.run
+        run: Run = options.run
         return run(settings, options)
     except _FAILURES as failure:
         print(f"productgraph: {failure}", file=sys.stderr)
@@ -63,10 +58,10 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="productgraph",
         description="Takes telemetry events over HTTP and gRPC, and stores them in PostgreSQL.",
-        epilog=_SETTINGS,
+        epilog=SETTINGS,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_command(
+    add_command(
         commands,
         "serve",
         _serve,
@@ -74,25 +69,26 @@ def _build_parser() -> argparse.ArgumentParser:
         " replaces the workers one by one. Without DATABASE_URL it runs a PostgreSQL of its own in"
         " DATA_DIR.",
     )
-    _add_command(
+    migrating = add_command(
         commands,
         "migrate",
         _migrate,
         "Brings the database's tables to what this version needs. Safe to run at any time, and"
         " several times at once.",
     )
-    worker = _add_command(commands, "worker", _work, "Runs one worker; `serve` starts these.")
+    check = "changes nothing, and fails where something would be to do"
+    migrating.add_argument("--check", action="store_true", help=check)
+    worker = add_command(commands, "worker", _work, "Runs one worker; `serve` starts these.")
     worker.usage = argparse.SUPPRESS
     _add_key_commands(commands)
-    _add_forward_commands(commands)
+    add_forward_commands(commands)
     return parser
 
 
-def _add_key_commands(commands: _Commands) -> None:
+def _add_key_commands(commands: Commands) -> None:
     text = "Makes, lists and revokes API keys."
-    parser = commands.add_parser("keys", help=text, description=text, epilog=_SETTINGS)
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-    create = _add_command(
+    actions = add_group(commands, "keys", text)
+    create = add_command(
         actions,
         "create",
         _create_key,
@@ -101,46 +97,11 @@ def _add_key_commands(commands: _Commands) -> None:
     )
     create.add_argument("--project", required=True, help="the project that its events belong to")
     create.add_argument("--name", default="", help="what it is for, for your own memory")
-    _add_command(actions, "list", _list_keys, "Lists all API keys, without the keys themselves.")
-    revoke = _add_command(
+    add_command(actions, "list", _list_keys, "Lists all API keys, without the keys themselves.")
+    revoke = add_command(
         actions, "revoke", _revoke_key, "Revokes an API key; a running service refuses it in 30 s."
     )
     revoke.add_argument("id", type=int, help="its number in `productgraph keys list`")
-
-
-def _add_forward_commands(commands: _Commands) -> None:
-    forward = _add_command(
-        commands,
-        "forward",
-        _forward,
-        "Forwards stored events to the enabled analytics providers, until SIGTERM or Ctrl-C."
-        " `serve` runs one of these when analytics is enabled; any number may run, on any number of"
-        " machines.",
-    )
-    actions = forward.add_subparsers(metavar="ACTION")
-    _add_command(actions, "status", _show_forwarding, "Shows how far each provider has come.")
-    text = "Lists, retries and purges the events that a provider refused for good."
-    dead = actions.add_parser("dead", help=text, description=text, epilog=_SETTINGS)
-    letters = dead.add_subparsers(metavar="ACTION", required=True)
-    listing = _add_command(letters, "list", _list_dead, "Lists dead events, the newest first.")
-    listing.add_argument("--limit", type=int, default=50, help="how many (50)")
-    listing.add_argument("--provider", help="only this provider's")
-    for name, run, summary in (
-        ("retry", _retry_dead, "Puts dead events back into the queue."),
-        ("purge", _purge_dead, "Deletes dead events."),
-    ):
-        command = _add_command(letters, name, run, summary)
-        command.add_argument("--provider", help="only this provider's")
-        chosen = command.add_mutually_exclusive_group(required=True)
-        chosen.add_argument("--all", action="store_true", help="all of them")
-        chosen.add_argument("ids", type=int, nargs="*", default=[], help="their numbers")
-
-
-def _add_command(commands: _Commands, name: str, run: _Run, text: str) -> argparse.ArgumentParser:
-    summary = text.split(". ")[0].rstrip(".")
-    command = commands.add_parser(name, help=summary, description=text, epilog=_SETTINGS)
-    command.set_defaults(run=run)
-    return command
 
 
 def _serve(settings: Settings, _options: argparse.Namespace) -> int:
@@ -187,21 +148,21 @@ def _work(settings: Settings, _options: argparse.Namespace) -> int:
     return 0
 
 
-def _migrate(settings: Settings, _options: argparse.Namespace) -> int:
-    with app.opened_database(settings, create=True) as url:
-        migrate(open_engine(url))
+def _migrate(settings: Settings, options: argparse.Namespace) -> int:
+    with app.opened_database(settings, create=not options.check) as url:
+        (check_migrated if options.check else migrate)(open_engine(url))
     return 0
 
 
 def _create_key(settings: Settings, options: argparse.Namespace) -> int:
-    with _opened_tables(settings) as connection:
+    with opened_tables(settings) as connection:
         key = keys.create_key(connection, options.project, options.name)
     print(key)
     return 0
 
 
 def _list_keys(settings: Settings, _options: argparse.Namespace) -> int:
-    with _opened_tables(settings) as connection:
+    with opened_tables(settings) as connection:
         known = keys.list_keys(connection)
     print(f"{'ID':>4}  {'PROJECT':20}  {'NAME':20}  {'CREATED':16}  {'LAST USED':16}  REVOKED")
     for key in known:
@@ -212,67 +173,12 @@ def _list_keys(settings: Settings, _options: argparse.Namespace) -> int:
 
 
 def _revoke_key(settings: Settings, options: argparse.Namespace) -> int:
-    with _opened_tables(settings) as connection:
+    with opened_tables(settings) as connection:
         revoked = keys.revoke_key(connection, options.id)
     if revoked:
         return 0
     print(f"productgraph: no key {options.id} that is not revoked", file=sys.stderr)
     return 1
-
-
-def _forward(settings: Settings, _options: argparse.Namespace) -> int:
-    app.run_forwarder(settings)
-    return 0
-
-
-def _show_forwarding(settings: Settings, _options: argparse.Namespace) -> int:
-    with _opened_tables(settings) as connection:
-        lanes = outbox.read_status(connection)
-    print(f"{'PROVIDER':10}  {'PENDING':>9}  {'OLDEST':>9}  {'DELIVERED':>11}  {'DEAD':>7}  STATE")
-    for lane in lanes:
-        age = (
-            f"{(datetime.now(UTC) - lane.oldest_at).total_seconds():.0f} s"
-            if lane.oldest_at
-            else "-"
-        )
-        state = f"stopped: {lane.stopped_reason}" if lane.stopped_reason else "forwarding"
-        counts = f"{lane.pending:9}  {age:>9}  {lane.delivered:11}  {lane.dead:7}"
-        print(f"{lane.provider:10}  {counts}  {state}")
-    return 0
-
-
-def _list_dead(settings: Settings, options: argparse.Namespace) -> int:
-    with _opened_tables(settings) as connection:
-        for letter in outbox.list_dead(connection, options.provider, options.limit):
-            event = Event.FromString(letter.event)
-            print(
-                f"{letter.id}  {letter.died_at:%Y-%m-%d %H:%M}  {letter.provider}"
-                f"  {letter.project_id}  {event.event_id!r}  {letter.reason}"
-            )
-    return 0
-
-
-def _retry_dead(settings: Settings, options: argparse.Namespace) -> int:
-    with _opened_tables(settings) as connection:
-        count = outbox.retry_dead(connection, options.provider, options.ids)
-    print(f"{count} put back into the queue")
-    return 0
-
-
-def _purge_dead(settings: Settings, options: argparse.Namespace) -> int:
-    with _opened_tables(settings) as connection:
-        count = outbox.purge_dead(connection, options.provider, options.ids)
-    print(f"{count} deleted")
-    return 0
-
-
-@contextmanager
-def _opened_tables(settings: Settings) -> Iterator[Connection]:
-    with app.opened_database(settings) as url:
-        engine = open_engine(url)
-        check_migrated(engine)
-        with connected(transactional(engine)) as connection, connection.begin():
-            yield connection
 
 
 if __name__ == "__main__":

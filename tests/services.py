@@ -101,21 +101,22 @@ def run_command(*arguments: str, settings: Mapping[str, str]) -> "subprocess.Com
     )
 
 
-def clean_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """What a command needs to run here, and these settings."""
+def clean_environment(settings: Mapping[str, str], root: Path = ROOT) -> dict[str, str]:
+    """What a command needs to run the code in `root`, and these settings."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'gen'}"} | dict(settings)
+    return kept | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'gen'}"} | dict(settings)
 
 
 @contextmanager
-def running_service(settings: Mapping[str, str]) -> Iterator[Service]:
-    """A service on free ports that is ready; stopped at the end, if it still runs."""
+def running_service(settings: Mapping[str, str], root: Path = ROOT) -> Iterator[Service]:
+    """A service of the code in `root`, on free ports and ready; stopped at the end, if it runs."""
     with tempfile.TemporaryDirectory() as directory:
         output, log = Path(directory, "output"), Path(directory, "log")
         with output.open("wb") as stdout, log.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "server", "serve"],
-                env=clean_environment({"PORT": "0", "GRPC_PORT": "0"} | dict(settings)),
+                cwd=root,
+                env=clean_environment({"PORT": "0", "GRPC_PORT": "0"} | dict(settings), root),
                 stdout=stdout,
                 stderr=stderr,
             )

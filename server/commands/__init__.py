@@ -1,0 +1,1 @@
+"""The commands of `productgraph` that come in groups, one module for each group."""
