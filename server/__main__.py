@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from server import app, keys
 from server.commands.command import SETTINGS, Commands, Run, add_command, add_group, opened_tables
 from server.commands.forward import add_forward_commands
+from server.commands.rejected import add_rejected_commands
 from server.config import InvalidSetting, Settings, read_settings
 from server.database import DatabaseError, open_engine
 from server.embedded import EmbeddedPostgresError
@@ -82,6 +83,7 @@ def _build_parser() -> argparse.ArgumentParser:
     worker.usage = argparse.SUPPRESS
     _add_key_commands(commands)
     add_forward_commands(commands)
+    add_rejected_commands(commands)
     return parser
 
 

@@ -28,6 +28,8 @@ from server.protobuf_codec import ProtobufCodec
 from server.providers import CURRENT_MAPPING_VERSION, Provider
 from server.providers.amplitude import Amplitude
 from server.providers.mixpanel import Mixpanel
+from server.recorder import RejectionRecorder
+from server.replay import Replay
 from server.rows import RowEncoder
 from server.schema import EVENT_SCHEMA
 from server.service import IngestService
@@ -71,12 +73,19 @@ class Worker:
             EventStore(RowEncoder(EVENT_SCHEMA).columns, _open_outbox(settings)),
             max_waiting_bytes=settings.max_waiting_bytes,
         )
-        self._watchdog = Watchdog(self._writer.check, self._keys.check, self._readiness.check)
+        self._recorders = _open_recorders(settings, engine)
+        self._watchdog = Watchdog(
+            self._writer.check,
+            self._keys.check,
+            self._readiness.check,
+            *(recorder.check for recorder in self._recorders),
+        )
         service = IngestService(
             EVENT_SCHEMA,
             self._keys,
             self._writer,
             timeout_seconds=settings.request_timeout_seconds,
+            on_rejected=next((recorder.record for recorder in self._recorders), None),
         )
         self._http = self._build_http(service, settings)
         self._grpc = self._build_grpc(service, settings)
@@ -104,6 +113,8 @@ class Worker:
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Serves until `stop`, then answers what has been accepted."""
+        for recorder in self._recorders:
+            recorder.start()
         for part in (self._watchdog, self._writer, self._keys, self._readiness, self._grpc):
             part.start()
         on_ready()
@@ -121,6 +132,8 @@ class Worker:
         self._http.drain(_DRAIN_SECONDS)
         grpc_drain.join()
         self._writer.stop()
+        for recorder in self._recorders:
+            recorder.stop()
         self._keys.stop()
         self._watchdog.stop()
 
@@ -129,6 +142,36 @@ def _open_outbox(settings: Settings) -> OnStored | None:
     if not settings.destinations:
         return None
     return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).enqueue
+
+
+def _open_recorders(settings: Settings, engine: Engine) -> list[RejectionRecorder]:
+    """One, or none where rejected events are not to be kept."""
+    keep = settings.rejected_keep
+    return [] if keep is None else [RejectionRecorder(Link(transactional(engine)), keep)]
+
+
+@contextmanager
+def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
+    """What stores rejected events after all, by the same parts as a worker's."""
+    writer = Writer(
+        Link(engine),
+        EventStore(RowEncoder(EVENT_SCHEMA).columns, _open_outbox(settings)),
+        max_waiting_bytes=settings.max_waiting_bytes,
+    )
+    service = IngestService(
+        EVENT_SCHEMA,
+        KeyDirectory(Link(engine)),  # not started: an event's project is known here
+        writer,
+        timeout_seconds=settings.request_timeout_seconds,
+    )
+    watchdog = Watchdog(writer.check)
+    for part in (watchdog, writer):
+        part.start()
+    try:
+        yield Replay(service, JsonCodec(EVENT_SCHEMA), ProtobufCodec(EVENT_SCHEMA))
+    finally:
+        writer.stop()
+        watchdog.stop()
 
 
 def run_worker(settings: Settings) -> None:

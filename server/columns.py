@@ -1,6 +1,8 @@
 """What an event says for each column of the table, as text, before it is escaped for COPY."""
 
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -24,6 +26,21 @@ class ParsedEvent(NamedTuple):
 
     event: Event
     columns: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedBatch:
+    """The events of one request in order, each parsed when it is asked for.
+
+    `received` gives the bytes of one that was, by its index, in the form of `protocol`.
+    """
+
+    protocol: str
+    events: Iterator[ParsedEvent | MalformedEvent]
+    received: Callable[[int], bytes]
+
+    def __iter__(self) -> Iterator[ParsedEvent | MalformedEvent]:
+        return self.events
 
 
 class ColumnReader:

@@ -35,6 +35,14 @@ class Destination:
 
 
 @dataclass(frozen=True)
+class RejectedKeep:
+    """How many rejected events are kept of each project, the newest, and for how long."""
+
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the service runs with; the README's table explains each."""
 
@@ -52,6 +60,8 @@ class Settings:
     # By provider name; empty where analytics is off.
     destinations: Mapping[str, Destination]
     forward_max_age_seconds: float
+    # None: rejected events are not kept.
+    rejected_keep: RejectedKeep | None
     log_level: str
 
 
@@ -72,6 +82,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         max_waiting_bytes=read("MAX_WAITING_MB", "64", _whole_number(1, 4096)) * 1024 * 1024,
         destinations=_read_destinations(read),
         forward_max_age_seconds=read("FORWARD_MAX_AGE", "3d", _parse_duration),
+        rejected_keep=read("REJECTED_KEEP", "10000/7d", _parse_rejected_keep),
         log_level="DEBUG" if debug else read("LOG_LEVEL", "INFO", _parse_log_level),
     )
 
@@ -159,6 +170,18 @@ def _parse_duration(text: str) -> float:
     if match is None:
         raise ValueError("must be a number and a unit (s, m, h or d), such as 3d")
     return float(int(match[1]) * _UNIT_SECONDS[match[2]])
+
+
+def _parse_rejected_keep(text: str) -> RejectedKeep | None:
+    if text.lower() in _FALSE:
+        return None
+    count, _, age = text.partition("/")
+    try:
+        return RejectedKeep(_whole_number(1, 1_000_000)(count), _parse_duration(age))
+    except ValueError:
+        raise ValueError(
+            "must be off, or a number of events up to 1000000 and an age, such as 10000/7d"
+        ) from None
 
 
 def _parse_origins(text: str) -> frozenset[str]:

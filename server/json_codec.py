@@ -7,6 +7,7 @@ the first field that is wrong, or to accept what only looked wrong.
 import re
 from collections.abc import Iterator
 from decimal import ROUND_HALF_UP, Decimal
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -15,16 +16,20 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from productgraph.v1.event_pb2 import Event
-from server.columns import ColumnReader, ParsedEvent
+from server.columns import ColumnReader, ParsedBatch, ParsedEvent
 from server.errors import InvalidArgument
-from server.json_document import parse_document, parse_exactly
+from server.json_document import encode_document, parse_document, parse_exactly
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.structs import LostDigits, fill_struct
 from server.timestamps import parse_timestamp
 from server.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent
 
+# The protocol whose events are JSON.
+HTTP = "http"
 # A number as JSON writes it, no longer than any within the range of a field could be.
 _NUMBER = re.compile(r"-?\d{1,40}(\.\d{1,40})?([eE][+-]?\d{1,2})?", re.ASCII)
+# How orjson writes a float that may have been an integer with more digits.
+_LONG_NUMBER = re.compile(rb"\de\+(1[89]|[2-9]\d|\d{3})")
 
 
 class JsonCodec:
@@ -44,23 +49,22 @@ class JsonCodec:
         # One level more than allowed, for the validator to see.
         self._depth = schema.max_depth + 1
 
-    def parse_batch(self, body: bytes) -> Iterator[ParsedEvent | MalformedEvent]:
+    def parse_batch(self, body: bytes) -> ParsedBatch:
         """The events of a request's body in order, each parsed when it is asked for.
 
         So one event at a time is in memory, and in the processor's cache, beside the document.
         Raises InvalidArgument where the body is not JSON, not of the documented shape, or holds
         too many events.
         """
-        return self._parse_items(_read_items(parse_document(body)), body)
+        items = _Items(body)
+        return ParsedBatch(HTTP, self._parse_items(items), items.encode)
 
-    def _parse_items(self, items: list[Any], body: bytes) -> Iterator[ParsedEvent | MalformedEvent]:
-        exact: list[Any] = []
-        for index, item in enumerate(items):
+    def _parse_items(self, items: "_Items") -> Iterator[ParsedEvent | MalformedEvent]:
+        for index, item in enumerate(items.quick):
             try:
                 yield self._parse_event(item)
             except LostDigits:
-                exact = exact or _read_items(parse_exactly(body))
-                yield self._parse_event(exact[index])
+                yield self._parse_event(items.exact[index])
 
     def _parse_event(self, item: Any) -> ParsedEvent | MalformedEvent:
         if type(item) is not dict:
@@ -140,6 +144,23 @@ class JsonCodec:
         target.SetInParent()
         is_plain = fill_struct(target, value, self._depth)
         return orjson.dumps(value).decode() if is_plain else None
+
+
+class _Items:
+    """The events of a body as values, by the quick parser and, where it is needed, the exact."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self.quick = _read_items(parse_document(body))
+
+    @cached_property
+    def exact(self) -> list[Any]:
+        return _read_items(parse_exactly(self._body))
+
+    def encode(self, index: int) -> bytes:
+        """The JSON of one, with all digits that it had."""
+        encoded = encode_document(self.quick[index])
+        return encode_document(self.exact[index]) if _LONG_NUMBER.search(encoded) else encoded
 
 
 def _read_items(document: Any) -> list[Any]:

@@ -6,6 +6,7 @@ standard library, pruned of what is nested too deep for any event.
 """
 
 import json
+import math
 import re
 from decimal import Decimal
 from typing import Any, NoReturn
@@ -75,6 +76,32 @@ def _prune(text: str) -> str:
                 resume = match.end()
             depth -= 1
     return "".join(kept) + text[resume:] if kept else text
+
+
+def encode_document(document: Any) -> bytes:
+    """A parsed document as JSON, with the digits that it had when parsed.
+
+    What is nested deeper than any valid event reaches becomes null.
+    """
+    try:
+        return orjson.dumps(document)
+    except orjson.JSONEncodeError:
+        return orjson.dumps(_spell_out(document, _PRUNED_DEPTH))
+
+
+def _spell_out(value: Any, depth: int) -> Any:
+    """The value with every number in the digits that orjson would refuse to write."""
+    if isinstance(value, dict | list) and depth == 0:
+        return None
+    if isinstance(value, dict):
+        return {key: _spell_out(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_spell_out(item, depth - 1) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return orjson.Fragment("1e999" if value > 0 else "-1e999")
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        return orjson.Fragment(str(value))
+    return value
 
 
 def _make_storable(value: Any) -> Any:

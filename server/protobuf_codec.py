@@ -1,6 +1,5 @@
 """Protobuf bytes to Events, each parsed by itself."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -8,11 +7,14 @@ from google.protobuf.message import DecodeError, Message
 
 from productgraph.internal.v1.frames_pb2 import EventFrames
 from productgraph.v1.event_pb2 import Event
-from server.columns import ColumnReader, ParsedEvent
+from server.columns import ColumnReader, ParsedBatch, ParsedEvent
 from server.errors import InvalidArgument
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.structs import REPLACEMENT, replace_nul
 from server.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent, describe_nesting
+
+# The protocol whose events are protobuf.
+GRPC = "grpc"
 
 
 class ProtobufCodec:
@@ -25,7 +27,7 @@ class ProtobufCodec:
         self._columns = ColumnReader(schema)
         self._loose_type = _loosen(Event)
 
-    def parse_batch(self, request: bytes) -> Iterator[ParsedEvent | MalformedEvent]:
+    def parse_batch(self, request: bytes) -> ParsedBatch:
         """The events of an encoded IngestEventsRequest in order, each parsed when asked for.
 
         Raises InvalidArgument where the request is not readable, or holds too many events.
@@ -36,7 +38,7 @@ class ProtobufCodec:
             raise InvalidArgument("request: not an IngestEventsRequest") from None
         if len(frames) > MAX_BATCH_SIZE:
             raise InvalidArgument(f"events: more than {MAX_BATCH_SIZE} in one batch")
-        return map(self._parse_event, frames)
+        return ParsedBatch(GRPC, map(self._parse_event, frames), frames.__getitem__)
 
     def _parse_event(self, encoded: bytes) -> ParsedEvent | MalformedEvent:
         try:

@@ -1,12 +1,12 @@
 """The one door for events: whose they are, which of them are valid, and when they are stored."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
-from server.columns import ParsedEvent
+from server.columns import ParsedBatch, ParsedEvent
 from server.errors import Unavailable
 from server.key_directory import KeyDirectory
 from server.rows import Row, RowEncoder
@@ -16,6 +16,9 @@ from server.validation import InvalidEvent, MalformedEvent, Validator
 from server.writer import Writer
 
 T = TypeVar("T")
+
+# Called with a project's rejected events, which it can have the bytes of; it may not wait.
+OnRejected = Callable[[str, ParsedBatch, Sequence[EventError]], None]
 
 
 class Ingestion(NamedTuple):
@@ -35,6 +38,7 @@ class IngestService:
         writer: Writer,
         *,
         timeout_seconds: float,
+        on_rejected: OnRejected | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
@@ -42,6 +46,7 @@ class IngestService:
         self._validator = Validator(schema)
         self._rows = RowEncoder(schema)
         self.timeout_seconds = timeout_seconds
+        self._on_rejected = on_rejected
         self._clock = clock
 
     def deadline_after(self, seconds: float | None = None) -> float:
@@ -70,9 +75,7 @@ class IngestService:
         except TimeoutError:
             raise Unavailable("not answered in time") from None
 
-    def ingest(
-        self, project_id: str, events: Iterable[ParsedEvent | MalformedEvent], deadline: float
-    ) -> Ingestion:
+    def ingest(self, project_id: str, events: ParsedBatch, deadline: float) -> Ingestion:
         """Validates events and hands the valid ones over to be stored.
 
         Raises Unavailable where they cannot be stored now.
@@ -85,7 +88,10 @@ class IngestService:
             except InvalidEvent as problem:
                 errors.append(EventError(index=index, error=str(problem)))
         response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
-        return Ingestion(response, self._store(rows, deadline))
+        stored = self._store(rows, deadline)
+        if errors and self._on_rejected is not None:
+            self._on_rejected(project_id, events, errors)
+        return Ingestion(response, stored)
 
     def _admit(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
         if isinstance(parsed, MalformedEvent):

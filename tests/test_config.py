@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.config import InvalidSetting, read_settings
+from server.config import InvalidSetting, RejectedKeep, read_settings
 from server.database import open_engine
 
 MIB = 1024 * 1024
@@ -79,6 +79,12 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         259_200.0,
         {"90s": 90.0, "2m": 120.0, "1h": 3600.0, "7d": 604_800.0},
         ["0s", "-1d", "3", "d", "1.5h", "1w", "\u0663d", "9" * 400 + "d"],
+    ),
+    "rejected_keep": (
+        "REJECTED_KEEP",
+        RejectedKeep(10_000, 604_800.0),
+        {"1/1h": RejectedKeep(1, 3600.0), "1000000/30d": RejectedKeep(10**6, 2592e3), "off": None},
+        ["on", "100", "100/", "/7d", "0/7d", "1000001/7d", "100/7", "100/7d/8d", "-1/7d"],
     ),
     "log_level": (
         "LOG_LEVEL",

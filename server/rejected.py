@@ -1,0 +1,185 @@
+"""The table of rejected events, and all SQL on it.
+
+Whoever deletes rows locks them in the order of their ids or skips those that are locked, so that
+any number of services and commands can do so at once.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, TextClause, text
+
+MAX_EVENT_BYTES = 102_400
+# How many rows one statement deletes at the most.
+_DELETED_AT_ONCE = 1000
+_READ_AT_ONCE = 200
+
+# What a crash of the database forgets of these is not worth a wait for the disk, which ingestion
+# needs.
+_BEGIN_LIGHTLY = text("SET LOCAL synchronous_commit = off")
+_INSERT = text("""
+INSERT INTO rejected_events (project_id, received_at, protocol, reason, size, event)
+SELECT * FROM unnest(
+    CAST(:project_ids AS text[]), CAST(:received_at AS timestamptz[]), CAST(:protocols AS text[]),
+    CAST(:reasons AS text[]), CAST(:sizes AS integer[]), CAST(:events AS bytea[])
+)
+""")
+_FIND_CROWDED = text("""
+SELECT project_id FROM rejected_events GROUP BY project_id HAVING count(*) > :count
+""")
+_DELETE_SURPLUS = text("""
+DELETE FROM rejected_events WHERE id = ANY (ARRAY(
+    SELECT id FROM rejected_events WHERE project_id = :project_id AND id <= (
+        SELECT id FROM rejected_events WHERE project_id = :project_id
+         ORDER BY id DESC OFFSET :count LIMIT 1
+    ) ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+))
+""")
+_DELETE_EXPIRED = text("""
+DELETE FROM rejected_events WHERE id = ANY (ARRAY(
+    SELECT id FROM rejected_events WHERE received_at < :cut
+     ORDER BY received_at LIMIT :limit FOR UPDATE SKIP LOCKED
+))
+""")
+_COLUMNS = "id, project_id, received_at, protocol, reason, size"
+_LIST = text(f"""
+SELECT {_COLUMNS}, ''::bytea AS event FROM rejected_events
+ WHERE CAST(:project_id AS text) IS NULL OR project_id = :project_id
+ ORDER BY id DESC LIMIT :limit
+""")  # noqa: S608 - the columns are a constant
+_READ = text(f"SELECT {_COLUMNS}, event FROM rejected_events WHERE id = :id")  # noqa: S608 - as above
+_FIND_NEWEST = text("SELECT coalesce(max(id), 0) FROM rejected_events")
+_READ_PAGE = text(f"""
+SELECT {_COLUMNS}, event FROM rejected_events
+ WHERE (CAST(:project_id AS text) IS NULL OR project_id = :project_id)
+   AND (cardinality(CAST(:ids AS bigint[])) = 0 OR id = ANY(:ids))
+   AND id > :after AND id <= :newest
+ ORDER BY id LIMIT :limit
+""")  # noqa: S608 - as above
+_LOCK = text("SELECT id FROM rejected_events WHERE id = ANY(:ids) ORDER BY id FOR UPDATE")
+_DELETE = text("DELETE FROM rejected_events WHERE id = ANY(:ids)")
+_SET_REASONS = text("""
+UPDATE rejected_events SET reason = new.reason
+  FROM unnest(CAST(:ids AS bigint[]), CAST(:reasons AS text[])) AS new (id, reason)
+ WHERE rejected_events.id = new.id AND rejected_events.reason <> new.reason
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """An event that validation refused.
+
+    `event` is what was received, its first MAX_EVENT_BYTES where `size` says that it was longer.
+    """
+
+    project_id: str
+    received_at: datetime
+    protocol: str
+    reason: str
+    size: int
+    event: bytes
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a part of the event is missing."""
+        return self.size > len(self.event)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRejection(Rejection):
+    """A row of the table."""
+
+    id: int
+
+
+def insert_rejections(connection: Connection, rejections: Sequence[Rejection]) -> None:
+    """Adds rows in one transaction of their own."""
+    values = {
+        "project_ids": [rejection.project_id for rejection in rejections],
+        "received_at": [rejection.received_at for rejection in rejections],
+        "protocols": [rejection.protocol for rejection in rejections],
+        "reasons": [rejection.reason for rejection in rejections],
+        "sizes": [rejection.size for rejection in rejections],
+        "events": [rejection.event for rejection in rejections],
+    }
+    with connection.begin():
+        connection.execute(_BEGIN_LIGHTLY)
+        connection.execute(_INSERT, values)
+
+
+def find_crowded_projects(connection: Connection, count: int) -> list[str]:
+    """The projects that have more than `count` rows; reads the whole index."""
+    return list(connection.scalars(_FIND_CROWDED, {"count": count}))
+
+
+def delete_surplus(connection: Connection, project_id: str, count: int) -> int:
+    """Deletes a project's oldest rows until `count` are left, a thousand at the most.
+
+    Returns how many, as `delete_expired`: where it is none, there are no more.
+    """
+    return _delete_some(connection, _DELETE_SURPLUS, {"project_id": project_id, "count": count})
+
+
+def delete_expired(connection: Connection, cut: datetime) -> int:
+    """Deletes what was received before `cut`, a thousand rows at the most."""
+    return _delete_some(connection, _DELETE_EXPIRED, {"cut": cut})
+
+
+def _delete_some(connection: Connection, statement: TextClause, values: dict[str, object]) -> int:
+    with connection.begin():
+        connection.execute(_BEGIN_LIGHTLY)
+        return connection.execute(statement, values | {"limit": _DELETED_AT_ONCE}).rowcount
+
+
+def list_rejections(
+    connection: Connection, project_id: str | None, limit: int
+) -> list[StoredRejection]:
+    """The newest rows of a project, or of all, without the events themselves."""
+    values = {"project_id": project_id, "limit": limit}
+    return _make_rejections(connection, _LIST, values)
+
+
+def read_rejection(connection: Connection, rejection_id: int) -> StoredRejection | None:
+    """One row, or None where there is none of this id."""
+    found = _make_rejections(connection, _READ, {"id": rejection_id})
+    return found[0] if found else None
+
+
+def read_pages(
+    connection: Connection, project_id: str | None, ids: Sequence[int]
+) -> Iterator[list[StoredRejection]]:
+    """The rows that are there now, oldest first: those of a project and with these ids.
+
+    None and an empty `ids` mean all. No transaction is open while a page is in use.
+    """
+    with connection.begin():
+        newest = connection.scalar(_FIND_NEWEST)
+    values = {"project_id": project_id, "ids": list(ids), "newest": newest, "limit": _READ_AT_ONCE}
+    after = 0
+    while True:
+        with connection.begin():
+            page = _make_rejections(connection, _READ_PAGE, values | {"after": after})
+        if not page:
+            return
+        yield page
+        after = page[-1].id
+
+
+def settle_replayed(
+    connection: Connection, accepted: Sequence[int], reasons: Mapping[int, str]
+) -> None:
+    """Deletes the rows that were accepted, and notes the reasons of those that were not again."""
+    ids = sorted([*accepted, *reasons])
+    with connection.begin():
+        connection.execute(_LOCK, {"ids": ids})
+        connection.execute(_DELETE, {"ids": list(accepted)})
+        values = {"ids": list(reasons), "reasons": list(reasons.values())}
+        connection.execute(_SET_REASONS, values)
+
+
+def _make_rejections(
+    connection: Connection, statement: TextClause, values: Mapping[str, object]
+) -> list[StoredRejection]:
+    rows = connection.execute(statement, values).mappings()
+    return [StoredRejection(**{**row, "event": bytes(row["event"])}) for row in rows]
