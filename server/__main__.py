@@ -11,6 +11,7 @@ from server import app, keys
 from server.commands.command import SETTINGS, Commands, Run, add_command, add_group, opened_tables
 from server.commands.forward import add_forward_commands
 from server.commands.rejected import add_rejected_commands
+from server.commands.retention import add_retention_command
 from server.config import InvalidSetting, Settings, read_settings
 from server.database import DatabaseError, open_engine
 from server.embedded import EmbeddedPostgresError
@@ -84,6 +85,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_key_commands(commands)
     add_forward_commands(commands)
     add_rejected_commands(commands)
+    add_retention_command(commands)
     return parser
 
 

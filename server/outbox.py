@@ -20,6 +20,7 @@ from server.rows import Row
 
 _MAX_PAYLOAD_EVENTS = 1000
 _MAX_DELIVERIES = 1000
+_DELETED_AT_ONCE = 1000
 
 _KEEP = """
 WITH kept AS (
@@ -93,6 +94,13 @@ DELETE FROM dead_events
  WHERE (CAST(:provider AS text) IS NULL OR provider = :provider)
    AND (cardinality(CAST(:ids AS bigint[])) = 0 OR id = ANY(:ids))
 RETURNING provider, project_id, mapping_version, event
+""")
+_COUNT_OLD_DEAD = text("SELECT count(*) FROM dead_events WHERE received_at < :cut")
+_DELETE_OLD_DEAD = text("""
+DELETE FROM dead_events WHERE id = ANY (ARRAY(
+    SELECT id FROM dead_events WHERE received_at < :cut
+     ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+))
 """)
 _REVIVE = text("""
 WITH kept AS (
@@ -336,6 +344,21 @@ def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int])
 def purge_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
     """Deletes dead letters, all where `ids` is empty; returns how many."""
     return len(_take_dead(connection, provider, ids))
+
+
+def count_old_dead(connection: Connection, cut: datetime) -> int:
+    """How many dead letters are of events that were received before `cut`."""
+    return int(connection.scalar(_COUNT_OLD_DEAD, {"cut": cut}) or 0)
+
+
+def delete_old_dead(connection: Connection, cut: datetime) -> int:
+    """Deletes dead letters of events received before `cut`, a thousand at the most.
+
+    Returns how many: where it is none, there are no more.
+    """
+    with connection.begin():
+        values = {"cut": cut, "limit": _DELETED_AT_ONCE}
+        return connection.execute(_DELETE_OLD_DEAD, values).rowcount
 
 
 def _take_dead(

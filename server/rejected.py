@@ -42,6 +42,7 @@ DELETE FROM rejected_events WHERE id = ANY (ARRAY(
      ORDER BY received_at LIMIT :limit FOR UPDATE SKIP LOCKED
 ))
 """)
+_COUNT_EXPIRED = text("SELECT count(*) FROM rejected_events WHERE received_at < :cut")
 _COLUMNS = "id, project_id, received_at, protocol, reason, size"
 _LIST = text(f"""
 SELECT {_COLUMNS}, ''::bytea AS event FROM rejected_events
@@ -130,6 +131,11 @@ def _delete_some(connection: Connection, statement: TextClause, values: dict[str
     with connection.begin():
         connection.execute(_BEGIN_LIGHTLY)
         return connection.execute(statement, values | {"limit": _DELETED_AT_ONCE}).rowcount
+
+
+def count_expired(connection: Connection, cut: datetime) -> int:
+    """How many rows were received before `cut`."""
+    return int(connection.scalar(_COUNT_EXPIRED, {"cut": cut}) or 0)
 
 
 def list_rejections(
