@@ -213,8 +213,8 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         supervisors = [supervisor]
         supervisor.start()
         stack.callback(_stop_together, supervisors)
-        if settings.destinations:
-            supervisors.append(_keep_forwarding(stack))
+        if settings.destinations and settings.forwarders:
+            supervisors.append(_keep_forwarding(settings.forwarders, stack))
         announce(ports, first_key)
         supervisor.run(tick, stop)
 
@@ -236,9 +236,9 @@ def _stop_together(supervisors: Sequence[Supervisor]) -> None:
         thread.join()
 
 
-def _keep_forwarding(stack: ExitStack) -> Supervisor:
-    """Runs a forwarder beside the workers: a process of its own, that slows none of them."""
-    supervisor, stop = _supervise("forward", 1, os.environ), threading.Event()
+def _keep_forwarding(count: int, stack: ExitStack) -> Supervisor:
+    """Runs forwarders beside the workers: processes of their own, that slow none of them."""
+    supervisor, stop = _supervise("forward", count, os.environ), threading.Event()
     supervisor.start()
     watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop), daemon=True)
     watching.start()
@@ -297,7 +297,10 @@ async def _forward(settings: Settings, engine: Engine) -> None:
     if lifeline := Lifeline.find():
         lifeline.report_ready()
         lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
-    await asyncio.gather(*(lane.run(stop) for lane in lanes))
+    if not lanes:
+        _log.warning("no analytics provider is enabled, nothing is forwarded")
+    # It waits all the same: one that ended would be started again and again by what deploys it.
+    await asyncio.gather(stop.wait(), *(lane.run(stop) for lane in lanes))
     watchdog.stop()
 
 

@@ -60,6 +60,8 @@ class Settings:
     # By provider name; empty where analytics is off.
     destinations: Mapping[str, Destination]
     forward_max_age_seconds: float
+    # How many `serve` runs; others may run beside it.
+    forwarders: int
     # None: rejected events are not kept.
     rejected_keep: RejectedKeep | None
     log_level: str
@@ -82,6 +84,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         max_waiting_bytes=read("MAX_WAITING_MB", "64", _whole_number(1, 4096)) * 1024 * 1024,
         destinations=_read_destinations(read),
         forward_max_age_seconds=read("FORWARD_MAX_AGE", "3d", _parse_duration),
+        forwarders=read("FORWARDERS", "1", _whole_number(0, 16)),
         rejected_keep=read("REJECTED_KEEP", "10000/7d", _parse_rejected_keep),
         log_level="DEBUG" if debug else read("LOG_LEVEL", "INFO", _parse_log_level),
     )

@@ -80,6 +80,7 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         {"90s": 90.0, "2m": 120.0, "1h": 3600.0, "7d": 604_800.0},
         ["0s", "-1d", "3", "d", "1.5h", "1w", "\u0663d", "9" * 400 + "d"],
     ),
+    "forwarders": ("FORWARDERS", 1, {"0": 0, "16": 16}, ["17", "-1", "none", "0.5"]),
     "rejected_keep": (
         "REJECTED_KEEP",
         RejectedKeep(10_000, 604_800.0),

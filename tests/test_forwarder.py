@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -151,17 +151,17 @@ class Bench:
             running.result()
 
     @contextmanager
-    def process(self) -> Iterator["subprocess.Popen[bytes]"]:
+    def process(
+        self, settings: Mapping[str, str] | None = None, stderr: int = subprocess.DEVNULL
+    ) -> Iterator["subprocess.Popen[bytes]"]:
         """`productgraph forward` in a process of its own, killed at the end."""
         command = [sys.executable, "-m", "server", "forward"]
-        process = subprocess.Popen(
-            command, env=clean_environment(self.settings), stderr=subprocess.DEVNULL
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
+        environment = clean_environment(self.settings if settings is None else settings)
+        with subprocess.Popen(command, env=environment, stderr=stderr) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def read_stored(self) -> set[str]:
         """The insert ids of the events in the table."""
@@ -770,3 +770,33 @@ def test_service(create_migrated: Callable[[], str], servers: dict[str, Provider
     for server in servers.values():
         assert len(server.insert_ids) == len(server.deliveries) == 2000
         assert set(server.statuses) == {200}
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_forwarders(
+    count: int, create_migrated: Callable[[], str], servers: dict[str, ProviderServer]
+) -> None:
+    """`serve` runs FORWARDERS of them; with none, events wait for one that runs elsewhere."""
+    bench = Bench(create_migrated(), servers)
+    with (
+        running_service(bench.settings | {"FORWARDERS": str(count)}) as service,
+        closing(psycopg2.connect(bench.url)) as connection,
+    ):
+        children = psutil.Process(service.process.pid).children()
+        assert [child.cmdline()[-1] for child in children].count("forward") == count
+        tenant = Tenant(service, create_project(service), connection)
+        tenant.post_events([tenant.make_event({"event.timestamp": datetime.now(UTC).isoformat()})])
+        with bench.process() if count == 0 else nullcontext():
+            bench.finish()
+        assert service.stop() == 0
+
+
+def test_nothing_to_forward(bench: Bench) -> None:
+    """A forwarder without a provider says so and waits, for who restarts what has ended."""
+    settings = bench.settings | {"ANALYTICS_ENABLED": "false"}
+    with bench.process(settings, subprocess.PIPE) as process:
+        assert process.stderr
+        assert b"no analytics provider is enabled" in process.stderr.readline()
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0

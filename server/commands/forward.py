@@ -16,8 +16,8 @@ def add_forward_commands(commands: Commands) -> None:
         "forward",
         _forward,
         "Forwards stored events to the enabled analytics providers, until SIGTERM or Ctrl-C."
-        " `serve` runs one of these when analytics is enabled; any number may run, on any number of"
-        " machines.",
+        " `serve` runs FORWARDERS of these when analytics is enabled; any number may run, on any"
+        " number of machines.",
     )
     actions = forward.add_subparsers(metavar="ACTION")
     add_command(actions, "status", _show_forwarding, "Shows how far each provider has come.")
