@@ -36,7 +36,7 @@ Send an event over HTTP:
     -d '{http_events}'
 
 and one over gRPC:
-  grpcurl -plaintext -H 'x-pg-api-key: {key}' \\
+  grpcurl {security} -H 'x-pg-api-key: {key}' \\
     -d '{grpc_events}' \\
     {host}:{grpc} {method}
 """
@@ -110,13 +110,14 @@ def _add_key_commands(commands: Commands) -> None:
 
 def _serve(settings: Settings, _options: argparse.Namespace) -> int:
     def announce(ports: dict[str, int], key: str | None) -> None:
-        print(_describe_service(settings.host, ports, key), flush=True)
+        print(_describe_service(settings, ports, key), flush=True)
 
     app.run_service(settings, announce)
     return 0
 
 
-def _describe_service(host: str, ports: dict[str, int], key: str | None) -> str:
+def _describe_service(settings: Settings, ports: dict[str, int], key: str | None) -> str:
+    host = settings.host
     places = {
         "host": "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else host,  # noqa: S104 - compared, not bound
         "http": ports["PORT"],
@@ -129,6 +130,7 @@ def _describe_service(host: str, ports: dict[str, int], key: str | None) -> str:
         key=key,
         project=app.DEMO_PROJECT,
         method=_METHOD,
+        security="-insecure" if settings.grpc_tls else "-plaintext",
         http_events=_make_example("over HTTP"),
         grpc_events=_make_example("over gRPC"),
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
+from server.certificates import CertificateSource, read_certificates
 from server.config import Settings
 from server.database import Engine, Link, Readiness, Watchdog, connected, open_engine, transactional
 from server.embedded import EmbeddedPostgres, EmbeddedPostgresError
@@ -109,6 +110,7 @@ class Worker:
             self._readiness.is_ready,
             address=f"{host}:{settings.grpc_port}",
             offer_reflection=settings.grpc_reflection,
+            certificates=CertificateSource(settings.grpc_tls) if settings.grpc_tls else None,
         )
 
     def run(self, on_ready: Callable[[], None]) -> None:
@@ -201,13 +203,17 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if settings.grpc_tls:
+        read_certificates(settings.grpc_tls)  # unusable ones end the start here, not each worker
     with ExitStack() as stack:
         wanted = {"PORT": settings.port, "GRPC_PORT": settings.grpc_port}
         ports = stack.enter_context(reserve_ports(settings.host, wanted))
         engine, tick, first_key = _prepare_database(settings, stack)
         _keep_partitions(engine, stack)
         numbers = {name: str(port) for name, port in ports.items()}
-        supervisor = _supervise("worker", settings.workers, os.environ | numbers)
+        # gRPC's own lines would be no JSON, and anybody could add some by a failed handshake.
+        environment = {"GRPC_VERBOSITY": "NONE"} | os.environ | numbers
+        supervisor = _supervise("worker", settings.workers, environment)
         if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
         supervisors = [supervisor]

@@ -19,6 +19,8 @@ _PROVIDERS = {
     "amplitude": ("AMPLITUDE_API_KEY", "https://api2.amplitude.com/batch"),
     "mixpanel": ("MIXPANEL_TOKEN", "https://api.mixpanel.com/import"),
 }
+# Certificate, its key, and what clients' certificates are checked by.
+TLS_VARIABLES = ("GRPC_TLS_CERT_FILE", "GRPC_TLS_KEY_FILE", "GRPC_TLS_CLIENT_CA_FILE")
 _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
 
 
@@ -32,6 +34,16 @@ class Destination:
 
     endpoint: str
     credential: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """Where the certificates of the gRPC port are, in PEM."""
+
+    chain: Path
+    key: Path
+    # With it, clients need a certificate that one of these has signed.
+    client_ca: Path | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,8 @@ class Settings:
     workers: int
     cors_allowed_origins: frozenset[str]
     grpc_reflection: bool
+    # None: the gRPC port speaks plain text.
+    grpc_tls: TlsFiles | None
     request_timeout_seconds: float
     max_waiting_bytes: int
     # By provider name; empty where analytics is off.
@@ -76,10 +90,11 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         port=read("PORT", "8080", _whole_number(0, 65535)),
         grpc_port=read("GRPC_PORT", "50051", _whole_number(0, 65535)),
         database_url=read("DATABASE_URL", "", _parse_database_url),
-        data_dir=read("DATA_DIR", "data", lambda text: Path(text).expanduser().absolute()),
+        data_dir=read("DATA_DIR", "data", _parse_path),
         workers=read("WORKERS", "1", _whole_number(1, 64)),
         cors_allowed_origins=read("CORS_ALLOWED_ORIGINS", "*", _parse_origins),
         grpc_reflection=read("GRPC_REFLECTION", "true", _parse_flag),
+        grpc_tls=_read_tls(read),
         request_timeout_seconds=read("REQUEST_TIMEOUT_SECONDS", "5", _parse_seconds),
         max_waiting_bytes=read("MAX_WAITING_MB", "64", _whole_number(1, 4096)) * 1024 * 1024,
         destinations=_read_destinations(read),
@@ -103,6 +118,21 @@ def _read_destinations(read: "_Reader") -> dict[str, Destination]:
     }
 
 
+def _read_tls(read: "_Reader") -> TlsFiles | None:
+    """Whether the files can be used is seen where they are read."""
+    chain, key, client_ca = (
+        read(name, "", lambda text: _parse_path(text) if text else None) for name in TLS_VARIABLES
+    )
+    if chain and key:
+        return TlsFiles(chain, key, client_ca)
+    chain_variable, key_variable, _ = TLS_VARIABLES
+    if chain:
+        raise InvalidSetting(f"{key_variable}: must be set, since {chain_variable} is")
+    if key or client_ca:
+        raise InvalidSetting(f"{chain_variable}: must be set, since others of GRPC_TLS_… are")
+    return None
+
+
 class _Reader:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
@@ -122,6 +152,10 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _parse_path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
 
 
 def _parse_seconds(text: str) -> float:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEventsResponse
+from server.certificates import Certificates, CertificateSource
 from server.errors import IngestError, Internal, Unavailable
 from server.protobuf_codec import ProtobufCodec
 from server.service import IngestService
@@ -99,6 +100,26 @@ def _details_of(error: IngestError) -> tuple[tuple[str, bytes], ...]:
     return (("grpc-status-details-bin", status.SerializeToString()),)
 
 
+def _make_credentials(certificates: CertificateSource) -> grpc.ServerCredentials:
+    """Credentials that follow the files: gRPC asks at each handshake, one at a time."""
+
+    def find_renewed() -> grpc.ServerCertificateConfiguration | None:
+        renewed = certificates.find_renewed()
+        return None if renewed is None else _configure(renewed)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _configure(certificates.first),
+        find_renewed,  # type: ignore[arg-type]  # the stubs do not know that None means: unchanged
+        require_client_authentication=certificates.first.client_ca is not None,
+    )
+
+
+def _configure(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(certificates.key, certificates.chain)], certificates.client_ca
+    )
+
+
 class GrpcServer:
     """Serves in a thread of its own, which runs an event loop: no call in it may block."""
 
@@ -109,11 +130,14 @@ class GrpcServer:
         *,
         address: str,
         offer_reflection: bool,
+        certificates: CertificateSource | None = None,
     ) -> None:
+        """Without certificates, the port speaks plain text."""
         self._servicer = servicer
         self._is_ready = is_ready
         self._address = address
         self._offer_reflection = offer_reflection
+        self._certificates = certificates
         self._loop = asyncio.new_event_loop()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stubs lack aio
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
@@ -147,7 +171,10 @@ class GrpcServer:
         if self._offer_reflection:
             names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        server.add_insecure_port(self._address)
+        if self._certificates is None:
+            server.add_insecure_port(self._address)
+        else:
+            server.add_secure_port(self._address, _make_credentials(self._certificates))
         await server.start()
         return server, self._loop.create_task(self._refresh_health())
 

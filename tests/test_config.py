@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.config import InvalidSetting, RejectedKeep, read_settings
+from server.config import InvalidSetting, RejectedKeep, TlsFiles, read_settings
 from server.database import open_engine
 
 MIB = 1024 * 1024
@@ -133,8 +133,8 @@ def test_refused_values(name: str, text: str) -> None:
 
 
 def test_every_setting_is_in_the_table() -> None:
-    """A new setting is tested like the others; that of destinations has a test of its own."""
-    assert set(SETTINGS) | {"destinations"} == set(vars(read_settings({})))
+    """A new setting is tested like the others; groups of them have tests of their own."""
+    assert set(SETTINGS) | {"destinations", "grpc_tls"} == set(vars(read_settings({})))
 
 
 @pytest.mark.parametrize(("debug", "level"), [("true", "DEBUG"), ("0", "ERROR"), ("", "ERROR")])
@@ -208,3 +208,27 @@ def test_refused_destinations(variable: str, text: str) -> None:
     with pytest.raises(InvalidSetting, match=f"^{variable}: ") as failure:
         read_settings(ANALYTICS | {variable: text})
     assert PASSWORD not in str(failure.value)
+
+
+TLS = {name: f"/{name}" for name in ("GRPC_TLS_CERT_FILE", "GRPC_TLS_KEY_FILE")}
+CLIENT_CA = {"GRPC_TLS_CLIENT_CA_FILE": "clients.pem"}
+
+
+def test_tls() -> None:
+    """TLS takes a certificate and its key; clients' certificates are asked for only if set so."""
+    chain, key = map(Path, TLS.values())
+    assert read_settings({}).grpc_tls is None
+    assert read_settings(TLS).grpc_tls == TlsFiles(chain, key, None)
+    assert read_settings(TLS | CLIENT_CA).grpc_tls == TlsFiles(
+        chain, key, Path.cwd() / "clients.pem"
+    )
+
+
+@pytest.mark.parametrize("missing", TLS)
+@pytest.mark.parametrize("others", [{}, CLIENT_CA], ids=["alone", "with an authority"])
+def test_half_of_tls(missing: str, others: dict[str, str]) -> None:
+    """A port that was meant to be secure is never opened in plain text."""
+    with pytest.raises(InvalidSetting, match=f"^{missing}: must be set"):
+        read_settings(TLS | others | {missing: ""})
+    with pytest.raises(InvalidSetting, match=r"^GRPC_TLS_CERT_FILE: must be set"):
+        read_settings(CLIENT_CA)
