@@ -23,6 +23,7 @@ from server.json_codec import JsonCodec
 from server.key_directory import KeyDirectory
 from server.keys import create_key, list_keys
 from server.migration import check_migrated, migrate
+from server.observation import Observer
 from server.outbox import Outbox
 from server.partitions import PartitionKeeper
 from server.protobuf_codec import ProtobufCodec
@@ -31,6 +32,7 @@ from server.providers.amplitude import Amplitude
 from server.providers.mixpanel import Mixpanel
 from server.recorder import RejectionRecorder
 from server.replay import Replay
+from server.request_log import RequestLog
 from server.rows import RowEncoder
 from server.schema import EVENT_SCHEMA
 from server.service import IngestService
@@ -88,25 +90,31 @@ class Worker:
             timeout_seconds=settings.request_timeout_seconds,
             on_rejected=next((recorder.record for recorder in self._recorders), None),
         )
-        self._http = self._build_http(service, settings)
-        self._grpc = self._build_grpc(service, settings)
+        observer = Observer((RequestLog(),))
+        self._http = self._build_http(service, settings, observer)
+        self._grpc = self._build_grpc(service, settings, observer)
 
-    def _build_http(self, service: IngestService, settings: Settings) -> HTTPServer:
+    def _build_http(
+        self, service: IngestService, settings: Settings, observer: Observer
+    ) -> HTTPServer:
         app = create_app(
             service,
             JsonCodec(EVENT_SCHEMA),
             self._readiness.is_ready,
             allowed_origins=settings.cors_allowed_origins,
+            observer=observer,
         )
         listener = listen(settings.host, settings.port)
         # What is a little too large is refused by the application, in its words; a body far over
         # the limit is not even read.
         return HTTPServer(app, listener, threads=_HTTP_THREADS, max_body_bytes=2 * MAX_BODY_BYTES)
 
-    def _build_grpc(self, service: IngestService, settings: Settings) -> GrpcServer:
+    def _build_grpc(
+        self, service: IngestService, settings: Settings, observer: Observer
+    ) -> GrpcServer:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return GrpcServer(
-            IngestServicer(service, ProtobufCodec(EVENT_SCHEMA)),
+            IngestServicer(service, ProtobufCodec(EVENT_SCHEMA), observer),
             self._readiness.is_ready,
             address=f"{host}:{settings.grpc_port}",
             offer_reflection=settings.grpc_reflection,

@@ -62,7 +62,8 @@ def translated_errors() -> Iterator[None]:
         if isinstance(cause, _OUTAGES):
             raise Unavailable("storage is unavailable") from error
         if isinstance(cause, psycopg2.DataError | psycopg2.IntegrityError):
-            raise Refused from error
+            # What the driver says of data may repeat it.
+            raise Refused(f"{type(cause).__name__} {cause.diag.constraint_name or ''}") from None
         raise
 
 

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEventsResponse
 from server.certificates import Certificates, CertificateSource
 from server.errors import IngestError, Internal, Unavailable
+from server.observation import Observation, Observer
 from server.protobuf_codec import ProtobufCodec
 from server.service import IngestService
 
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 _SERVICE = DESCRIPTOR.services_by_name["EventIngestionService"].full_name
 _API_KEY = "x-pg-api-key"
+_REQUEST_ID = "x-request-id"
 
 _log = logging.getLogger("productgraph.grpc")
 
@@ -39,9 +41,12 @@ Context = grpc.aio.ServicerContext[bytes, IngestEventsResponse]
 class IngestServicer:
     """Answers IngestEvents. Takes the request's bytes, so that each event is parsed by itself."""
 
-    def __init__(self, service: IngestService, codec: ProtobufCodec) -> None:
+    def __init__(
+        self, service: IngestService, codec: ProtobufCodec, observer: Observer | None = None
+    ) -> None:
         self._service = service
         self._codec = codec
+        self._observer = observer or Observer()
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, IngestEventsResponse]":
         """What a server is given to serve this method."""
@@ -52,19 +57,39 @@ class IngestServicer:
 
     async def ingest_events(self, request: bytes, context: Context) -> IngestEventsResponse:
         """Stores an encoded IngestEventsRequest; returns once it is committed."""
+        observation = self._observe(request, context)
+        status = "CANCELLED"
         try:
-            return await self._ingest(request, context)
+            response = await self._ingest(request, context, observation)
+            status = "OK"
+            return response
         except IngestError as error:
-            return await _abort(context, error)
+            status = error.code
+            return await _abort(context, observation, error)
         except Exception:  # noqa: BLE001 - a fault is told without details
-            _log.exception("a request failed")
-            return await _abort(context, Internal())
+            status = Internal.code
+            _log.exception("a request failed", extra={"request_id": observation.request_id})
+            return await _abort(context, observation, Internal())
+        finally:
+            observation.finish(status)
 
-    async def _ingest(self, request: bytes, context: Context) -> IngestEventsResponse:
+    def _observe(self, request: bytes, context: Context) -> Observation:
+        metadata = dict(context.invocation_metadata() or ())
+        request_id, traceparent = map(metadata.get, (_REQUEST_ID, "traceparent"))
+        observation = self._observer.begin("grpc", request_id, traceparent)
+        observation.size_bytes = len(request)
+        context.set_trailing_metadata(_trailers_of(observation))
+        return observation
+
+    async def _ingest(
+        self, request: bytes, context: Context, observation: Observation
+    ) -> IngestEventsResponse:
         deadline = self._service.deadline_after(context.time_remaining())
         project_id = await self._authenticate(context)
+        observation.authenticated(project_id)
         events = self._codec.parse_batch(request)
         response, stored = self._service.ingest(project_id, events, deadline)
+        observation.decoded(response)
         await asyncio.wrap_future(stored)
         return response
 
@@ -81,9 +106,16 @@ class IngestServicer:
             raise Unavailable("not answered in time") from None
 
 
-async def _abort(context: Context, error: IngestError) -> NoReturn:
-    code = grpc.StatusCode[error.code]
-    await context.abort(code, str(error), trailing_metadata=_details_of(error))
+def _trailers_of(observation: Observation) -> tuple[tuple[str, str], ...]:
+    return ((_REQUEST_ID, observation.request_id),)
+
+
+async def _abort(context: Context, observation: Observation, error: IngestError) -> NoReturn:
+    trailers: tuple[tuple[str, str | bytes], ...] = (
+        *_trailers_of(observation),
+        *_details_of(error),
+    )
+    await context.abort(grpc.StatusCode[error.code], str(error), trailing_metadata=trailers)
 
 
 def _details_of(error: IngestError) -> tuple[tuple[str, bytes], ...]:

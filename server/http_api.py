@@ -3,6 +3,7 @@
 import logging
 import zlib
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
 
 import falcon
 import orjson
@@ -10,6 +11,7 @@ from falcon.constants import COMBINED_METHODS
 
 from server.errors import IngestError, Internal, InvalidArgument
 from server.json_codec import JsonCodec, encode_response
+from server.observation import Observation, Observer
 from server.service import IngestService
 
 MAX_BODY_BYTES = 10 * 1024 * 1024
@@ -18,6 +20,10 @@ _GZIP_WINDOW = 31  # zlib's number for "with a gzip header"
 
 # Where the server puts what lets an answer wait without a thread, and why it could not be sent.
 _HOLD, _FAILURE = "productgraph.hold", "productgraph.failure"
+# Where it puts what lets the application know a request again, and learn that it is over.
+_KEEP, _KEPT = "productgraph.keep", "productgraph.kept"
+# As proxies write it in their logs, for nobody is answered it: the client was gone.
+_CLIENT_GONE = 499
 
 _STATUS = {
     "INVALID_ARGUMENT": falcon.HTTP_400,
@@ -37,14 +43,15 @@ def create_app(
     is_ready: Callable[[], bool],
     *,
     allowed_origins: Collection[str],
+    observer: Observer | None = None,
 ) -> App:
     """The WSGI application.
 
-    `allowed_origins` may hold `*` for any. Behind a server that cannot hold answers back, a request
-    waits for its commit.
+    `allowed_origins` may hold `*` for any. `observer` is told of every POST of events. Behind a
+    server that cannot hold answers back, a request waits for its commit.
     """
     app: App = falcon.App(middleware=[_CrossOrigin(allowed_origins), _UnknownMethods()])
-    app.add_route("/v1/events", _Events(service, codec))
+    app.add_route("/v1/events", _Events(service, codec, observer or Observer()))
     app.add_route("/health", _Health())
     app.add_route("/ready", _Ready(is_ready))
     app.set_error_serializer(_serialize_http_error)
@@ -53,21 +60,67 @@ def create_app(
     return app
 
 
+class _Exchange:
+    """One request until it is over, however often it has to be taken up."""
+
+    def __init__(self, observation: Observation) -> None:
+        self.observation = observation
+        self.stored: Future[None] | None = None
+        self.refusal: int | None = None
+
+    def close(self) -> None:
+        """Tells the observer how it ended."""
+        self.observation.finish(self.refusal or self._outcome())
+
+    def _outcome(self) -> int:
+        if self.stored is None:
+            return _CLIENT_GONE
+        # Where the client was gone when this failed, nobody asked for another answer.
+        failure = self.stored.exception()
+        return 202 if failure is None else _status_of(failure)
+
+
 class _Events:
-    def __init__(self, service: IngestService, codec: JsonCodec) -> None:
+    def __init__(self, service: IngestService, codec: JsonCodec, observer: Observer) -> None:
         self._service = service
         self._codec = codec
+        self._observer = observer
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        exchange = req.env.get(_KEPT) or self._open_exchange(req)
+        resp.set_header("X-Request-ID", exchange.observation.request_id)
+        try:
+            self._ingest(req, resp, exchange)
+        except Exception as error:
+            exchange.refusal = _status_of(error)
+            raise
+        finally:
+            if _KEEP not in req.env:
+                exchange.close()
+
+    def _open_exchange(self, req: falcon.Request) -> _Exchange:
+        request_id, traceparent = map(req.env.get, ("HTTP_X_REQUEST_ID", "HTTP_TRACEPARENT"))
+        exchange = _Exchange(self._observer.begin("http", request_id, traceparent))
+        if keep := req.env.get(_KEEP):
+            keep(exchange)
+        return exchange
+
+    def _ingest(self, req: falcon.Request, resp: falcon.Response, exchange: _Exchange) -> None:
         if failure := req.env.get(_FAILURE):
             raise failure
+        observation = exchange.observation
         deadline = self._service.deadline_after()
         project_id = self._authenticate(req, deadline)
         if project_id is None:
             return
+        observation.authenticated(project_id)
         _check_content_type(req)
-        events = self._codec.parse_batch(_read_body(req))
+        body = _read_body(req)
+        observation.size_bytes = len(body)
+        events = self._codec.parse_batch(body)
         response, stored = self._service.ingest(project_id, events, deadline)
+        observation.decoded(response)
+        exchange.stored = stored
         if hold := req.env.get(_HOLD):
             hold(stored)
         else:
@@ -140,7 +193,7 @@ class _CrossOrigin:
         if origin and ("*" in self._allowed or origin in self._allowed):
             resp.set_header("Access-Control-Allow-Origin", origin)
             resp.set_header("Access-Control-Allow-Credentials", "true")
-            resp.set_header("Access-Control-Expose-Headers", "Retry-After")
+            resp.set_header("Access-Control-Expose-Headers", "Retry-After, X-Request-ID")
 
 
 class _UnknownMethods:
@@ -184,6 +237,14 @@ def _decompress(body: bytes) -> bytes:
     return content
 
 
+def _status_of(error: BaseException) -> int:
+    """What `error` is answered with."""
+    if isinstance(error, falcon.HTTPError):
+        return error.status_code
+    code = error.code if isinstance(error, IngestError) else Internal.code
+    return int(falcon.http_status_to_code(_STATUS[code]))
+
+
 def _answer_error(
     _req: falcon.Request, resp: falcon.Response, error: IngestError, _params: object
 ) -> None:
@@ -196,7 +257,8 @@ def _answer_error(
 def _answer_unexpected(
     req: falcon.Request, resp: falcon.Response, error: Exception, params: object
 ) -> None:
-    _log.error("a request failed", exc_info=error)
+    request_id = resp.get_header("X-Request-ID")
+    _log.error("a request failed", exc_info=error, extra={"request_id": request_id})
     _answer_error(req, resp, Internal(), params)
 
 

@@ -7,6 +7,10 @@ should that fail, the application is called again for the same request, with the
 the first time, in either case. So no thread waits for the database, while thousands of requests
 can, and health checks are always answered.
 
+What the application hands to the callable `KEEP`, it finds as `KEPT` when it is called again for
+the same request. Its method `close` is called once, when the request is over: the answer has been
+handed to the connection, or its client is gone.
+
 Small requests are run by the loop itself: handing them to a thread costs more than they do.
 
 This relies on the insides of waitress 3.0.2, the version that is pinned: `HTTPChannel.service` runs
@@ -30,6 +34,8 @@ from waitress.utilities import BadRequest
 
 HOLD = "productgraph.hold"
 FAILURE = "productgraph.failure"
+KEEP = "productgraph.keep"
+KEPT = "productgraph.kept"
 
 _SMALL_BODY_BYTES = 64 * 1024
 _MAX_CHUNK_LINE_BYTES = 16 * 1024
@@ -43,6 +49,7 @@ class _Parser(HTTPRequestParser):
     """Refuses what waitress lets through: ambiguous lengths, and lines without an end."""
 
     completed: bool
+    kept: Any = None
 
     def received(self, data: bytes) -> int:
         """Takes a part of the request; says how many of its bytes belong to it."""
@@ -106,11 +113,16 @@ class _Task(WSGITask):
         environ = self.get_environment()
         environ[HOLD] = self._hold
         environ[FAILURE] = failure
+        environ[KEEP] = self._keep
+        environ[KEPT] = request.kept
 
     def _hold(self, awaited: "Future[Any]", *, repeat: bool = False) -> None:
         self.awaited = awaited
         self.repeat = repeat
         self.channel = _Recorder(self.channel)
+
+    def _keep(self, thing: Any) -> None:
+        self.request.kept = thing
 
     def service(self) -> None:
         super().service()
@@ -160,10 +172,14 @@ class _Channel(HTTPChannel):
         return _Replay(channel, held)
 
     def service(self) -> None:
+        request = self.requests[0]
         try:
             super().service()
         except _Held as held:
             held.awaited.add_done_callback(lambda _: self.server.complete(self))
+        else:
+            if request.kept is not None:
+                request.kept.close()
 
     def is_idle(self) -> bool:
         """Whether nothing of a request or an answer is on this connection."""

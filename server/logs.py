@@ -2,7 +2,9 @@
 
 import logging
 import sys
+import traceback
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
 
@@ -26,7 +28,19 @@ def _fields_of(record: logging.LogRecord) -> dict[str, object]:
     return {name: value for name, value in vars(record).items() if name not in _STANDARD}
 
 
-class _JsonFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's names
+        """The first line of each exception's text only.
+
+        In the others PostgreSQL tells of the row that it was busy with.
+        """
+        parts = traceback.TracebackException(*ei).format()
+        return "".join(
+            part if part[0].isspace() else part.partition("\n")[0] + "\n" for part in parts
+        ).rstrip()
+
+
+class _JsonFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -41,7 +55,7 @@ class _JsonFormatter(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
-class _TextFormatter(logging.Formatter):
+class _TextFormatter(_Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 

@@ -4,6 +4,7 @@ import http.client
 import importlib.metadata
 import re
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ import orjson
 import pytest
 
 from server.errors import Unavailable
-from server.http_server import FAILURE, HOLD, HTTPServer
+from server.http_server import FAILURE, HOLD, KEEP, KEPT, HTTPServer
 from tests.conftest import Project
 from tests.load import make_event
 from tests.services import Service, wait_until
@@ -217,6 +218,88 @@ def test_close(request_head: str, app: HoldingApp, port: int) -> None:
         answer = read_to_end(connection)
         assert "\r\nConnection: close\r\n" in answer
         assert answer.endswith("\r\n\r\n/held")
+
+
+class Keepsake:
+    """Counts how often it was found again, and closed."""
+
+    found = closed = 0
+
+    def close(self) -> None:
+        """The request is over."""
+        self.closed += 1
+
+
+class KeepingApp(HoldingApp):
+    """Keeps something of each request; on /repeat it is called again after the wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Keepsake] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        """The application, as WSGI has it."""
+        if kept := environ[KEPT]:
+            kept.found += 1
+        else:
+            self.kept.append(Keepsake())
+            environ[KEEP](self.kept[-1])
+            if environ["PATH_INFO"] == "/repeat":
+                environ[HOLD](self._add(), repeat=True)
+        return super().__call__(environ, start_response)
+
+    def count(self) -> list[tuple[int, int]]:
+        """How often what was kept has been found and closed, in the order of the requests."""
+        return [(kept.found, kept.closed) for kept in self.kept]
+
+
+@pytest.mark.parametrize(("path", "found"), [("/at-once", 0), ("/held", 0), ("/repeat", 1)])
+def test_kept(path: str, found: int) -> None:
+    """What is kept of a request is found when it is repeated, and closed once it is answered."""
+    app = KeepingApp()
+    with serving(app) as port, closing(send_get(port, path)) as connection:
+        wait_until(lambda: app.kept)
+        assert app.count() == [(0, 0)] or not app.held
+        app.release()
+        assert connection.getresponse().read() == path.encode()
+        connection.request("GET", path)
+        wait_until(lambda: len(app.kept) == 2)
+        assert app.count()[0] == (found, 1)
+        for future in app.held[1:]:
+            future.set_result(None)
+        assert connection.getresponse().read() == path.encode()
+    assert app.count() == [(found, 1)] * 2
+
+
+def test_kept_for_a_failure() -> None:
+    """What is kept of a request is found by the call that answers a failure, and closed once."""
+    app = KeepingApp()
+    with serving(app) as port, closing(send_get(port, "/held")) as connection:
+        app.wait_for(1)
+        app.held[0].set_exception(Unavailable("too late"))
+        assert connection.getresponse().read() == b"failed: too late"
+    assert app.count() == [(1, 1)]
+
+
+@pytest.mark.parametrize("failure", [None, Unavailable("too late")])
+@pytest.mark.parametrize("path", ["/held", "/repeat"])
+def test_kept_for_nobody(path: str, failure: Exception | None) -> None:
+    """What is kept of a request is closed once though its client is gone."""
+    app = KeepingApp()
+    with serving(app) as port:
+        with closing(send_get(port, path)) as connection:
+            app.wait_for(1)
+            # Closing it resets the connection, so that nothing can be written.
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert get(port, "/other") == "/other"
+        assert app.kept[0].closed == 0
+        if failure:
+            app.held[0].set_exception(failure)
+        else:
+            app.held[0].set_result(None)
+        wait_until(lambda: app.kept[0].closed)
+        assert get(port, "/other") == "/other"
+    assert app.kept[0].closed == 1
 
 
 # What a proxy that reads the framing differently would take for a request of its own, and what

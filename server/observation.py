@@ -1,0 +1,145 @@
+"""What is seen of each ingest request, for logs, metrics and traces; nothing of what it carries."""
+
+import itertools
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# The gRPC codes that say what HTTP says with a status of 500 or more.
+_FAULTS = frozenset({"UNKNOWN", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+
+_log = logging.getLogger("productgraph.observation")
+
+
+class Sink(Protocol):
+    """Takes what has been observed; called in a thread that serves requests, it may not wait."""
+
+    def record(self, observation: "Observation") -> None:
+        """Takes one finished request."""
+
+
+class Observation:
+    """One ingest request. An edge notes what happens; a sink reads it once it is finished.
+
+    What is not known, since the request did not come that far, is None. Moments are in seconds on
+    the observer's clock, `started_at` is in nanoseconds since 1970.
+    """
+
+    __slots__ = (
+        "_authenticated",
+        "_decoded",
+        "_observer",
+        "_started",
+        "ended",
+        "project_id",
+        "protocol",
+        "request_id",
+        "response",
+        "size_bytes",
+        "started_at",
+        "status",
+        "traceparent",
+    )
+
+    def __init__(
+        self,
+        observer: "Observer",
+        protocol: Literal["http", "grpc"],
+        request_id: str,
+        traceparent: str | None,
+    ) -> None:
+        self.protocol = protocol
+        self.request_id = request_id
+        self.traceparent = traceparent
+        self.project_id: str | None = None
+        self.size_bytes: int | None = None  # decompressed
+        self.response: IngestEventsResponse | None = None
+        # HTTP's number or gRPC's name; 499 and CANCELLED: the client was gone before its answer.
+        self.status: int | str = 0
+        self.ended = 0.0
+        self._observer = observer
+        self._authenticated: float | None = None
+        self._decoded: float | None = None
+        self.started_at = time.time_ns()
+        self._started = observer.clock()
+
+    def authenticated(self, project_id: str) -> None:
+        """The key is known; what follows is read and decoded."""
+        self.project_id = project_id
+        self._authenticated = self._observer.clock()
+
+    def decoded(self, response: IngestEventsResponse) -> None:
+        """The events have been validated and handed over to be stored."""
+        self.response = response
+        self._decoded = self._observer.clock()
+
+    def finish(self, status: int | str) -> None:
+        """The request is over: to be called once."""
+        self.status = status
+        self.ended = self._observer.clock()
+        self._observer.report(self)
+
+    @property
+    def seconds(self) -> float:
+        """How long the request took."""
+        return self.ended - self._started
+
+    @property
+    def seconds_authenticating(self) -> float | None:
+        """How long it took until the key's project was known."""
+        return None if self._authenticated is None else self._authenticated - self._started
+
+    @property
+    def seconds_decoding(self) -> float | None:
+        """How long it took to read, decode and validate the events."""
+        if self._authenticated is None or self._decoded is None:
+            return None
+        return self._decoded - self._authenticated
+
+    @property
+    def seconds_storing(self) -> float | None:
+        """How long the events waited for their commit, or for the failure of it."""
+        return None if self._decoded is None else self.ended - self._decoded
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the request failed through no fault of its client's."""
+        status = self.status
+        return status >= 500 if isinstance(status, int) else status in _FAULTS
+
+
+class Observer:
+    """Makes the observations of one process, and gives them to its sinks."""
+
+    def __init__(
+        self, sinks: tuple[Sink, ...] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock = clock
+        self._sinks = sinks
+        self._prefix = secrets.token_hex(8)
+        self._numbers = itertools.count(1)
+
+    def begin(
+        self,
+        protocol: Literal["http", "grpc"],
+        request_id: str | None = None,
+        traceparent: str | None = None,
+    ) -> Observation:
+        """A request arrives; it gets an id where its client sent none that can be used."""
+        if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+            request_id = f"{self._prefix}-{next(self._numbers)}"
+        return Observation(self, protocol, request_id, traceparent)
+
+    def report(self, observation: Observation) -> None:
+        """Hands a finished observation to every sink; a sink that fails harms no request."""
+        for sink in self._sinks:
+            try:
+                sink.record(observation)
+            except Exception:  # noqa: BLE001 - as promised
+                _log.exception("a request could not be recorded")
