@@ -18,7 +18,7 @@ COPY --from=build /app /app
 ENV PATH=/app/bin:$PATH \
     HOST=0.0.0.0
 USER 10001:10001
-EXPOSE 8080 50051
+EXPOSE 8080 50051 9464
 STOPSIGNAL SIGTERM
 # Liveness only. The empty ProxyHandler keeps HTTP_PROXY from being asked for the loopback.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\

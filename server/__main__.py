@@ -26,6 +26,7 @@ ProductGraph event ingestion
   HTTP  http://{host}:{http}
   gRPC  {host}:{grpc}
 """
+_METRICS = "  metrics  http://{host}:{metrics}/metrics\n"
 _FIRST_KEY = """
 A first API key, for project {project}. It is shown this once:
   {key}
@@ -123,9 +124,12 @@ def _describe_service(settings: Settings, ports: dict[str, int], key: str | None
         "http": ports["PORT"],
         "grpc": ports["GRPC_PORT"],
     }
+    banner = _BANNER.format(**places)
+    if port := ports.get("METRICS_PORT"):
+        banner += _METRICS.format(**places, metrics=port)
     if key is None:
-        return _BANNER.format(**places)
-    return (_BANNER + _FIRST_KEY).format(
+        return banner
+    return banner + _FIRST_KEY.format(
         **places,
         key=key,
         project=app.DEMO_PROJECT,

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 
 from server.certificates import CertificateSource, read_certificates
 from server.config import Settings
@@ -22,7 +23,10 @@ from server.http_server import HTTPServer
 from server.json_codec import JsonCodec
 from server.key_directory import KeyDirectory
 from server.keys import create_key, list_keys
+from server.metrics import RequestMetrics, StorageMetrics
+from server.metrics_page import MetricsPage, MetricsServer, opened_directory
 from server.migration import check_migrated, migrate
+from server.monitor import OutboxMonitor
 from server.observation import Observer
 from server.outbox import Outbox
 from server.partitions import PartitionKeeper
@@ -69,19 +73,29 @@ class Worker:
 
     def __init__(self, settings: Settings, database_url: str) -> None:
         engine = open_engine(database_url)
+        self._storage_metrics = metrics = StorageMetrics()
+        self._request_metrics = RequestMetrics(field.wire_name for field in EVENT_SCHEMA.fields)
         self._readiness = Readiness(Link(engine))
-        self._keys = KeyDirectory(Link(engine))
-        self._writer = Writer(
-            Link(engine),
-            EventStore(RowEncoder(EVENT_SCHEMA).columns, _open_outbox(settings)),
-            max_waiting_bytes=settings.max_waiting_bytes,
+        self._keys = KeyDirectory(
+            Link(engine, on_error=metrics.count_error), on_lookups=metrics.count_lookups
         )
-        self._recorders = _open_recorders(settings, engine)
+        self._writer = Writer(
+            Link(engine, on_error=metrics.count_error),
+            EventStore(
+                RowEncoder(EVENT_SCHEMA).columns,
+                _open_outbox(settings),
+                on_duplicates=metrics.count_duplicates,
+            ),
+            max_waiting_bytes=settings.max_waiting_bytes,
+            on_group=metrics.count_group,
+        )
+        self._recorders = _open_recorders(settings, engine, metrics.count_dropped)
         self._watchdog = Watchdog(
             self._writer.check,
             self._keys.check,
             self._readiness.check,
             *(recorder.check for recorder in self._recorders),
+            self._write_metrics,
         )
         service = IngestService(
             EVENT_SCHEMA,
@@ -90,7 +104,8 @@ class Worker:
             timeout_seconds=settings.request_timeout_seconds,
             on_rejected=next((recorder.record for recorder in self._recorders), None),
         )
-        observer = Observer((RequestLog(),))
+        has_metrics = settings.metrics_port is not None
+        observer = Observer((RequestLog(), *([self._request_metrics] if has_metrics else [])))
         self._http = self._build_http(service, settings, observer)
         self._grpc = self._build_grpc(service, settings, observer)
 
@@ -135,6 +150,10 @@ class Worker:
         """Makes `run` return; from any thread or a signal handler."""
         self._http.stop()
 
+    def _write_metrics(self) -> None:
+        self._request_metrics.flush()
+        self._storage_metrics.show(self._writer.backlog(), self._keys.known_count())
+
     def _drain(self) -> None:
         self._readiness.stop()
         grpc_drain = threading.Thread(target=self._grpc.stop, args=(_DRAIN_SECONDS,))
@@ -146,6 +165,7 @@ class Worker:
             recorder.stop()
         self._keys.stop()
         self._watchdog.stop()
+        self._write_metrics()
 
 
 def _open_outbox(settings: Settings) -> OnStored | None:
@@ -154,10 +174,14 @@ def _open_outbox(settings: Settings) -> OnStored | None:
     return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).enqueue
 
 
-def _open_recorders(settings: Settings, engine: Engine) -> list[RejectionRecorder]:
+def _open_recorders(
+    settings: Settings, engine: Engine, on_dropped: Callable[[int], None]
+) -> list[RejectionRecorder]:
     """One, or none where rejected events are not to be kept."""
     keep = settings.rejected_keep
-    return [] if keep is None else [RejectionRecorder(Link(transactional(engine)), keep)]
+    if keep is None:
+        return []
+    return [RejectionRecorder(Link(transactional(engine)), keep, on_dropped=on_dropped)]
 
 
 @contextmanager
@@ -215,31 +239,58 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         read_certificates(settings.grpc_tls)  # unusable ones end the start here, not each worker
     with ExitStack() as stack:
         wanted = {"PORT": settings.port, "GRPC_PORT": settings.grpc_port}
+        if settings.metrics_port is not None:
+            wanted["METRICS_PORT"] = settings.metrics_port
         ports = stack.enter_context(reserve_ports(settings.host, wanted))
         engine, tick, first_key = _prepare_database(settings, stack)
         _keep_partitions(engine, stack)
+        page = _serve_metrics(settings, ports, engine, stack)
         numbers = {name: str(port) for name, port in ports.items()}
         # gRPC's own lines would be no JSON, and anybody could add some by a failed handshake.
         environment = {"GRPC_VERBOSITY": "NONE"} | os.environ | numbers
-        supervisor = _supervise("worker", settings.workers, environment)
+        supervisor = _supervise("worker", settings.workers, environment, page)
         if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
         supervisors = [supervisor]
         supervisor.start()
         stack.callback(_stop_together, supervisors)
         if settings.destinations and settings.forwarders:
-            supervisors.append(_keep_forwarding(settings.forwarders, stack))
+            supervisors.append(_keep_forwarding(settings.forwarders, page, stack))
         announce(ports, first_key)
         supervisor.run(tick, stop)
 
 
-def _supervise(command: str, count: int, environment: Mapping[str, str]) -> Supervisor:
+def _supervise(
+    command: str, count: int, environment: Mapping[str, str], page: MetricsPage | None
+) -> Supervisor:
     return Supervisor(
         [sys.executable, "-m", "server", command],
         count,
-        environment=environment,
+        environment=environment if page is None else {**environment, **page.environment},
         drain_seconds=_KILL_SECONDS,
+        on_exit=None if page is None else partial(page.note_exit, command),
     )
+
+
+def _serve_metrics(
+    settings: Settings, ports: Mapping[str, int], engine: Engine, stack: ExitStack
+) -> MetricsPage | None:
+    """The page, or None where it is not wanted."""
+    if settings.metrics_port is None:
+        return None
+    readiness, monitor = Readiness(Link(engine)), OutboxMonitor(Link(engine))
+    page = MetricsPage(
+        stack.enter_context(opened_directory()),
+        readiness.is_ready,
+        monitor.lanes,
+        providers=tuple(settings.destinations),
+    )
+    server = MetricsServer(page, listen(settings.host, ports["METRICS_PORT"]))
+    watchdog = Watchdog(readiness.check, monitor.check)
+    for part in (watchdog, readiness, monitor, server):
+        part.start()
+        stack.callback(part.stop)
+    return page
 
 
 def _stop_together(supervisors: Sequence[Supervisor]) -> None:
@@ -250,9 +301,9 @@ def _stop_together(supervisors: Sequence[Supervisor]) -> None:
         thread.join()
 
 
-def _keep_forwarding(count: int, stack: ExitStack) -> Supervisor:
+def _keep_forwarding(count: int, page: MetricsPage | None, stack: ExitStack) -> Supervisor:
     """Runs forwarders beside the workers: processes of their own, that slow none of them."""
-    supervisor, stop = _supervise("forward", count, os.environ), threading.Event()
+    supervisor, stop = _supervise("forward", count, os.environ, page), threading.Event()
     supervisor.start()
     watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop), daemon=True)
     watching.start()

@@ -61,6 +61,8 @@ class Settings:
     host: str
     port: int
     grpc_port: int
+    # None: no metrics.
+    metrics_port: int | None
     # Not shown: it may hold a password. None: an embedded PostgreSQL in data_dir.
     database_url: str | None = field(repr=False)
     data_dir: Path
@@ -89,6 +91,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         host=read("HOST", "127.0.0.1", str),
         port=read("PORT", "8080", _whole_number(0, 65535)),
         grpc_port=read("GRPC_PORT", "50051", _whole_number(0, 65535)),
+        metrics_port=read("METRICS_PORT", "9464", _parse_optional_port),
         database_url=read("DATABASE_URL", "", _parse_database_url),
         data_dir=read("DATA_DIR", "data", _parse_path),
         workers=read("WORKERS", "1", _whole_number(1, 64)),
@@ -156,6 +159,15 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
 
 def _parse_path(text: str) -> Path:
     return Path(text).expanduser().absolute()
+
+
+def _parse_optional_port(text: str) -> int | None:
+    if text.lower() in ("off", "false", "no"):  # not 0, which is any free port
+        return None
+    try:
+        return _whole_number(0, 65535)(text)
+    except ValueError:
+        raise ValueError(f"must be off or a whole number from 0 to 65535, is {text!r}") from None
 
 
 def _parse_seconds(text: str) -> float:

@@ -38,6 +38,18 @@ class Refused(Exception):
     """PostgreSQL refuses the data itself; running the transaction again cannot help."""
 
 
+# How a transaction that failed is counted; all kinds there are.
+_KINDS: dict[type[BaseException], str] = {
+    Conflict: "conflict",
+    Refused: "refused",
+    Unavailable: "unavailable",
+}
+OTHER_ERROR = "other"
+ERROR_KINDS = (*_KINDS.values(), OTHER_ERROR)
+
+# Called with the kind of a failed transaction; it may not wait.
+OnError = Callable[[str], None]
+
 _CONFLICTS = (
     driver_errors.DeadlockDetected,
     driver_errors.SerializationFailure,
@@ -136,9 +148,15 @@ class Link:
     socket ends the wait at once.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Callable[[], float] = time.monotonic,
+        on_error: OnError | None = None,
+    ) -> None:
         self._engine = engine
         self._clock = clock
+        self._on_error = on_error
         self._connection: Connection | None = None
         self._socket: socket.socket | None = None
         self._cut_at = math.inf
@@ -157,15 +175,21 @@ class Link:
                 connection = self._connection or self._open()
                 yield connection
                 connection.commit()  # ends what SQLAlchemy may have begun by itself
-        except (Conflict, Refused):
+        except (Conflict, Refused) as error:
+            self._tell(error)
             connection.rollback()
             raise
-        except BaseException:
+        except BaseException as error:
+            self._tell(error)
             self.close()
             raise
         finally:
             with self._lock:
                 self._cut_at = math.inf
+
+    def _tell(self, error: BaseException) -> None:
+        if self._on_error is not None:
+            self._on_error(_KINDS.get(type(error), OTHER_ERROR))
 
     def _open(self) -> Connection:
         _opening.link = self

@@ -22,6 +22,8 @@ _QUERY_SECONDS = 3.0
 _MAX_UNKNOWN = 10_000
 _MAX_PENDING = 1_000
 
+LOOKUP_RESULTS = _FOUND, _UNKNOWN, _FAILED = "found", "unknown", "failed"
+
 _log = logging.getLogger("productgraph.keys")
 
 
@@ -31,11 +33,20 @@ class _Entry(NamedTuple):
 
 
 class KeyDirectory:
-    """Tells which project a key belongs to; one thread asks the database for all requests."""
+    """Tells which project a key belongs to; one thread asks the database for all requests.
 
-    def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
+    `on_lookups` is told how many keys it was asked for with one of the results `LOOKUP_RESULTS`.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        clock: Callable[[], float] = time.monotonic,
+        on_lookups: Callable[[str, int], None] | None = None,
+    ) -> None:
         self._link = link
         self._clock = clock
+        self._on_lookups = on_lookups
         self._known: dict[bytes, _Entry] = {}
         self._unknown: OrderedDict[bytes, float] = OrderedDict()
         self._pending: dict[bytes, Future[str]] = {}
@@ -82,6 +93,10 @@ class KeyDirectory:
                 self._pending[digest] = Future()
                 self._changed.notify()
             return self._pending[digest]
+
+    def known_count(self) -> int:
+        """How many keys are in memory."""
+        return len(self._known)
 
     def check(self) -> None:
         """For the watchdog: answers those who wait for a query that hangs, and cuts it."""
@@ -135,6 +150,8 @@ class KeyDirectory:
 
     def _answer(self, digests: list[bytes]) -> None:
         found = self._find(digests)
+        self._tell(_FOUND, len(found))
+        self._tell(_UNKNOWN, len(digests) - len(found))
         self._known.update(found)
         for digest in digests:
             with self._changed:
@@ -172,8 +189,13 @@ class KeyDirectory:
             self._available = not isinstance(error, Unavailable)
             pending, self._pending = self._pending, {}
             self._changed.notify()
+        self._tell(_FAILED, len(pending))
         for future in pending.values():
             _settle(future, error)
+
+    def _tell(self, result: str, count: int) -> None:
+        if self._on_lookups is not None and count:
+            self._on_lookups(result, count)
 
 
 def _settle(future: "Future[str]", result: str | IngestError) -> None:

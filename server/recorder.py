@@ -85,14 +85,22 @@ class _Backlog:
 
 
 class RejectionRecorder:
-    """Writes what validation rejected to its table, and keeps that table short."""
+    """Writes what validation rejected to its table, and keeps that table short.
+
+    `on_dropped` is told now and then how many were too many to be kept.
+    """
 
     def __init__(
-        self, link: Link, keep: RejectedKeep, clock: Callable[[], float] = time.monotonic
+        self,
+        link: Link,
+        keep: RejectedKeep,
+        clock: Callable[[], float] = time.monotonic,
+        on_dropped: Callable[[int], None] | None = None,
     ) -> None:
         self._link = link
         self._keep = keep
         self._clock = clock
+        self._on_dropped = on_dropped
         self._backlog = _Backlog()
         self._dropped = 0
         # The projects that may have too many rows by now; None: any, as those of another setting.
@@ -210,3 +218,5 @@ class RejectionRecorder:
             _log.warning(
                 "rejected events were not kept, there were too many", extra={"count": dropped}
             )
+            if self._on_dropped is not None:
+                self._on_dropped(dropped)

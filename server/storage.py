@@ -49,12 +49,14 @@ class EventStore:
         columns: Sequence[str],
         on_stored: OnStored | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_duplicates: Callable[[int], None] | None = None,
     ) -> None:
         names = ", ".join(columns)
         self._copy = _COPY.format(table="events", columns=names)
         self._stage = _CREATE_STAGING + _COPY.format(table="staged_events", columns=names)
         self._move = _MOVE_STAGED.format(columns=names) + (_RETURN_KEYS if on_stored else "")
         self._on_stored = on_stored
+        self._on_duplicates = on_duplicates
         self._clock = clock
         self._stage_until = clock()
 
@@ -72,12 +74,15 @@ class EventStore:
         with connection.connection.driver_connection.cursor() as cursor:  # type: ignore[union-attr]
             try:
                 with translated_errors():
-                    self._write(cursor, begin, ordered)
+                    stored = self._write(cursor, begin, ordered)
             except (Conflict, Refused):
                 cursor.execute("ROLLBACK")
                 raise
+        if self._on_duplicates is not None and stored < len(rows):
+            self._on_duplicates(len(rows) - stored)
 
-    def _write(self, cursor: Cursor, begin: str, rows: list[Row]) -> None:
+    def _write(self, cursor: Cursor, begin: str, rows: list[Row]) -> int:
+        """Commits rows that differ in their keys; returns how many of them were new."""
         if self._clock() >= self._stage_until:
             try:
                 _copy(cursor, begin + self._copy, rows)
@@ -86,13 +91,15 @@ class EventStore:
                 self._stage_until = self._clock() + _STAGING_SECONDS
             else:
                 self._commit(cursor, rows)
-                return
+                return len(rows)
         _copy(cursor, begin + self._stage, rows)
         cursor.execute(self._move)
+        count = cursor.rowcount
         if self._on_stored is not None:
             stored = {"\0".join(parts) for parts in cursor.fetchall()}
             rows = [row for row in rows if row.key in stored]
         self._commit(cursor, rows)
+        return count
 
     def _commit(self, cursor: Cursor, stored: list[Row]) -> None:
         if self._on_stored is not None and stored:

@@ -15,6 +15,23 @@ NOT_AN_EVENT = "event: must be an object"
 NOT_A_TIMESTAMP = "must be an ISO 8601 date-time"
 
 
+# What problems are counted as, by how they begin.
+_REASONS = {
+    "required": "required",
+    "unknown ": "unknown_value",
+    "longer than ": "too_long",
+    "larger than ": "too_large",
+    "nested more than ": "too_deep",
+    "does not match ": "wrong_project",
+    NOT_A_TIMESTAMP: "invalid_timestamp",
+    "must be valid UTF-8": "invalid_encoding",
+    "must be an integer of ": "out_of_range",
+    "must be ": "wrong_type",
+}
+UNCLASSIFIED = "other"
+REASONS = (*_REASONS.values(), UNCLASSIFIED)
+
+
 class InvalidEvent(Exception):
     """One event cannot be accepted; the text is `<documented field name>: <problem>`."""
 
@@ -115,6 +132,13 @@ def _check_text(value: str, field: Field, project_id: str) -> str | None:
     if rules.allowed_values and value not in rules.allowed_values:
         return f"unknown {field.wire_name.rpartition('.')[2]} {quote(value)}"
     return None
+
+
+def classify_problem(text: str) -> tuple[str, str]:
+    """The field (or `event`) of a problem, and which of `REASONS` it is; nothing of a client's."""
+    field, _, problem = text.partition(": ")
+    reasons = (reason for start, reason in _REASONS.items() if problem.startswith(start))
+    return field, next(reasons, UNCLASSIFIED)
 
 
 def describe_nesting(max_depth: int) -> str:

@@ -195,7 +195,10 @@ class _Worker:
 
 
 class Supervisor:
-    """Keeps `count` workers running `command`, each in `environment` (all of its variables)."""
+    """Keeps `count` workers running `command`, each in `environment` (all of its variables).
+
+    `on_exit` is told the process id of each that has exited, and whether it had been asked to.
+    """
 
     def __init__(
         self,
@@ -204,11 +207,13 @@ class Supervisor:
         *,
         environment: Mapping[str, str],
         drain_seconds: float = 30.0,
+        on_exit: Callable[[int, bool], None] | None = None,
     ) -> None:
         self._command = command
         self._count = count
         self._environment = environment
         self._drain_seconds = drain_seconds
+        self._on_exit = on_exit
         self._slots: list[_Worker] = []  # who serves in each place, or served last
         self._running: list[_Worker] = []  # every process of ours, replacements and leavers too
         self._restart_requested = False
@@ -278,6 +283,8 @@ class Supervisor:
                 expected = worker.leaving and worker.status == 0
                 level = logging.INFO if expected else logging.WARNING
                 logger.log(level, "worker exited", extra=worker.fields)
+                if self._on_exit is not None:
+                    self._on_exit(worker.fields["worker_pid"], expected)
             elif worker.becomes_ready():
                 logger.info("worker ready", extra=worker.fields)
             elif time.monotonic() >= worker.deadline:

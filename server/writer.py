@@ -43,7 +43,10 @@ class Batch:
 
 
 class Writer:
-    """One thread that stores what all requests of the process hand in, one group at a time."""
+    """One thread that stores what all requests of the process hand in, one group at a time.
+
+    `on_group` is told the rows and bytes of each group that was committed.
+    """
 
     def __init__(
         self,
@@ -52,11 +55,13 @@ class Writer:
         *,
         max_waiting_bytes: int,
         clock: Callable[[], float] = time.monotonic,
+        on_group: Callable[[int, int], None] | None = None,
     ) -> None:
         self._link = link
         self._store = store
         self._max_waiting_bytes = max_waiting_bytes
         self._clock = clock
+        self._on_group = on_group
         self._waiting: deque[Batch] = deque()
         self._waiting_bytes = 0
         self._in_flight: list[Batch] = []
@@ -86,6 +91,10 @@ class Writer:
             self._waiting_bytes += size
             self._changed.notify()
         return batch.stored
+
+    def backlog(self) -> tuple[int, int]:
+        """How many batches wait for a group to be in, and their bytes."""
+        return len(self._waiting), self._waiting_bytes
 
     def check(self) -> None:
         """For the watchdog: answers those whose time is up, and cuts a commit that hangs."""
@@ -156,6 +165,10 @@ class Writer:
                 self._store_alone(batch)
         else:
             _settle(group)
+            if self._on_group is not None:
+                self._on_group(
+                    sum(len(batch.rows) for batch in group), sum(batch.size for batch in group)
+                )
 
     def _store_alone(self, batch: Batch) -> None:
         """So that data which PostgreSQL refuses fails its own request only."""

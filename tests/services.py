@@ -24,6 +24,7 @@ from server.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[1]
 _PLACES = re.compile(r"HTTP  http://localhost:(\d+)\n  gRPC  localhost:(\d+)\n")
+_METRICS_PLACE = re.compile(r"  metrics  http://localhost:(\d+)/metrics\n")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Service:
     def grpc_target(self) -> str:
         """Where its gRPC port is."""
         return f"127.0.0.1:{self._read_ports()[1]}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where its metrics are; fails where there are none."""
+        found = _METRICS_PLACE.search(self.output.read_text())
+        assert found, "no metrics"
+        return f"http://127.0.0.1:{found[1]}/metrics"
 
     @property
     def database_url(self) -> str:
@@ -104,7 +112,8 @@ def run_command(*arguments: str, settings: Mapping[str, str]) -> "subprocess.Com
 def clean_environment(settings: Mapping[str, str], root: Path = ROOT) -> dict[str, str]:
     """What a command needs to run the code in `root`, and these settings."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return kept | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'gen'}"} | dict(settings)
+    path = f"{root}{os.pathsep}{root / 'gen'}"
+    return kept | {"PYTHONPATH": path, "METRICS_PORT": "0"} | dict(settings)
 
 
 @contextmanager

@@ -21,6 +21,12 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         ["65536", "-1", "+80", "80.0", "8e1", "http", "0x50", "1_000", "\uff18\uff10", "9" * 5000],
     ),
     "grpc_port": ("GRPC_PORT", 50051, {"0": 0, "65535": 65535}, ["65536", "-1", "grpc"]),
+    "metrics_port": (
+        "METRICS_PORT",
+        9464,
+        {"0": 0, "65535": 65535, "off": None, "OFF": None},
+        ["65536", "-1", "none"],
+    ),
     "database_url": (
         "DATABASE_URL",
         None,

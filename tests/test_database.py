@@ -285,3 +285,22 @@ def test_frozen_database(open_directory: Path) -> None:
                 for process in processes:
                     process.resume()
             assert measure(readiness.is_ready) < 5
+
+
+def test_errors_are_told(engine: Engine) -> None:
+    """Each transaction that fails is told by its kind, and one that does not is not."""
+    told: list[str] = []
+    link = Link(engine, on_error=told.append)
+    away = Link(open_engine(UNREACHABLE), on_error=told.append)
+    assert run(link, "SELECT 1") == 1
+    for failing, statement, kind, error in (
+        (link, "DO $$ BEGIN RAISE deadlock_detected; END $$", "conflict", Conflict),
+        (link, "SELECT 'x'::integer", "refused", Refused),
+        (link, "SELECT nonsense", "other", DBAPIError),
+        (away, "SELECT 1", "unavailable", Unavailable),
+    ):
+        with pytest.raises(error):
+            run(failing, statement)
+        assert told.pop() == kind
+    assert not told
+    link.close()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -166,6 +167,24 @@ def test_frozen_database(directory: Path, exposed: Service, tenant: Project) -> 
     assert statistics.median(times) < HEALTH_MEDIAN_SECONDS
     assert max(times) < HEALTH_SECONDS
     assert load.stored() <= set(read_stored(exposed, tenant))
+
+
+@pytest.mark.parametrize("outage", ["stopped", "frozen"])
+def test_metrics_in_an_outage(
+    outage: str, postgres: EmbeddedPostgres, directory: Path, exposed: Service
+) -> None:
+    """The metrics are served without the database, and lack what only that knows."""
+    place, pending = exposed.metrics_url, "productgraph_outbox_pending"
+
+    def read() -> str:
+        with urlopen(place, timeout=FAST_SECONDS) as answer:
+            return str(answer.read().decode())
+
+    wait_until(lambda: "productgraph_database_up 1.0" in (page := read()) and pending in page)
+    with stopped(postgres, directory) if outage == "stopped" else frozen(directory):
+        wait_until(lambda: "productgraph_database_up 0.0" in read())
+        assert pending not in read()
+    wait_until(lambda: "productgraph_database_up 1.0" in (page := read()) and pending in page)
 
 
 @pytest.mark.parametrize("kind", [HttpClient, GrpcClient])

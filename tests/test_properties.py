@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from server.validation import UNCLASSIFIED, classify_problem
 from tests.clients import Refusal, Tenant, accepted, encode_request, to_message
 from tests.conftest import create_project
 from tests.services import Service
@@ -134,6 +135,7 @@ def test_one_thing_wrong(tenant: Tenant, name: str, value: object) -> None:
         assert error["error"].startswith(f"{name}: ")
         assert error["error"].isprintable()
         assert len(error["error"]) < 200
+        assert classify_problem(error["error"])[1] != UNCLASSIFIED
 
 
 def damage(good: bytes, junk: bytes, data: st.DataObject) -> bytes:

@@ -83,6 +83,21 @@ def connection(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def test_counted_duplicates(connection: Connection) -> None:
+    """What was given twice, or had been stored, is counted by the commit that leaves it out."""
+    counts: list[int] = []
+    store = EventStore(ENCODER.columns, on_duplicates=counts.append)
+    rows = [make_row("duplicates", f"event {number}") for number in range(4)]
+    store.save(connection, rows[:2], 5)
+    assert counts == []
+    store.save(connection, [rows[2], rows[2], rows[2]], 5)
+    assert counts == [2]
+    store.save(connection, rows, 5)  # the first that meets some, which COPY alone refuses
+    assert counts == [2, 3]
+    store.save(connection, [*rows, *rows], 5)
+    assert counts == [2, 3, 8]
+
+
 TEXTS = "SELECT event_name, ui_state_after, metadata->>'value', attributes FROM events"
 
 
