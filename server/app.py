@@ -28,6 +28,7 @@ from server.metrics_page import MetricsPage, MetricsServer, opened_directory
 from server.migration import check_migrated, migrate
 from server.monitor import OutboxMonitor
 from server.observation import Observer
+from server.openapi import encode_description
 from server.outbox import Outbox
 from server.partitions import PartitionKeeper
 from server.protobuf_codec import ProtobufCodec
@@ -116,6 +117,7 @@ class Worker:
             service,
             JsonCodec(EVENT_SCHEMA),
             self._readiness.is_ready,
+            description=encode_description(EVENT_SCHEMA, MAX_BODY_BYTES),
             allowed_origins=settings.cors_allowed_origins,
             observer=observer,
         )

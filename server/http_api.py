@@ -1,4 +1,4 @@
-"""The HTTP edge: POST /v1/events, the health endpoints, CORS."""
+"""The HTTP edge: POST /v1/events, the health endpoints, the API's description, CORS."""
 
 import logging
 import zlib
@@ -42,18 +42,21 @@ def create_app(
     codec: JsonCodec,
     is_ready: Callable[[], bool],
     *,
+    description: bytes,
     allowed_origins: Collection[str],
     observer: Observer | None = None,
 ) -> App:
     """The WSGI application.
 
-    `allowed_origins` may hold `*` for any. `observer` is told of every POST of events. Behind a
-    server that cannot hold answers back, a request waits for its commit.
+    `description` is its OpenAPI document as JSON; `allowed_origins` may hold `*` for any;
+    `observer` is told of every POST of events. Behind a server that cannot hold answers back, a
+    request waits for its commit.
     """
     app: App = falcon.App(middleware=[_CrossOrigin(allowed_origins), _UnknownMethods()])
     app.add_route("/v1/events", _Events(service, codec, observer or Observer()))
     app.add_route("/health", _Health())
     app.add_route("/ready", _Ready(is_ready))
+    app.add_route("/openapi.json", _Description(description))
     app.set_error_serializer(_serialize_http_error)
     app.add_error_handler(Exception, _answer_unexpected)
     app.add_error_handler(IngestError, _answer_error)
@@ -156,6 +159,14 @@ class _Ready:
         else:
             resp.status = falcon.HTTP_503
             resp.data = b'{"status":"unavailable"}'
+
+
+class _Description:
+    def __init__(self, description: bytes) -> None:
+        self._description = description
+
+    def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        resp.data = self._description
 
 
 class _CrossOrigin:

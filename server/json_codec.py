@@ -26,8 +26,8 @@ from server.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent
 
 # The protocol whose events are JSON.
 HTTP = "http"
-# A number as JSON writes it, no longer than any within the range of a field could be.
-_NUMBER = re.compile(r"-?\d{1,40}(\.\d{1,40})?([eE][+-]?\d{1,2})?", re.ASCII)
+# A number as JSON writes it, no longer than any double is written.
+_NUMBER = re.compile(r"-?\d{1,40}(\.\d{1,40})?([eE][+-]?\d{1,3})?", re.ASCII)
 # How orjson writes a float that may have been an integer with more digits.
 _LONG_NUMBER = re.compile(rb"\de\+(1[89]|[2-9]\d|\d{3})")
 

@@ -49,7 +49,7 @@ def client() -> TestClient:
         timeout_seconds=1,
     )
     codec = JsonCodec(EVENT_SCHEMA)
-    return TestClient(create_app(service, codec, bool, allowed_origins={"*"}))
+    return TestClient(create_app(service, codec, bool, description=b"{}", allowed_origins={"*"}))
 
 
 @pytest.mark.parametrize("kind", ERRORS)
