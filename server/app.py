@@ -103,6 +103,7 @@ class Worker:
             self._keys,
             self._writer,
             timeout_seconds=settings.request_timeout_seconds,
+            keep_encoded=bool(settings.destinations),
             on_rejected=next((recorder.record for recorder in self._recorders), None),
         )
         has_metrics = settings.metrics_port is not None
@@ -199,6 +200,7 @@ def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
         KeyDirectory(Link(engine)),  # not started: an event's project is known here
         writer,
         timeout_seconds=settings.request_timeout_seconds,
+        keep_encoded=bool(settings.destinations),
     )
     watchdog = Watchdog(writer.check)
     for part in (watchdog, writer):

@@ -20,7 +20,7 @@ from server.columns import ColumnReader, ParsedBatch, ParsedEvent
 from server.errors import InvalidArgument
 from server.json_document import encode_document, parse_document, parse_exactly
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
-from server.structs import LostDigits, fill_struct
+from server.structs import LostDigits, fill_struct, is_plain
 from server.timestamps import parse_timestamp
 from server.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent
 
@@ -38,16 +38,13 @@ class JsonCodec:
     def __init__(self, schema: Schema) -> None:
         self._fields = schema.fields
         self._name_of = {field.wire_name: field.name for field in schema.fields}.get
-        self._composites = [
-            (field.name, _set_timestamp if field.kind is Kind.TIMESTAMP else self._set_object)
-            for field in schema.of_kind(Kind.TIMESTAMP, Kind.OBJECT)
-        ]
+        self._timestamps = [field.name for field in schema.of_kind(Kind.TIMESTAMP)]
+        self._objects = [field.name for field in schema.of_kind(Kind.OBJECT)]
         integers = schema.of_kind(Kind.INTEGER, Kind.LONG)
         self._integers = {field.name: field for field in integers}
         self._catch_all = schema.catch_all
         self._columns = ColumnReader(schema)
-        # One level more than allowed, for the validator to see.
-        self._depth = schema.max_depth + 1
+        self._max_depth = schema.max_depth
 
     def parse_batch(self, body: bytes) -> ParsedBatch:
         """The events of a request's body in order, each parsed when it is asked for.
@@ -96,22 +93,29 @@ class JsonCodec:
 
     def _build_event(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
         """Takes what is of the right types, and raises TypeError or ValueError otherwise."""
-        composites = []
-        for name, set_value in self._composites:
-            if name in fields:
-                composites.append((name, set_value, fields.pop(name)))
+        times = [(name, fields.pop(name)) for name in self._timestamps if name in fields]
+        objects = {name: fields.pop(name) for name in self._objects if name in fields}
         integers = self._integers.keys() & fields.keys()
         for name in integers:
             if type(fields[name]) is float:
                 fields[name] = _read_integer(fields[name], self._integers[name])
         event = Event(**fields)
-        # The event has taken them, so they are what their columns hold, once the integers are text.
+        for name, time in times:
+            _set_timestamp(getattr(event, name), time)
+        for name, value in objects.items():
+            if type(value) is not dict or not is_plain(value, self._max_depth):
+                return self._read_back(event, objects)
+            fields[name] = orjson.dumps(value).decode()
+        # The event has taken the rest, so it is what the columns hold, once integers are texts.
         for name in integers:
             fields[name] = str(fields[name])
-        for name, set_value, value in composites:
-            if text := set_value(getattr(event, name), value):
-                fields[name] = text
-        return self._columns.complete(event, fields)
+        return self._columns.arrange(event, fields, objects)
+
+    def _read_back(self, event: Event, objects: dict[str, Any]) -> ParsedEvent | MalformedEvent:
+        """Takes what the event makes of its objects."""
+        for name, value in objects.items():
+            self._set_object(getattr(event, name), value)
+        return self._columns.read(event, event.SerializeToString())
 
     def _parse_carefully(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
         """Sets field by field in the order of the schema, up to the first that is malformed."""
@@ -137,13 +141,11 @@ class JsonCodec:
         else:
             setattr(event, field.name, _read_integer(value, field))
 
-    def _set_object(self, target: Struct, value: Any) -> str | None:
-        """Returns the object's JSON, where it is the same as that of the struct."""
+    def _set_object(self, target: Struct, value: Any) -> None:
         if type(value) is not dict:
             raise ValueError("must be an object")
-        target.SetInParent()
-        is_plain = fill_struct(target, value, self._depth)
-        return orjson.dumps(value).decode() if is_plain else None
+        # One level more than allowed, for the column to be found too deep.
+        fill_struct(target, value, self._max_depth + 1)
 
 
 class _Items:

@@ -30,7 +30,7 @@ def parse_document(body: bytes) -> Any:
 
     Integers of more than 64 bits come as floats. Raises InvalidArgument for invalid JSON.
     """
-    if rb"\u0000" in body:
+    if b"\\" in body and rb"\u0000" in body:  # finding one byte is what takes no time
         return parse_exactly(body)
     try:
         return orjson.loads(body)

@@ -101,7 +101,7 @@ def _is_storable(parsed: ParsedEvent | MalformedEvent) -> bool:
     """Whether no text has U+0000, nor any object's JSON what may be its escape."""
     if isinstance(parsed, MalformedEvent):
         return False
-    joined = "".join(parsed.columns.values())
+    joined = "".join(parsed.columns)
     return "\0" not in joined and r"\u0000" not in joined
 
 

@@ -1,26 +1,27 @@
-"""Events as rows of the table, in PostgreSQL's text format for COPY.
+"""Events as rows of the table, in the CSV that COPY reads.
 
 https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
 """
 
-from operator import itemgetter
 from typing import NamedTuple
 
 from google.protobuf.message import Message
 
-from server.columns import ParsedEvent
+from server.columns import ParsedEvent, order_columns
 from server.schema import Kind, Schema
 from server.timestamps import format_timestamp
 
-_NULL = r"\N"
-_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+# Of its formats the one in which most lines are their texts, joined: what is absent takes no
+# character, and next to no text holds a tab or what quotes here.
+COPY_OPTIONS = r"FORMAT csv, DELIMITER E'\t', QUOTE E'\x01', NULL ''"
+_QUOTE = "\x01"
 
 
 class Row(NamedTuple):
     """One event ready for COPY.
 
     `key` identifies the event, and sorts as the primary key does; `text` is its line; `encoded` is
-    its protobuf.
+    its protobuf, where that is kept.
     """
 
     key: str
@@ -37,29 +38,40 @@ class RowEncoder:
     """Encodes events as lines of COPY; `columns` names the table's columns in their order."""
 
     def __init__(self, schema: Schema) -> None:
-        self.columns = tuple(field.name for field in schema.fields)
+        names = [field.name for field in order_columns(schema)]
+        self._position_of = {name: position for position, name in enumerate(names)}
         self._timestamps = tuple(field.name for field in schema.of_kind(Kind.TIMESTAMP))
-        self._nulls = dict.fromkeys(self.columns, _NULL)
-        self._in_order = itemgetter(*self.columns)
+        self._key_time = self._timestamps.index("event_timestamp")
+        self.columns = (*names, *self._timestamps)
 
-    def encode(self, parsed: ParsedEvent, encoded: bytes) -> Row:
-        """The row of a valid event whose protobuf encoding is `encoded`."""
-        event: Message = parsed.event
-        names = parsed.columns["project_id"], parsed.columns["event_id"]
-        columns = parsed.columns
-        if _needs_escape("".join(columns.values())):
-            columns = {name: _escape(text) for name, text in columns.items()}
-        row = self._nulls | columns
-        for name in self._timestamps:
-            if event.HasField(name):
-                row[name] = format_timestamp(getattr(event, name))
-        key = "\0".join((names[0], row["event_timestamp"], names[1]))
-        return Row(key, "\t".join(self._in_order(row)) + "\n", encoded)
+    def encode(self, parsed: ParsedEvent) -> Row:
+        """The row of a valid event, without its protobuf."""
+        event = parsed.event
+        times = [_format_time(event, name) for name in self._timestamps]
+        key = "\0".join((event.project_id, times[self._key_time], event.event_id))
+        line = "\t".join((*parsed.columns, *times))
+        if parsed.empty or self._needs_quotes(line):
+            line = "\t".join((*self._quote(parsed), *times))
+        return Row(key, line + "\n")
+
+    def _needs_quotes(self, line: str) -> bool:
+        has_more = line.count("\t") >= len(self.columns)
+        return has_more or "\n" in line or "\r" in line or _QUOTE in line
+
+    def _quote(self, parsed: ParsedEvent) -> list[str]:
+        texts = [_quote(text) if _is_special(text) else text for text in parsed.columns]
+        for name in parsed.empty:
+            texts[self._position_of[name]] = _quote("")
+        return texts
 
 
-def _needs_escape(text: str) -> bool:
-    return "\\" in text or "\t" in text or "\n" in text or "\r" in text
+def _format_time(event: Message, name: str) -> str:
+    return format_timestamp(getattr(event, name)) if event.HasField(name) else ""
 
 
-def _escape(text: str) -> str:
-    return text.translate(_ESCAPES) if _needs_escape(text) else text
+def _is_special(text: str) -> bool:
+    return "\t" in text or "\n" in text or "\r" in text or _QUOTE in text
+
+
+def _quote(text: str) -> str:
+    return _QUOTE + text.replace(_QUOTE, 2 * _QUOTE) + _QUOTE

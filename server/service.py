@@ -38,6 +38,7 @@ class IngestService:
         writer: Writer,
         *,
         timeout_seconds: float,
+        keep_encoded: bool = False,
         on_rejected: OnRejected | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -46,6 +47,7 @@ class IngestService:
         self._validator = Validator(schema)
         self._rows = RowEncoder(schema)
         self.timeout_seconds = timeout_seconds
+        self._keep_encoded = keep_encoded
         self._on_rejected = on_rejected
         self._clock = clock
 
@@ -96,12 +98,14 @@ class IngestService:
     def _admit(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(self._validator.explain_malformed(parsed, project_id))
-        event = parsed.event
-        self._validator.check_event(event, project_id)
-        truncate_timestamp(event.event_timestamp)
-        encoded = event.SerializeToString()
+        self._validator.check_event(parsed.event, project_id)
+        truncate_timestamp(parsed.event.event_timestamp)
+        row = self._rows.encode(parsed)
+        if self._validator.surely_fits(parsed.size, len(row.text)) and not self._keep_encoded:
+            return row
+        encoded = parsed.complete().SerializeToString()
         self._validator.check_size(len(encoded))
-        return self._rows.encode(parsed, encoded)
+        return Row(row.key, row.text, encoded)
 
     def _store(self, rows: list[Row], deadline: float) -> "Future[None]":
         if rows:

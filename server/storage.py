@@ -10,7 +10,7 @@ from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import Connection
 
 from server.database import Conflict, Refused, translated_errors
-from server.rows import Row
+from server.rows import COPY_OPTIONS, Row
 
 # After a duplicate for so long, since clients that send again do so in bursts.
 _STAGING_SECONDS = 5.0
@@ -24,7 +24,7 @@ SET LOCAL statement_timeout = {timeout_ms};
 SELECT set_config('synchronous_commit', 'on', true)
  WHERE current_setting('synchronous_commit') = 'off';
 """
-_COPY = "COPY {table} ({columns}) FROM STDIN"
+_COPY = f"COPY {{table}} ({{columns}}) FROM STDIN ({COPY_OPTIONS})"
 _CREATE_STAGING = "CREATE TEMP TABLE staged_events (LIKE events INCLUDING DEFAULTS) ON COMMIT DROP;"
 _MOVE_STAGED = """
 INSERT INTO events ({columns}) SELECT {columns} FROM staged_events

@@ -6,7 +6,7 @@ becomes U+FFFD.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -33,70 +33,82 @@ class TooDeep(Exception):
     """Objects and arrays are nested deeper than allowed."""
 
 
-def fill_struct(struct: Struct, source: Mapping[str, Any], depth: int) -> bool:
-    """Adds the parsed JSON object `source` to `struct`.
+def is_plain(source: Mapping[str, Any], depth: int) -> bool:
+    """Whether the parsed JSON object `source` is, written as JSON, what a Struct would give back.
 
-    What is nested deeper than `depth` levels, `source` counted, is left out as null. Says whether
-    `source` has fewer levels and is, written as JSON, what `read_struct` would give back. Raises
+    That takes at most `depth` levels, `source` counted.
+    """
+    return depth > 0 and _are_plain(source.values(), depth)
+
+
+def _are_plain(items: Iterable[Any], depth: int) -> bool:
+    for item in items:
+        kind = type(item)
+        if kind is str or kind is bool or item is None:
+            continue
+        if kind is int:
+            if float(item) != item or abs(item) >= _INTEGERS_END:
+                return False
+        elif kind is float:
+            if item.is_integer():
+                return False
+        elif kind is dict or kind is list:
+            inner = item.values() if kind is dict else item
+            if depth <= 1 or not _are_plain(inner, depth - 1):
+                return False
+        else:
+            return False
+    return True
+
+
+def fill_struct(struct: Struct, source: Mapping[str, Any], depth: float = math.inf) -> None:
+    """Adds the parsed JSON object `source` to `struct`, which is present then.
+
+    What is nested deeper than `depth` levels, `source` counted, is left out as null. Raises
     LostDigits for a float that may have been an integer.
     """
+    struct.SetInParent()
     fields = struct.fields
-    is_plain = depth > 1
     for key, item in source.items():
-        if type(item) is str:
-            fields[key].string_value = item
-        elif not _set_value(fields[key], item, depth - 1):
-            is_plain = False
-    return is_plain
+        _set_value(fields[key], item, depth - 1)
 
 
-def _set_value(value: Value, item: Any, depth: int) -> bool:
+def _set_value(value: Value, item: Any, depth: float) -> None:
     kind = type(item)
     if kind is str:
         value.string_value = item
     elif kind is bool:
         value.bool_value = item
     elif kind is int:
-        return _set_integer(value, item)
+        _set_integer(value, item)
     elif kind is float:
-        return _set_float(value, item)
+        _set_float(value, item)
     elif kind is dict and depth > 0:
-        value.struct_value.SetInParent()
-        return fill_struct(value.struct_value, item, depth)
+        fill_struct(value.struct_value, item, depth)
     elif kind is list and depth > 0:
         value.list_value.SetInParent()
-        return _add_elements(value.list_value, item, depth)
+        for element in item:
+            _set_value(value.list_value.values.add(), element, depth - 1)
     elif item is None:
         value.null_value = NULL_VALUE
     else:
-        return _set_odd(value, item)
-    return True
+        _set_odd(value, item)
 
 
-def _add_elements(values: ListValue, source: list[Any], depth: int) -> bool:
-    is_plain = depth > 1
-    for element in source:
-        if not _set_value(values.values.add(), element, depth - 1):
-            is_plain = False
-    return is_plain
-
-
-def _set_integer(value: Value, item: int) -> bool:
+def _set_integer(value: Value, item: int) -> None:
     if float(item) == item:
         value.number_value = item
-        return abs(item) < _INTEGERS_END
-    value.string_value = str(item)
-    return False
+    else:
+        value.string_value = str(item)
 
 
-def _set_float(value: Value, item: float) -> bool:
+def _set_float(value: Value, item: float) -> None:
     if abs(item) >= _INTEGERS_END:
         raise LostDigits
     value.number_value = item
-    return not item.is_integer()
 
 
-def _set_odd(value: Value, item: Any) -> bool:
+def _set_odd(value: Value, item: Any) -> None:
     """Sets what only the exact parser finds, or what is nested too deep."""
     if type(item) is ExactFloat and math.isfinite(item):
         value.number_value = item
@@ -104,7 +116,6 @@ def _set_odd(value: Value, item: Any) -> bool:
         value.string_value = str(item)
     else:
         value.null_value = NULL_VALUE
-    return False
 
 
 def read_struct(struct: Struct, depth: int) -> dict[str, Any]:

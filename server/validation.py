@@ -11,6 +11,9 @@ from server.schema import Field, Kind, Schema
 from server.timestamps import is_storable
 
 MAX_QUOTED_CHARACTERS = 64
+# Of an event's protobuf, by its line of COPY. Arrays of digits grow most, two characters to eleven
+# bytes; of other texts a character takes up to four.
+MAX_BYTES_PER_CHARACTER = 8
 NOT_AN_EVENT = "event: must be an object"
 NOT_A_TIMESTAMP = "must be an ISO 8601 date-time"
 
@@ -76,6 +79,10 @@ class Validator:
             problem = self._find_problem(event, project_id, len(self._fields))
             if problem is not None:
                 raise InvalidEvent(problem)
+
+    def surely_fits(self, size: int, line_length: int) -> bool:
+        """Whether an event is small enough, by what it took as protobuf or as a line of COPY."""
+        return (size or line_length * MAX_BYTES_PER_CHARACTER) <= self._max_bytes
 
     def check_size(self, size: int) -> None:
         """Raises InvalidEvent for an encoded event of too many bytes."""

@@ -65,7 +65,7 @@ def parse(sent: dict[str, Any]) -> Event:
     """An event as it is stored."""
     [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [sent]}).encode())
     assert isinstance(parsed, ParsedEvent)
-    return parsed.event
+    return parsed.complete()
 
 
 def encode(provider: Provider, event: Event) -> dict[str, Any]:

@@ -96,7 +96,7 @@ for parsed in JsonCodec(EVENT_SCHEMA).parse_batch(sys.stdin.buffer.read()):
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(validator.explain_malformed(parsed, "p"))
         validator.check_event(parsed.event, "p")
-        rows.append(encoder.encode(parsed, parsed.event.SerializeToString()))
+        rows.append(encoder.encode(parsed))
     except InvalidEvent as problem:
         print(problem)
 with connected(open_engine(sys.argv[1])) as connection:
