@@ -7,9 +7,10 @@ import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from server import app, keys
-from server.commands.command import SETTINGS, Commands, Run, add_command, add_group, opened_tables
+from server import app
+from server.commands.command import SETTINGS, Run, add_command
 from server.commands.forward import add_forward_commands
+from server.commands.keys import add_key_commands
 from server.commands.rejected import add_rejected_commands
 from server.commands.retention import add_retention_command
 from server.config import InvalidSetting, Settings, read_settings
@@ -83,30 +84,11 @@ def _build_parser() -> argparse.ArgumentParser:
     migrating.add_argument("--check", action="store_true", help=check)
     worker = add_command(commands, "worker", _work, "Runs one worker; `serve` starts these.")
     worker.usage = argparse.SUPPRESS
-    _add_key_commands(commands)
+    add_key_commands(commands)
     add_forward_commands(commands)
     add_rejected_commands(commands)
     add_retention_command(commands)
     return parser
-
-
-def _add_key_commands(commands: Commands) -> None:
-    text = "Makes, lists and revokes API keys."
-    actions = add_group(commands, "keys", text)
-    create = add_command(
-        actions,
-        "create",
-        _create_key,
-        "Makes an API key and prints it, and nothing else. It works at once, and cannot be shown"
-        " again. A project can have several, to change from one to the next.",
-    )
-    create.add_argument("--project", required=True, help="the project that its events belong to")
-    create.add_argument("--name", default="", help="what it is for, for your own memory")
-    add_command(actions, "list", _list_keys, "Lists all API keys, without the keys themselves.")
-    revoke = add_command(
-        actions, "revoke", _revoke_key, "Revokes an API key; a running service refuses it in 30 s."
-    )
-    revoke.add_argument("id", type=int, help="its number in `productgraph keys list`")
 
 
 def _serve(settings: Settings, _options: argparse.Namespace) -> int:
@@ -162,33 +144,6 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> int:
     with app.opened_database(settings, create=not options.check) as url:
         (check_migrated if options.check else migrate)(open_engine(url))
     return 0
-
-
-def _create_key(settings: Settings, options: argparse.Namespace) -> int:
-    with opened_tables(settings) as connection:
-        key = keys.create_key(connection, options.project, options.name)
-    print(key)
-    return 0
-
-
-def _list_keys(settings: Settings, _options: argparse.Namespace) -> int:
-    with opened_tables(settings) as connection:
-        known = keys.list_keys(connection)
-    print(f"{'ID':>4}  {'PROJECT':20}  {'NAME':20}  {'CREATED':16}  {'LAST USED':16}  REVOKED")
-    for key in known:
-        moments = (key.created_at, key.last_used_at, key.revoked_at)
-        created, used, revoked = (f"{m:%Y-%m-%d %H:%M}" if m else "-" for m in moments)
-        print(f"{key.id:4}  {key.project_id:20}  {key.name:20}  {created:16}  {used:16}  {revoked}")
-    return 0
-
-
-def _revoke_key(settings: Settings, options: argparse.Namespace) -> int:
-    with opened_tables(settings) as connection:
-        revoked = keys.revoke_key(connection, options.id)
-    if revoked:
-        return 0
-    print(f"productgraph: no key {options.id} that is not revoked", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

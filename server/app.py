@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 
+from server.buckets import BucketTable
 from server.certificates import CertificateSource, read_certificates
 from server.config import Settings
 from server.database import Engine, Link, Readiness, Watchdog, connected, open_engine, transactional
@@ -35,6 +36,7 @@ from server.protobuf_codec import ProtobufCodec
 from server.providers import CURRENT_MAPPING_VERSION, Provider
 from server.providers.amplitude import Amplitude
 from server.providers.mixpanel import Mixpanel
+from server.rate_limiter import RateLimiter
 from server.recorder import RejectionRecorder
 from server.replay import Replay
 from server.request_log import RequestLog
@@ -52,6 +54,9 @@ DEMO_PROJECT = "proj_demo"
 _HTTP_THREADS = 1
 # A worker drains within the first of these, and is killed after the second: 30 s in all.
 _DRAIN_SECONDS, _KILL_SECONDS = 20.0, 27.0
+
+# The variable by which a worker learns the file descriptor of the buckets that all of them share.
+_BUCKETS = "PRODUCTGRAPH_BUCKETS"
 
 _log = logging.getLogger("productgraph")
 
@@ -105,6 +110,7 @@ class Worker:
             timeout_seconds=settings.request_timeout_seconds,
             keep_encoded=bool(settings.destinations),
             on_rejected=next((recorder.record for recorder in self._recorders), None),
+            limiter=_build_limiter(settings),
         )
         has_metrics = settings.metrics_port is not None
         observer = Observer((RequestLog(), *([self._request_metrics] if has_metrics else [])))
@@ -187,6 +193,15 @@ def _open_recorders(
     return [RejectionRecorder(Link(transactional(engine)), keep, on_dropped=on_dropped)]
 
 
+def _build_limiter(settings: Settings) -> RateLimiter:
+    """One for every worker: a key can have rates of its own where there is no default."""
+    return RateLimiter(
+        BucketTable(int(os.environ[_BUCKETS])),
+        event_rate=settings.event_rate_limit,
+        byte_rate=settings.byte_rate_limit,
+    )
+
+
 @contextmanager
 def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
     """What stores rejected events after all, by the same parts as a worker's."""
@@ -249,10 +264,11 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         engine, tick, first_key = _prepare_database(settings, stack)
         _keep_partitions(engine, stack)
         page = _serve_metrics(settings, ports, engine, stack)
-        numbers = {name: str(port) for name, port in ports.items()}
+        buckets = BucketTable().descriptor
+        numbers = {name: str(number) for name, number in (ports | {_BUCKETS: buckets}).items()}
         # gRPC's own lines would be no JSON, and anybody could add some by a failed handshake.
         environment = {"GRPC_VERBOSITY": "NONE"} | os.environ | numbers
-        supervisor = _supervise("worker", settings.workers, environment, page)
+        supervisor = _supervise("worker", settings.workers, environment, page, [buckets])
         if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
         supervisors = [supervisor]
@@ -265,12 +281,17 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
 
 
 def _supervise(
-    command: str, count: int, environment: Mapping[str, str], page: MetricsPage | None
+    command: str,
+    count: int,
+    environment: Mapping[str, str],
+    page: MetricsPage | None,
+    descriptors: Sequence[int] = (),
 ) -> Supervisor:
     return Supervisor(
         [sys.executable, "-m", "server", command],
         count,
         environment=environment if page is None else {**environment, **page.environment},
+        descriptors=descriptors,
         drain_seconds=_KILL_SECONDS,
         on_exit=None if page is None else partial(page.note_exit, command),
     )

@@ -46,10 +46,12 @@ class ParsedEvent(NamedTuple):
 class ParsedBatch:
     """The events of one request in order, each parsed when it is asked for.
 
-    `received` gives the bytes of one that was, by its index, in the form of `protocol`.
+    `count` is how many there are in all; `received` gives the bytes of one that was parsed, by its
+    index, in the form of `protocol`.
     """
 
     protocol: str
+    count: int
     events: Iterator[ParsedEvent | MalformedEvent]
     received: Callable[[int], bytes]
 

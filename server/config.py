@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from server.rates import parse_byte_rate, parse_event_rate
+
 T = TypeVar("T")
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -73,6 +75,9 @@ class Settings:
     grpc_tls: TlsFiles | None
     request_timeout_seconds: float
     max_waiting_bytes: int
+    # What each API key may send a second, unless it has rates of its own; 0: any number.
+    event_rate_limit: int
+    byte_rate_limit: int
     # By provider name; empty where analytics is off.
     destinations: Mapping[str, Destination]
     forward_max_age_seconds: float
@@ -100,6 +105,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         grpc_tls=_read_tls(read),
         request_timeout_seconds=read("REQUEST_TIMEOUT_SECONDS", "5", _parse_seconds),
         max_waiting_bytes=read("MAX_WAITING_MB", "64", _whole_number(1, 4096)) * 1024 * 1024,
+        event_rate_limit=read("RATE_LIMIT", "off", parse_event_rate),
+        byte_rate_limit=read("BYTE_RATE_LIMIT", "off", parse_byte_rate),
         destinations=_read_destinations(read),
         forward_max_age_seconds=read("FORWARD_MAX_AGE", "3d", _parse_duration),
         forwarders=read("FORWARDERS", "1", _whole_number(0, 16)),

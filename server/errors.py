@@ -23,6 +23,17 @@ class Unauthenticated(IngestError):
         super().__init__("missing or invalid API key")
 
 
+class ResourceExhausted(IngestError):
+    """The API key's rate limit is reached: nothing was stored, and later the same may be sent."""
+
+    code = "RESOURCE_EXHAUSTED"
+    retry_after_seconds: int = 1
+
+    def __init__(self, text: str, retry_after_seconds: int) -> None:
+        super().__init__(text)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class Unavailable(IngestError):
     """The events could not be stored in time; sending them again is safe."""
 

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEventsResponse
 from server.certificates import Certificates, CertificateSource
 from server.errors import IngestError, Internal, Unavailable
+from server.keys import Caller
 from server.observation import Observation, Observer
 from server.protobuf_codec import ProtobufCodec
 from server.service import IngestService
@@ -85,19 +86,20 @@ class IngestServicer:
         self, request: bytes, context: Context, observation: Observation
     ) -> IngestEventsResponse:
         deadline = self._service.deadline_after(context.time_remaining())
-        project_id = await self._authenticate(context)
-        observation.authenticated(project_id)
+        caller = await self._authenticate(context)
+        observation.authenticated(caller.project_id)
+        self._service.admit(caller, len(request))
         events = self._codec.parse_batch(request)
-        response, stored = self._service.ingest(project_id, events, deadline)
+        response, stored = self._service.ingest(caller, events, deadline)
         observation.decoded(response)
         await asyncio.wrap_future(stored)
         return response
 
-    async def _authenticate(self, context: Context) -> str:
+    async def _authenticate(self, context: Context) -> Caller:
         key = str(dict(context.invocation_metadata() or ()).get(_API_KEY, ""))
-        project_id = self._service.authenticate(key)
-        if project_id is not None:
-            return project_id
+        caller = self._service.authenticate(key)
+        if caller is not None:
+            return caller
         # Others may wait for the same look-up: the end of this call must not cancel it.
         found = asyncio.shield(asyncio.wrap_future(self._service.look_up_key(key)))
         try:

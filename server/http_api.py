@@ -2,16 +2,19 @@
 
 import logging
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 
 import falcon
 import orjson
 from falcon.constants import COMBINED_METHODS
 
+from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from server.errors import IngestError, Internal, InvalidArgument
 from server.json_codec import JsonCodec, encode_response
+from server.keys import Caller
 from server.observation import Observation, Observer
+from server.rate_limiter import Quota
 from server.service import IngestService
 
 MAX_BODY_BYTES = 10 * 1024 * 1024
@@ -28,9 +31,14 @@ _CLIENT_GONE = 499
 _STATUS = {
     "INVALID_ARGUMENT": falcon.HTTP_400,
     "UNAUTHENTICATED": falcon.HTTP_401,
+    "RESOURCE_EXHAUSTED": falcon.HTTP_429,
     "UNAVAILABLE": falcon.HTTP_503,
     "INTERNAL": falcon.HTTP_500,
 }
+
+_EXPOSED_HEADERS = "RateLimit, RateLimit-Policy, Retry-After, X-Request-ID"
+# The names that the draft below has for what is counted; it has none for events.
+_QUOTA_UNITS = {"events": "events", "bytes": "content-bytes"}
 
 _log = logging.getLogger("productgraph.http")
 
@@ -111,32 +119,43 @@ class _Events:
     def _ingest(self, req: falcon.Request, resp: falcon.Response, exchange: _Exchange) -> None:
         if failure := req.env.get(_FAILURE):
             raise failure
-        observation = exchange.observation
         deadline = self._service.deadline_after()
-        project_id = self._authenticate(req, deadline)
-        if project_id is None:
+        caller = self._authenticate(req, deadline)
+        if caller is None:
             return
-        observation.authenticated(project_id)
+        exchange.observation.authenticated(caller.project_id)
+        try:
+            response = self._take(req, exchange, caller, deadline)
+        finally:
+            if quotas := self._service.quotas_of(caller):
+                _describe_quotas(resp, quotas)
+        resp.status = falcon.HTTP_202
+        resp.data = encode_response(response)
+
+    def _take(
+        self, req: falcon.Request, exchange: _Exchange, caller: Caller, deadline: float
+    ) -> IngestEventsResponse:
+        """What became of the events, once they are stored; or before, with the answer held back."""
+        self._service.admit(caller, req.content_length or 0)
         _check_content_type(req)
         body = _read_body(req)
-        observation.size_bytes = len(body)
+        exchange.observation.size_bytes = len(body)
         events = self._codec.parse_batch(body)
-        response, stored = self._service.ingest(project_id, events, deadline)
-        observation.decoded(response)
+        response, stored = self._service.ingest(caller, events, deadline)
+        exchange.observation.decoded(response)
         exchange.stored = stored
         if hold := req.env.get(_HOLD):
             hold(stored)
         else:
             self._service.wait(stored, deadline)
-        resp.status = falcon.HTTP_202
-        resp.data = encode_response(response)
+        return response
 
-    def _authenticate(self, req: falcon.Request, deadline: float) -> str | None:
-        """The project of the request's key; None where the request will be repeated."""
+    def _authenticate(self, req: falcon.Request, deadline: float) -> Caller | None:
+        """Whose the request's key is; None where the request will be repeated."""
         key = req.get_header("X-PG-API-Key") or ""
-        project_id = self._service.authenticate(key)
-        if project_id is not None:
-            return project_id
+        caller = self._service.authenticate(key)
+        if caller is not None:
+            return caller
         found = self._service.look_up_key(key)
         if hold := req.env.get(_HOLD):
             hold(found, repeat=True)
@@ -204,7 +223,7 @@ class _CrossOrigin:
         if origin and ("*" in self._allowed or origin in self._allowed):
             resp.set_header("Access-Control-Allow-Origin", origin)
             resp.set_header("Access-Control-Allow-Credentials", "true")
-            resp.set_header("Access-Control-Expose-Headers", "Retry-After, X-Request-ID")
+            resp.set_header("Access-Control-Expose-Headers", _EXPOSED_HEADERS)
 
 
 class _UnknownMethods:
@@ -213,6 +232,14 @@ class _UnknownMethods:
     def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
         if req.method not in COMBINED_METHODS:
             req.method = "TRACE"
+
+
+def _describe_quotas(resp: falcon.Response, quotas: Sequence[Quota]) -> None:
+    # https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-ratelimit-headers-10
+    policies = (f'"{q.unit}";q={q.rate};qu="{_QUOTA_UNITS[q.unit]}";w=1' for q in quotas)
+    limits = (f'"{q.unit}";r={q.remaining};t={q.seconds_to_full}' for q in quotas)
+    resp.set_header("RateLimit-Policy", ", ".join(policies))
+    resp.set_header("RateLimit", ", ".join(limits))
 
 
 def _check_content_type(req: falcon.Request) -> None:

@@ -54,7 +54,7 @@ class JsonCodec:
         too many events.
         """
         items = _Items(body)
-        return ParsedBatch(HTTP, self._parse_items(items), items.encode)
+        return ParsedBatch(HTTP, len(items.quick), self._parse_items(items), items.encode)
 
     def _parse_items(self, items: "_Items") -> Iterator[ParsedEvent | MalformedEvent]:
         for index, item in enumerate(items.quick):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from server.database import Conflict, Link
 from server.errors import IngestError, Internal, Unauthenticated, Unavailable
-from server.keys import digest_key, find_projects, is_well_formed, record_use
+from server.keys import Caller, digest_key, find_callers, is_well_formed, record_use
 
 # A revoked key is refused after the first of these, or the second while the database is away.
 _REFRESH_SECONDS = 10.0
@@ -28,12 +28,12 @@ _log = logging.getLogger("productgraph.keys")
 
 
 class _Entry(NamedTuple):
-    project_id: str
+    caller: Caller
     confirmed_at: float
 
 
 class KeyDirectory:
-    """Tells which project a key belongs to; one thread asks the database for all requests.
+    """Tells whose a key is; one thread asks the database for all requests.
 
     `on_lookups` is told how many keys it was asked for with one of the results `LOOKUP_RESULTS`.
     """
@@ -49,7 +49,7 @@ class KeyDirectory:
         self._on_lookups = on_lookups
         self._known: dict[bytes, _Entry] = {}
         self._unknown: OrderedDict[bytes, float] = OrderedDict()
-        self._pending: dict[bytes, Future[str]] = {}
+        self._pending: dict[bytes, Future[Caller]] = {}
         self._used: set[bytes] = set()
         self._refresh_at = clock() + _REFRESH_SECONDS
         self._record_use_at = clock() + _RECORD_USE_SECONDS
@@ -62,8 +62,8 @@ class KeyDirectory:
         """Starts answering."""
         self._thread.start()
 
-    def known_project(self, key: str) -> str | None:
-        """The project of a key in use; None where the database must be asked.
+    def known_caller(self, key: str) -> Caller | None:
+        """Whose a key in use is; None where the database must be asked.
 
         Raises Unauthenticated for a key that is malformed, or is known to belong to none.
         """
@@ -72,13 +72,13 @@ class KeyDirectory:
         entry = self._known.get(digest)
         if entry is not None and now - entry.confirmed_at < _MAX_AGE_SECONDS:
             self._used.add(digest)
-            return entry.project_id
+            return entry.caller
         if self._unknown.get(digest, 0.0) > now or not is_well_formed(key):
             raise Unauthenticated
         return None
 
-    def look_up(self, key: str) -> "Future[str]":
-        """Asks the database for the project of a well-formed key.
+    def look_up(self, key: str) -> "Future[Caller]":
+        """Asks the database whose a well-formed key is.
 
         The future fails with Unauthenticated or Unavailable. Raises Unavailable at once where the
         database is away or too many keys are being looked up.
@@ -145,8 +145,8 @@ class KeyDirectory:
     def _find(self, digests: Iterable[bytes]) -> dict[bytes, _Entry]:
         asked_at = self._clock()
         with self._link.connected(_QUERY_SECONDS) as connection:
-            projects = find_projects(connection, list(digests))
-        return {digest: _Entry(project, asked_at) for digest, project in projects.items()}
+            callers = find_callers(connection, list(digests))
+        return {digest: _Entry(caller, asked_at) for digest, caller in callers.items()}
 
     def _answer(self, digests: list[bytes]) -> None:
         found = self._find(digests)
@@ -159,7 +159,7 @@ class KeyDirectory:
             if future is None:
                 continue
             if digest in found:
-                _settle(future, found[digest].project_id)
+                _settle(future, found[digest].caller)
             else:
                 self._remember_unknown(digest)
                 _settle(future, Unauthenticated())
@@ -198,7 +198,7 @@ class KeyDirectory:
             self._on_lookups(result, count)
 
 
-def _settle(future: "Future[str]", result: str | IngestError) -> None:
+def _settle(future: "Future[Caller]", result: Caller | IngestError) -> None:
     with suppress(InvalidStateError):
         if isinstance(result, IngestError):
             future.set_exception(result)

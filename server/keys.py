@@ -1,4 +1,4 @@
-"""API keys: made, listed, revoked and found in their table."""
+"""API keys: made, listed, limited, revoked and found in their table."""
 
 import base64
 import hashlib
@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -36,7 +37,21 @@ _TABLE = Table(
     Column("created_at", DateTime(timezone=True)),
     Column("last_used_at", DateTime(timezone=True)),
     Column("revoked_at", DateTime(timezone=True)),
+    Column("event_rate", BigInteger),
+    Column("byte_rate", BigInteger),
 )
+
+
+class Caller(NamedTuple):
+    """Who sends a request, and how many events and bytes a second; None: the default.
+
+    `key_id` is 0 where there is no key.
+    """
+
+    project_id: str
+    key_id: int = 0
+    event_rate: int | None = None
+    byte_rate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,8 @@ class ApiKey:
     created_at: datetime
     last_used_at: datetime | None
     revoked_at: datetime | None
+    event_rate: int | None
+    byte_rate: int | None
 
 
 def generate_key() -> str:
@@ -74,11 +91,18 @@ def digest_key(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def create_key(connection: Connection, project_id: str, name: str) -> str:
+def create_key(
+    connection: Connection,
+    project_id: str,
+    name: str,
+    event_rate: int | None = None,
+    byte_rate: int | None = None,
+) -> str:
     """Adds a key to a project and returns it: it cannot be had again."""
     key = generate_key()
     values = {"project_id": project_id, "name": name, "digest": digest_key(key)}
-    connection.execute(_TABLE.insert().values(values))
+    rates = {"event_rate": event_rate, "byte_rate": byte_rate}
+    connection.execute(_TABLE.insert().values(values | rates))
     return key
 
 
@@ -96,11 +120,19 @@ def revoke_key(connection: Connection, key_id: int) -> bool:
     return connection.execute(statement).rowcount == 1
 
 
-def find_projects(connection: Connection, digests: Collection[bytes]) -> dict[bytes, str]:
-    """The projects of those digests that belong to a key that is not revoked."""
-    is_active = _TABLE.c.digest.in_(digests) & _TABLE.c.revoked_at.is_(None)
-    rows = connection.execute(select(_TABLE.c.digest, _TABLE.c.project_id).where(is_active))
-    return {bytes(digest): project_id for digest, project_id in rows}
+def limit_key(connection: Connection, key_id: int, **rates: int | None) -> bool:
+    """Sets a key's `event_rate`, `byte_rate` or both; False where there is none of this id."""
+    statement = update(_TABLE).where(_TABLE.c.id == key_id).values(rates)
+    return connection.execute(statement).rowcount == 1
+
+
+def find_callers(connection: Connection, digests: Collection[bytes]) -> dict[bytes, Caller]:
+    """Whose those digests are that belong to a key that is not revoked."""
+    table = _TABLE.c
+    is_active = table.digest.in_(digests) & table.revoked_at.is_(None)
+    wanted = (table.digest, table.project_id, table.id, table.event_rate, table.byte_rate)
+    rows = connection.execute(select(*wanted).where(is_active))
+    return {bytes(digest): Caller(*columns) for digest, *columns in rows}
 
 
 def record_use(connection: Connection, digests: Collection[bytes]) -> None:

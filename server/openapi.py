@@ -40,7 +40,7 @@ _REASONS = {
     HTTPStatus.METHOD_NOT_ALLOWED: "Another method; `Allow` names those there are.",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "Another content type than JSON, or another encoding than"
     " identity and gzip.",
-    HTTPStatus.TOO_MANY_REQUESTS: "The project or the client sends more than it may.",
+    HTTPStatus.TOO_MANY_REQUESTS: "The rate limit of the API key is reached.",
     HTTPStatus.INTERNAL_SERVER_ERROR: "A fault of the service, told without details.",
     HTTPStatus.SERVICE_UNAVAILABLE: "Not stored in time, or too much is waiting to be stored:"
     " send it again.",
@@ -117,7 +117,9 @@ def _describe_ingestion(max_body_bytes: int) -> Document:
         "requestBody": {"required": True, "content": _content(_refer_to("schemas", "Batch"))},
         "responses": {
             "202": _describe_answer(
-                "What became of the events.", _refer_to("schemas", "Outcome"), (_REQUEST_ID,)
+                "What became of the events.",
+                _refer_to("schemas", "Outcome"),
+                ("RateLimit-Policy", "RateLimit", _REQUEST_ID),
             ),
             **_describe_errors(*statuses),
         },

@@ -38,7 +38,8 @@ class ProtobufCodec:
             raise InvalidArgument("request: not an IngestEventsRequest") from None
         if len(frames) > MAX_BATCH_SIZE:
             raise InvalidArgument(f"events: more than {MAX_BATCH_SIZE} in one batch")
-        return ParsedBatch(GRPC, map(self._parse_event, frames), frames.__getitem__)
+        events = map(self._parse_event, frames)
+        return ParsedBatch(GRPC, len(frames), events, frames.__getitem__)
 
     def _parse_event(self, encoded: bytes) -> ParsedEvent | MalformedEvent:
         try:

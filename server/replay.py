@@ -9,6 +9,7 @@ from server.columns import ParsedBatch
 from server.database import Connection, DatabaseError
 from server.errors import IngestError
 from server.json_codec import HTTP, JsonCodec
+from server.keys import Caller
 from server.protobuf_codec import ProtobufCodec
 from server.rejected import StoredRejection, read_pages, settle_replayed
 from server.service import IngestService
@@ -55,7 +56,9 @@ class Replay:
         deadline = self._service.deadline_after()
         try:
             response, stored = self._service.ingest(
-                rejections[0].project_id, self._parse(whole, rejections[0].protocol), deadline
+                Caller(rejections[0].project_id),
+                self._parse(whole, rejections[0].protocol),
+                deadline,
             )
             self._service.wait(stored, deadline)
         except IngestError as error:

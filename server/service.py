@@ -9,6 +9,8 @@ from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEvents
 from server.columns import ParsedBatch, ParsedEvent
 from server.errors import Unavailable
 from server.key_directory import KeyDirectory
+from server.keys import Caller
+from server.rate_limiter import Quota, RateLimiter
 from server.rows import Row, RowEncoder
 from server.schema import Schema
 from server.timestamps import truncate_timestamp
@@ -40,6 +42,7 @@ class IngestService:
         timeout_seconds: float,
         keep_encoded: bool = False,
         on_rejected: OnRejected | None = None,
+        limiter: RateLimiter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
@@ -49,6 +52,7 @@ class IngestService:
         self.timeout_seconds = timeout_seconds
         self._keep_encoded = keep_encoded
         self._on_rejected = on_rejected
+        self._limiter = limiter
         self._clock = clock
 
     def deadline_after(self, seconds: float | None = None) -> float:
@@ -56,16 +60,25 @@ class IngestService:
         limit = self.timeout_seconds
         return self._clock() + (limit if seconds is None else min(seconds, limit))
 
-    def authenticate(self, key: str) -> str | None:
-        """The project of an API key; None where `look_up_key` must be asked.
+    def authenticate(self, key: str) -> Caller | None:
+        """Whose an API key is; None where `look_up_key` must be asked.
 
         Raises Unauthenticated for a key that is empty, malformed, unknown or revoked.
         """
-        return self._keys.known_project(key)
+        return self._keys.known_caller(key)
 
-    def look_up_key(self, key: str) -> "Future[str]":
-        """The project of a key that is not known yet; see KeyDirectory.look_up."""
+    def look_up_key(self, key: str) -> "Future[Caller]":
+        """Whose a key is that is not known yet; see KeyDirectory.look_up."""
         return self._keys.look_up(key)
+
+    def admit(self, caller: Caller, size: int) -> None:
+        """Counts a request of so many bytes, before it is read; raises ResourceExhausted."""
+        if self._limiter is not None:
+            self._limiter.take_bytes(caller, size)
+
+    def quotas_of(self, caller: Caller) -> Sequence[Quota]:
+        """What is left to a caller at this moment; empty where nothing limits it."""
+        return () if self._limiter is None else self._limiter.quotas_of(caller)
 
     def wait(self, future: "Future[T]", deadline: float) -> T:
         """The result of a future, for callers who have a thread to wait with.
@@ -77,25 +90,28 @@ class IngestService:
         except TimeoutError:
             raise Unavailable("not answered in time") from None
 
-    def ingest(self, project_id: str, events: ParsedBatch, deadline: float) -> Ingestion:
+    def ingest(self, caller: Caller, events: ParsedBatch, deadline: float) -> Ingestion:
         """Validates events and hands the valid ones over to be stored.
 
-        Raises Unavailable where they cannot be stored now.
+        Raises Unavailable where they cannot be stored now, and ResourceExhausted, before any is
+        looked at, where they are too many.
         """
+        if self._limiter is not None:
+            self._limiter.take_events(caller, events.count)
         rows: list[Row] = []
         errors: list[EventError] = []
         for index, event in enumerate(events):
             try:
-                rows.append(self._admit(event, project_id))
+                rows.append(self._check(event, caller.project_id))
             except InvalidEvent as problem:
                 errors.append(EventError(index=index, error=str(problem)))
         response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
         stored = self._store(rows, deadline)
         if errors and self._on_rejected is not None:
-            self._on_rejected(project_id, events, errors)
+            self._on_rejected(caller.project_id, events, errors)
         return Ingestion(response, stored)
 
-    def _admit(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
+    def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(self._validator.explain_malformed(parsed, project_id))
         self._validator.check_event(parsed.event, project_id)

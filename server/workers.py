@@ -141,7 +141,9 @@ class Lifeline:
 class _Worker:
     """A worker process as its parent sees it; times are those of `time.monotonic`."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
+    ) -> None:
         self._lifeline, theirs = socket.socketpair()
         self._lifeline.setblocking(False)
         with theirs, ExitStack() as undo:
@@ -150,7 +152,7 @@ class _Worker:
                 command,
                 env={**environment, _LIFELINE: str(theirs.fileno())},
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *descriptors],
                 # Ctrl-C goes to the terminal's whole process group: the parent alone shall get
                 # it, and drain the workers with SIGTERM.
                 start_new_session=True,
@@ -197,6 +199,7 @@ class _Worker:
 class Supervisor:
     """Keeps `count` workers running `command`, each in `environment` (all of its variables).
 
+    They inherit the open file `descriptors`, under the same numbers.
     `on_exit` is told the process id of each that has exited, and whether it had been asked to.
     """
 
@@ -206,12 +209,14 @@ class Supervisor:
         count: int,
         *,
         environment: Mapping[str, str],
+        descriptors: Sequence[int] = (),
         drain_seconds: float = 30.0,
         on_exit: Callable[[int, bool], None] | None = None,
     ) -> None:
         self._command = command
         self._count = count
         self._environment = environment
+        self._descriptors = descriptors
         self._drain_seconds = drain_seconds
         self._on_exit = on_exit
         self._slots: list[_Worker] = []  # who serves in each place, or served last
@@ -270,7 +275,7 @@ class Supervisor:
             time.sleep(_LOOK_SECONDS)
 
     def _spawn(self) -> _Worker:
-        worker = _Worker(self._command, self._environment)
+        worker = _Worker(self._command, self._environment, self._descriptors)
         self._running.append(worker)
         logger.info("worker started", extra=worker.fields)
         return worker

@@ -201,7 +201,8 @@ def test_unmigrated(create_database: Callable[[], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "serve", "migrate", "keys", "keys create", "keys list", "keys revoke"]
+    "command",
+    ["", "serve", "migrate", "keys", "keys create", "keys list", "keys limit", "keys revoke"],
 )
 def test_help(command: str) -> None:
     """Every command explains itself, even where its settings are unusable."""

@@ -80,6 +80,18 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         {"1": MIB, "4096": 4096 * MIB},
         ["0", "4097", "1.5", "64MB"],
     ),
+    "event_rate_limit": (
+        "RATE_LIMIT",
+        0,
+        {"1": 1, "1000": 1000, "1000000000": 10**9, "OFF": 0},
+        ["0", "-1", "1.5", "1e3", "1000000001", "1KB", "\u0663", "on", "9" * 100],
+    ),
+    "byte_rate_limit": (
+        "BYTE_RATE_LIMIT",
+        0,
+        {"1024": 1024, "1KB": 1024, "5MB": 5 * MIB, "5mb": 5 * MIB, "off": 0},
+        ["0", "1023", "1.5MB", "5M", "5 MB", "MB", "1GBs", "2000000000", "1TB"],
+    ),
     "forward_max_age_seconds": (
         "FORWARD_MAX_AGE",
         259_200.0,

@@ -8,7 +8,7 @@ from falcon.testing import TestClient
 
 import server.app  # noqa: F401 - so that the errors of every module are known
 from server.database import Link, open_engine
-from server.errors import IngestError, Unavailable
+from server.errors import IngestError, ResourceExhausted, Unavailable
 from server.http_api import create_app
 from server.json_codec import JsonCodec
 from server.key_directory import KeyDirectory
@@ -22,6 +22,7 @@ from server.writer import Writer
 HTTP_STATUS = {
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
+    "RESOURCE_EXHAUSTED": 429,
     "INTERNAL": 500,
     "UNAVAILABLE": 503,
 }
@@ -72,4 +73,6 @@ def test_grpc(kind: type[IngestError]) -> None:
 @pytest.mark.parametrize("kind", ERRORS)
 def test_retries(kind: type[IngestError]) -> None:
     """What can be sent again says when, and nothing else does."""
-    assert (kind.retry_after_seconds is not None) is issubclass(kind, Unavailable)
+    assert (kind.retry_after_seconds is not None) is issubclass(
+        kind, Unavailable | ResourceExhausted
+    )

@@ -17,7 +17,16 @@ from server import key_directory
 from server.database import Engine, Link, Watchdog, connected, open_engine
 from server.errors import Unauthenticated, Unavailable
 from server.key_directory import KeyDirectory
-from server.keys import ApiKey, create_key, generate_key, is_well_formed, list_keys, revoke_key
+from server.keys import (
+    ApiKey,
+    Caller,
+    create_key,
+    generate_key,
+    is_well_formed,
+    limit_key,
+    list_keys,
+    revoke_key,
+)
 from tests.services import wait_until
 
 # The service promises to refuse a revoked key after so long.
@@ -90,6 +99,12 @@ def refresh(directory: KeyDirectory) -> None:
             directory.look_up(generate_key()).result(5)
 
 
+def known_project(directory: KeyDirectory, key: str) -> str | None:
+    """The project of a key, where the directory knows it."""
+    caller = directory.known_caller(key)
+    return caller and caller.project_id
+
+
 def test_generated_keys() -> None:
     """Keys are recognisable, all different, and well-formed."""
     keys = {generate_key() for _ in range(1000)}
@@ -150,9 +165,9 @@ def test_look_up(engine: Engine, directory: KeyDirectory, queries: list[str]) ->
     """A new key is found at once, by one query, and then known without any."""
     key = add_key(engine, "mine")
     queries.clear()
-    assert directory.known_project(key) is None
-    assert directory.look_up(key).result(5) == "mine"
-    assert [directory.known_project(key) for _ in range(100)] == ["mine"] * 100
+    assert directory.known_caller(key) is None
+    assert directory.look_up(key).result(5).project_id == "mine"
+    assert [known_project(directory, key) for _ in range(100)] == ["mine"] * 100
     assert len(queries) == 1
 
 
@@ -163,7 +178,7 @@ def test_many_look_ups(engine: Engine, queries: list[str]) -> None:
     directory = KeyDirectory(Link(engine))
     futures = [directory.look_up(key) for key in (known, unknown) * 100]
     with running(directory):
-        assert {future.result(5) for future in futures[::2]} == {"busy"}
+        assert {future.result(5).project_id for future in futures[::2]} == {"busy"}
         assert {type(future.exception(5)) for future in futures[1::2]} == {Unauthenticated}
         assert len(queries) == 1
 
@@ -173,7 +188,7 @@ def test_malformed(key: str) -> None:
     """A malformed key is refused without a database."""
     directory = KeyDirectory(Link(open_engine("postgresql+psycopg2://nowhere/none")))
     with pytest.raises(Unauthenticated, match="missing or invalid API key"):
-        directory.known_project(key)
+        directory.known_caller(key)
 
 
 def test_unknown(directory: KeyDirectory, clock: Clock, queries: list[str]) -> None:
@@ -183,9 +198,9 @@ def test_unknown(directory: KeyDirectory, clock: Clock, queries: list[str]) -> N
     for seconds in (0, 29):
         clock.now += seconds
         with pytest.raises(Unauthenticated):
-            directory.known_project(key)
+            directory.known_caller(key)
     clock.now += 1
-    assert directory.known_project(key) is None
+    assert directory.known_caller(key) is None
     assert len(queries) == 1
 
 
@@ -195,10 +210,10 @@ def test_unknown_is_bounded(directory: KeyDirectory, monkeypatch: pytest.MonkeyP
     keys = [generate_key() for _ in range(15)]
     for key in keys:
         directory.look_up(key).exception(5)
-    assert [directory.known_project(key) for key in keys[:5]] == [None] * 5
+    assert [directory.known_caller(key) for key in keys[:5]] == [None] * 5
     for key in keys[5:]:
         with pytest.raises(Unauthenticated):
-            directory.known_project(key)
+            directory.known_caller(key)
 
 
 def test_pending_is_bounded(engine: Engine) -> None:
@@ -218,12 +233,25 @@ def test_revocation(engine: Engine, directory: KeyDirectory, clock: Clock) -> No
     revoke(engine)
     clock.now += REFRESH_SECONDS
     refresh(directory)
-    assert directory.known_project(neighbour) == "neighbour"
-    assert directory.known_project(key) is None
+    assert known_project(directory, neighbour) == "neighbour"
+    assert directory.known_caller(key) is None
     with pytest.raises(Unauthenticated):
         directory.look_up(key).result(5)
     with pytest.raises(Unauthenticated):
-        directory.known_project(key)
+        directory.known_caller(key)
+
+
+def test_new_limit(engine: Engine, directory: KeyDirectory, clock: Clock) -> None:
+    """A key's rates are known with it, and new ones after the next refresh."""
+    with connected(engine) as connection:
+        key = create_key(connection, "mine", "test", event_rate=5)
+        number = list_keys(connection)[-1].id
+        assert directory.look_up(key).result(5) == Caller("mine", number, 5, None)
+        assert limit_key(connection, number, byte_rate=2048)
+        assert not limit_key(connection, 0, byte_rate=2048)
+    clock.now += REFRESH_SECONDS
+    refresh(directory)
+    assert directory.known_caller(key) == Caller("mine", number, 5, 2048)
 
 
 def test_revocation_without_database(engine: Engine, clock: Clock) -> None:
@@ -231,11 +259,11 @@ def test_revocation_without_database(engine: Engine, clock: Clock) -> None:
     key = add_key(engine)
     with running(KeyDirectory(Link(engine), clock)) as directory:
         directory.look_up(key).result(5)
-        assert directory.known_project(key) == "proj"
+        assert known_project(directory, key) == "proj"
     clock.now += REFRESH_SECONDS + 1
-    assert directory.known_project(key) == "proj"
+    assert known_project(directory, key) == "proj"
     clock.now = 1000 + REVOCATION_SECONDS - 5
-    assert directory.known_project(key) is None
+    assert directory.known_caller(key) is None
     with pytest.raises(Unavailable):
         directory.look_up(key)
 
@@ -246,13 +274,13 @@ def test_record_of_use(engine: Engine, directory: KeyDirectory, clock: Clock) ->
     for key in (idle, used):
         directory.look_up(key).result(5)
     for _ in range(7):
-        directory.known_project(used)
+        directory.known_caller(used)
         clock.now += REFRESH_SECONDS
         refresh(directory)
     with connected(engine) as connection:
         records = [key.last_used_at for key in list_keys(connection)[-2:]]
     assert [record is not None for record in records] == [False, True]
-    assert [directory.known_project(key) for key in (idle, used)] == [None, "proj"]
+    assert [known_project(directory, key) for key in (idle, used)] == [None, "proj"]
 
 
 def test_database_away() -> None:
