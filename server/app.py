@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
+from typing import TYPE_CHECKING
 
 from server.buckets import BucketTable
 from server.certificates import CertificateSource, read_certificates
@@ -28,7 +29,7 @@ from server.metrics import RequestMetrics, StorageMetrics
 from server.metrics_page import MetricsPage, MetricsServer, opened_directory
 from server.migration import check_migrated, migrate
 from server.monitor import OutboxMonitor
-from server.observation import Observer
+from server.observation import Observer, Sink
 from server.openapi import encode_description
 from server.outbox import Outbox
 from server.partitions import PartitionKeeper
@@ -47,6 +48,9 @@ from server.storage import EventStore, OnStored
 from server.transport import Transport
 from server.workers import Lifeline, Supervisor, listen, reserve_ports
 from server.writer import Writer
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 DEMO_PROJECT = "proj_demo"
 # It decodes and validates large requests, and waits for nothing. One at a time: decoded, a body can
@@ -112,8 +116,13 @@ class Worker:
             on_rejected=next((recorder.record for recorder in self._recorders), None),
             limiter=_build_limiter(settings),
         )
-        has_metrics = settings.metrics_port is not None
-        observer = Observer((RequestLog(), *([self._request_metrics] if has_metrics else [])))
+        self._tracing = _open_tracing(settings)
+        sinks: list[Sink] = [RequestLog()]
+        if settings.metrics_port is not None:
+            sinks.append(self._request_metrics)
+        if self._tracing is not None:
+            sinks.append(self._tracing.requests)
+        observer = Observer(tuple(sinks))
         self._http = self._build_http(service, settings, observer)
         self._grpc = self._build_grpc(service, settings, observer)
 
@@ -175,12 +184,30 @@ class Worker:
         self._keys.stop()
         self._watchdog.stop()
         self._write_metrics()
+        if self._tracing is not None:
+            self._tracing.stop()
 
 
 def _open_outbox(settings: Settings) -> OnStored | None:
     if not settings.destinations:
         return None
     return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).enqueue
+
+
+def _open_tracing(settings: Settings) -> "Tracing | None":
+    """Where it is off, nothing of OpenTelemetry is imported."""
+    if not settings.tracing:
+        return None
+    try:
+        from server.tracing import Tracing
+    except ImportError as error:
+        # What sets the variables is often set up for a whole cluster: no reason not to serve.
+        _log.warning(
+            "no traces, for the extra otel is missing: pip install 'productgraph-ingestion[otel]'",
+            extra={"missing": error.name},
+        )
+        return None
+    return Tracing()
 
 
 def _open_recorders(
@@ -381,7 +408,10 @@ async def _forward(settings: Settings, engine: Engine) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    lanes = [_build_lane(provider, settings, engine) for provider in _build_providers(settings)]
+    tracing = _open_tracing(settings)
+    lanes = [
+        _build_lane(provider, settings, engine, tracing) for provider in _build_providers(settings)
+    ]
     watchdog = Watchdog(*(lane.check for lane in lanes))
     watchdog.start()
     if lifeline := Lifeline.find():
@@ -392,6 +422,8 @@ async def _forward(settings: Settings, engine: Engine) -> None:
     # It waits all the same: one that ended would be started again and again by what deploys it.
     await asyncio.gather(stop.wait(), *(lane.run(stop) for lane in lanes))
     watchdog.stop()
+    if tracing is not None:
+        tracing.stop()
 
 
 def _build_providers(settings: Settings) -> list[Provider]:
@@ -402,9 +434,15 @@ def _build_providers(settings: Settings) -> list[Provider]:
     ]
 
 
-def _build_lane(provider: Provider, settings: Settings, engine: Engine) -> Lane:
+def _build_lane(
+    provider: Provider, settings: Settings, engine: Engine, tracing: "Tracing | None"
+) -> Lane:
     # Connections of its own: a provider that hangs takes none of another one's.
-    transport = Transport(REQUESTS_IN_FLIGHT)
+    transport = (
+        Transport(REQUESTS_IN_FLIGHT)
+        if tracing is None
+        else tracing.open_transport(provider.name, REQUESTS_IN_FLIGHT)
+    )
     link = Link(transactional(engine))
     return Lane(
         provider, transport, link, max_age=timedelta(seconds=settings.forward_max_age_seconds)

@@ -85,6 +85,8 @@ class Settings:
     forwarders: int
     # None: rejected events are not kept.
     rejected_keep: RejectedKeep | None
+    # Whether OpenTelemetry's own variables ask for traces.
+    tracing: bool
     log_level: str
 
 
@@ -111,8 +113,17 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         forward_max_age_seconds=read("FORWARD_MAX_AGE", "3d", _parse_duration),
         forwarders=read("FORWARDERS", "1", _whole_number(0, 16)),
         rejected_keep=read("REJECTED_KEEP", "10000/7d", _parse_rejected_keep),
+        tracing=_read_tracing(read),
         log_level="DEBUG" if debug else read("LOG_LEVEL", "INFO", _parse_log_level),
     )
+
+
+def _read_tracing(read: "_Reader") -> bool:
+    """By https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/."""
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    is_off = read("OTEL_SDK_DISABLED", "false", str.lower) == "true"
+    exporters = read("OTEL_TRACES_EXPORTER", "otlp", str.lower)
+    return any(read(name, "", str) for name in endpoints) and not is_off and exporters != "none"
 
 
 def _read_destinations(read: "_Reader") -> dict[str, Destination]:

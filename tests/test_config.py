@@ -152,7 +152,27 @@ def test_refused_values(name: str, text: str) -> None:
 
 def test_every_setting_is_in_the_table() -> None:
     """A new setting is tested like the others; groups of them have tests of their own."""
-    assert set(SETTINGS) | {"destinations", "grpc_tls"} == set(vars(read_settings({})))
+    assert set(SETTINGS) | {"destinations", "grpc_tls", "tracing"} == set(vars(read_settings({})))
+
+
+ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "tracing"),
+    [
+        ({}, False),
+        (ENDPOINT, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"}, True),
+        (ENDPOINT | {"OTEL_SDK_DISABLED": "True"}, False),
+        (ENDPOINT | {"OTEL_SDK_DISABLED": "false", "OTEL_TRACES_EXPORTER": "otlp"}, True),
+        (ENDPOINT | {"OTEL_TRACES_EXPORTER": "none"}, False),
+        ({"OTEL_SDK_DISABLED": "false", "OTEL_TRACES_EXPORTER": "otlp"}, False),
+    ],
+)
+def test_tracing(environment: dict[str, str], tracing: bool) -> None:
+    """Traces are on where OpenTelemetry's variables name a collector and do not turn them off."""
+    assert read_settings(environment).tracing is tracing
 
 
 @pytest.mark.parametrize(("debug", "level"), [("true", "DEBUG"), ("0", "ERROR"), ("", "ERROR")])
