@@ -71,12 +71,21 @@ def translated_errors() -> Iterator[None]:
         cause = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(cause, _CONFLICTS) or _lost_its_partition(cause):
             raise Conflict from error
-        if isinstance(cause, _OUTAGES):
+        if isinstance(cause, _OUTAGES) or _lost_its_server(cause):
             raise Unavailable("storage is unavailable") from error
         if isinstance(cause, psycopg2.DataError | psycopg2.IntegrityError):
             # What the driver says of data may repeat it.
             raise Refused(f"{type(cause).__name__} {cause.diag.constraint_name or ''}") from None
         raise
+
+
+def _lost_its_server(cause: BaseException | None) -> bool:
+    """Whether the connection broke in a way that the driver has no class for.
+
+    A server that dies while libpq still writes to it: the error has no code, and is no
+    OperationalError, for libpq does not yet call the connection bad.
+    """
+    return type(cause) is psycopg2.DatabaseError and cause.pgcode is None
 
 
 def _lost_its_partition(cause: BaseException | None) -> bool:

@@ -17,6 +17,7 @@ from uuid import uuid4
 from zlib import crc32
 
 from productgraph.v1.event_pb2 import Event
+from server import failpoints
 from server.database import Connection, Link
 from server.errors import Unavailable
 from server.outbox import Death, Outcome, claim_batch, record_outcomes, set_stopped
@@ -116,6 +117,7 @@ class Lane:
         self._has_progressed = False
         queues = (self._send_queue(queue, deadline) for queue in _queue_by_session(items))
         ends = await asyncio.gather(*queues, return_exceptions=True)
+        failpoints.reach(failpoints.AFTER_PROVIDER)
         await self._query(record_outcomes, name, lease, outcomes)
         return await self._draw_conclusion(ends, len(items))
 

@@ -9,6 +9,7 @@ from psycopg2.errors import UniqueViolation
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import Connection
 
+from server import failpoints
 from server.database import Conflict, Refused, translated_errors
 from server.rows import COPY_OPTIONS, Row
 
@@ -104,7 +105,9 @@ class EventStore:
     def _commit(self, cursor: Cursor, stored: list[Row]) -> None:
         if self._on_stored is not None and stored:
             self._on_stored(cursor, stored)
+        failpoints.reach(failpoints.BEFORE_COMMIT)
         cursor.execute("COMMIT")
+        failpoints.reach(failpoints.AFTER_COMMIT)
 
 
 def _copy(cursor: Cursor, statement: str, rows: list[Row]) -> None:

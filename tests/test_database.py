@@ -26,6 +26,7 @@ from server.database import (
     Watchdog,
     connected,
     open_engine,
+    translated_errors,
 )
 from server.embedded import EmbeddedPostgres
 from server.errors import Unavailable
@@ -170,6 +171,7 @@ def test_silence_after_login(delay: float) -> None:
         ("25006", Unavailable),  # read-only transaction, on a standby
         ("42P01", DBAPIError),  # undefined table: a fault of ours
         ("XX000", DBAPIError),  # internal error
+        ("QQ000", DBAPIError),  # one that the driver has no class for
     ],
 )
 def test_translation(sqlstate: str, translation: type[Exception], link: Link) -> None:
@@ -189,6 +191,12 @@ def test_killed_session(engine: Engine, link: Link) -> None:
     with pytest.raises(Unavailable, match="storage is unavailable"):
         run(link, "SELECT 1")
     assert run(link, "SELECT 1") == 1
+
+
+def test_breakage_without_class() -> None:
+    """An error that has no code, as of a server that dies while it is written to, is an outage."""
+    with pytest.raises(Unavailable), translated_errors():
+        raise psycopg2.DatabaseError("server closed the connection unexpectedly")
 
 
 def test_unreachable() -> None:

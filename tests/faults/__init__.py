@@ -1,0 +1,1 @@
+"""`scripts/torture`: faults, and what must hold after each."""
