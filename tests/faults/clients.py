@@ -11,7 +11,7 @@ from tests.clients import INGEST
 from tests.faults.events import Batch
 
 STORED = frozenset({"202", "OK"})
-# The answers to events that could not be stored, by the protocol's name.
+# The service's answers to events that could not be stored.
 NOT_STORED = frozenset({"503", "UNAVAILABLE"})
 # There was no answer, since the connection ended or none was to be had.
 LOST = "lost"
@@ -90,12 +90,19 @@ class GrpcClient:
         try:
             response = self._ingest(batch.request, timeout=_ANSWER_SECONDS, metadata=self._metadata)
         except grpc.RpcError as error:
-            return str(cast(grpc.Call, error).code().name)
+            return _read_code(cast(grpc.Call, error))
         return _judge("OK", batch, response.accepted, response.rejected)
 
     def close(self) -> None:
         """Ends the connection."""
         self._channel.close()
+
+
+def _read_code(failed: grpc.Call) -> str:
+    code: str = failed.code().name
+    # The service's own comes with details; the other one is of a connection that broke.
+    is_ours = any(key == "grpc-status-details-bin" for key, _ in failed.trailing_metadata() or ())
+    return LOST if code == "UNAVAILABLE" and not is_ours else code
 
 
 def _judge(status: str, batch: Batch, accepted: int, rejected: int) -> str:

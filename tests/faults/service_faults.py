@@ -12,7 +12,7 @@ from tests.faults.trial import WITHOUT_ANSWER, Fault, Inject, Trial
 from tests.services import ask, wait_until
 
 # A gRPC call may arrive in the very moment in which its worker stops listening.
-_LEAVING = STORED | {"UNAVAILABLE", "CANCELLED"}
+_LEAVING = STORED | {"CANCELLED"}
 _EXIT_SECONDS = 30.0
 _REACH_SECONDS = 20.0
 _EXTRA_FORWARDERS = 2
