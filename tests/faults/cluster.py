@@ -179,7 +179,7 @@ class Cluster:
             process = self._spawn("serve", stdout=stdout, stderr=stderr)
         self._service = Service(process, self.settings, output, log)
         wait_until(self._service.is_ready, _START_SECONDS)
-        self.wait_until_whole()
+        self.wait_until_serving(WORKERS)
 
     def revive_service(self) -> None:
         """Starts it again when all processes of the dead one have gone."""
@@ -194,20 +194,19 @@ class Cluster:
         own = environment.get("PRODUCTGRAPH_FAILPOINTS") == str(self.failpoints)
         return own and process.pid not in {extra.pid for extra in self.extra_forwarders}
 
-    def is_whole(self) -> bool:
-        """Whether both workers listen, the forwarder runs, and the service calls itself ready."""
+    def is_serving(self, workers: int) -> bool:
+        """Whether so many workers listen, a forwarder runs, and the service calls itself ready."""
         with suppress(psutil.Error):
             return (
-                len(workers := self.find_children("worker")) == WORKERS
-                and all(map(_is_listening, workers))
+                sum(map(_is_listening, self.find_children("worker"))) >= workers
                 and len(self.find_children("forward")) == 1
                 and ask(f"{self.service.http_url}/ready") == 200
             )
         return False
 
-    def wait_until_whole(self) -> None:
-        """Waits for every process to be in its place."""
-        wait_until(self.is_whole, _START_SECONDS)
+    def wait_until_serving(self, workers: int = 1) -> None:
+        """Waits for so many workers, while others may still be on their way."""
+        wait_until(lambda: self.is_serving(workers), _START_SECONDS)
 
     def find_children(self, command: str) -> list[psutil.Process]:
         """The service's own workers or forwarder, as far as they live."""
@@ -285,7 +284,10 @@ class Cluster:
 
 
 def _is_listening(process: psutil.Process) -> bool:
-    return any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
+    try:
+        return any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
+    except psutil.Error:
+        return False
 
 
 def _find_ports(count: int) -> list[int]:

@@ -8,6 +8,7 @@ import psutil  # type: ignore[import-untyped]
 
 from server import failpoints
 from tests.faults.clients import STORED
+from tests.faults.cluster import WORKERS
 from tests.faults.trial import WITHOUT_ANSWER, Fault, Inject, Trial
 from tests.services import ask, wait_until
 
@@ -83,12 +84,13 @@ def _terminate(trial: Trial) -> float:
 
 
 def _replace_workers(trial: Trial) -> float:
+    trial.cluster.wait_until_serving(WORKERS)
     trial.warm_up()
     before = set(trial.cluster.find_children("worker"))
     sent_at = time.monotonic()
     trial.cluster.service.process.send_signal(signal.SIGHUP)
     wait_until(lambda: not before & set(trial.cluster.find_children("worker")), 60.0)
-    trial.cluster.wait_until_whole()
+    trial.cluster.wait_until_serving(WORKERS)
     if ask(f"{trial.cluster.service.http_url}/health") != 200:
         trial.problems.append("/health is not 200 after SIGHUP")
     return trial.recover(sent_at)

@@ -91,7 +91,7 @@ class Session:
         finally:
             load.stop()
             self._ledger.add(load)
-        self.cluster.wait_until_whole()
+        self.cluster.wait_until_serving()
         self._judge(fault, trial, tally)
 
     def _judge(self, fault: Fault, trial: Trial, tally: Tally) -> None:
