@@ -1,5 +1,6 @@
 """Logs on standard error: one JSON object a line, or plain text on a terminal."""
 
+import json
 import logging
 import sys
 import traceback
@@ -10,6 +11,9 @@ import orjson
 
 # What every record has; anything else came in by `extra` and is a field of the line.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
+
+# A terminal obeys these, and a line feed would begin a line of somebody else's making.
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 def configure_logs(level: str) -> None:
@@ -52,7 +56,10 @@ class _JsonFormatter(_Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except TypeError:  # a lone surrogate, or a number over 64 bits
+            return json.dumps(line, default=str)
 
 
 class _TextFormatter(_Formatter):
@@ -61,4 +68,4 @@ class _TextFormatter(_Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         fields = "".join(f" {name}={value}" for name, value in _fields_of(record).items())
-        return super().formatMessage(record) + fields
+        return (super().formatMessage(record) + fields).translate(_ESCAPES)

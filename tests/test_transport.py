@@ -1,0 +1,104 @@
+"""Requests to providers: what comes back is distrusted."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from server import transport
+from server.providers import MAX_ANSWER_BYTES, Answer, Request
+from server.transport import Transport
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+
+
+@contextmanager
+def serving(answer: Callable[[socket.socket], object]) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that answers each connection so; yields its URL and the requests' first bytes."""
+    requests: list[bytes] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):  # closed, from either side
+            while True:
+                connection, _ = listener.accept()
+                with connection, suppress(ConnectionError):
+                    requests.append(connection.recv(65536))
+                    answer(connection)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/in", requests
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+def post(url: str) -> Answer | None:
+    """What becomes of a request."""
+
+    async def send() -> Answer | None:
+        sender = Transport(1)
+        try:
+            return await sender.post(Request(url, {}, b"{}"))
+        finally:
+            await sender.close()
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects(status: int) -> None:
+    """No redirect is followed: events and credential stay where the settings send them."""
+    with serving(lambda connection: connection.sendall(HEAD % 0)) as (other, strays):
+        head = f"HTTP/1.1 {status} Over There\r\nLocation: {other}\r\nContent-Length: 0\r\n\r\n"
+        with serving(lambda connection: connection.sendall(head.encode())) as (url, requests):
+            answer = post(url)
+    assert answer is not None
+    assert answer.status == status
+    assert len(requests) == 1
+    assert strays == []
+
+
+def test_endless_answer() -> None:
+    """An answer is read up to a limit, however much comes."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(HEAD % (1 << 40))
+        while True:  # until the other side has had enough
+            connection.sendall(b" " * 65536)
+
+    with serving(answer) as (url, _):
+        received = post(url)
+    assert received is not None
+    assert len(received.body) == MAX_ANSWER_BYTES
+
+
+def test_compressed_answer() -> None:
+    """No compressed answer is asked for, and one that comes all the same is not unpacked."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n"
+    with serving(lambda connection: connection.sendall(head + b"bomb")) as (url, requests):
+        answer = post(url)
+    assert answer is not None
+    assert answer.body == b"bomb"
+    assert b"accept-encoding: identity\r\n" in requests[0].lower()
+
+
+def test_dripping_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that never pauses and never ends is given up."""
+    monkeypatch.setattr(transport, "_TOTAL_SECONDS", 0.5)
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(HEAD % 1000)
+        while True:
+            connection.sendall(b" ")
+            time.sleep(0.05)
+
+    with serving(answer) as (url, _):
+        assert post(url) is None
