@@ -1,27 +1,37 @@
-FROM python:3.13-slim AS build
+ARG PYTHON=3.13-slim-trixie
 
+FROM python:${PYTHON} AS build
+# What else of pyproject.toml's extras the image is to have, separated by commas.
+ARG EXTRAS=
 WORKDIR /src
 COPY . .
-# The constraints file pins what the commands do not.
+# Nothing is compiled, and the last step knows these wheels alone: what has our name elsewhere is
+# not ours. The constraints file pins what the commands do not.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir --constraint scripts/constraints.txt setuptools \
-    && pip wheel --no-cache-dir --no-build-isolation --constraint scripts/constraints.txt \
-        --wheel-dir /wheels . \
+    && pip wheel --no-cache-dir --no-build-isolation --only-binary :all: \
+        --constraint scripts/constraints.txt --wheel-dir /wheels ".${EXTRAS:+[$EXTRAS]}" \
     && python -m venv --without-pip /app \
     && pip --python /app/bin/python install --no-cache-dir --no-index --find-links /wheels \
-        productgraph-ingestion
+        "productgraph-ingestion${EXTRAS:+[$EXTRAS]}"
 
-FROM python:3.13-slim
-
+FROM python:${PYTHON}
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="ProductGraph event ingestion" \
+      org.opencontainers.image.description="Takes telemetry events over HTTP and gRPC and stores them in PostgreSQL" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 COPY --from=build /app /app
 # A container's own loopback interface is out of reach from outside: listen on all of them.
 ENV PATH=/app/bin:$PATH \
     HOST=0.0.0.0
+# By number: Kubernetes cannot tell from a name that it is not root.
 USER 10001:10001
 EXPOSE 8080 50051 9464
 STOPSIGNAL SIGTERM
 # Liveness only. The empty ProxyHandler keeps HTTP_PROXY from being asked for the loopback.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-I", "-c", "\
 from os import environ as e; from urllib.request import ProxyHandler, build_opener; \
 build_opener(ProxyHandler({})).open(f'http://127.0.0.1:{e.get(\"PORT\", 8080)}/health', timeout=4)"]
 ENTRYPOINT ["productgraph"]
