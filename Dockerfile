@@ -1,8 +1,8 @@
 ARG PYTHON=3.13-slim-trixie
 
 FROM python:${PYTHON} AS build
-# What else of pyproject.toml's extras the image is to have, separated by commas.
-ARG EXTRAS=
+# Of pyproject.toml's extras, separated by commas; traces are off until a variable names a collector.
+ARG EXTRAS=otel
 WORKDIR /src
 COPY . .
 # Nothing is compiled, and the last step knows these wheels alone: what has our name elsewhere is

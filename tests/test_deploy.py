@@ -266,6 +266,16 @@ def test_mounts() -> None:
     assert urlsplit(source["url"]).hostname in COMPOSE["services"]
 
 
+def test_runbook() -> None:
+    """Every alert has a section of OPERATIONS.md, which its link names."""
+    alerts = yaml.safe_load((ROOT / "scripts/deploy/alerts.yml").read_text())
+    rules = [rule for group in alerts["groups"] for rule in group["rules"]]
+    assert rules
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "OPERATIONS.md").read_text(), re.MULTILINE)
+    sections = {f"OPERATIONS.md#{heading.lower().replace(' ', '-')}" for heading in headings}
+    assert {rule["annotations"]["runbook_url"] for rule in rules} <= sections
+
+
 def test_user() -> None:
     """The image's account is a number other than root's, the same that the pods name."""
     [user] = read_instruction("USER")
