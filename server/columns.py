@@ -46,12 +46,13 @@ class ParsedEvent(NamedTuple):
 class ParsedBatch:
     """The events of one request in order, each parsed when it is asked for.
 
-    `count` is how many there are in all; `received` gives the bytes of one that was parsed, by its
-    index, in the form of `protocol`.
+    `count` is how many there are in all, `size` that of the whole request in bytes; `received`
+    gives the bytes of one that was parsed, by its index, in the form of `protocol`.
     """
 
     protocol: str
     count: int
+    size: int
     events: Iterator[ParsedEvent | MalformedEvent]
     received: Callable[[int], bytes]
 

@@ -25,6 +25,8 @@ _GZIP_WINDOW = 31  # zlib's number for "with a gzip header"
 _HOLD, _FAILURE = "productgraph.hold", "productgraph.failure"
 # Where it puts what lets the application know a request again, and learn that it is over.
 _KEEP, _KEPT = "productgraph.keep", "productgraph.kept"
+# And since when the whole request is there.
+_RECEIVED = "productgraph.received"
 # As proxies write it in their logs, for nobody is answered it: the client was gone.
 _CLIENT_GONE = 499
 
@@ -119,7 +121,7 @@ class _Events:
     def _ingest(self, req: falcon.Request, resp: falcon.Response, exchange: _Exchange) -> None:
         if failure := req.env.get(_FAILURE):
             raise failure
-        deadline = self._service.deadline_after()
+        deadline = self._service.deadline_after(since=req.env.get(_RECEIVED))
         caller = self._authenticate(req, deadline)
         if caller is None:
             return
@@ -139,6 +141,7 @@ class _Events:
         self._service.admit(caller, req.content_length or 0)
         _check_content_type(req)
         body = _read_body(req)
+        self._service.check_in_time(deadline, len(body))
         exchange.observation.size_bytes = len(body)
         events = self._codec.parse_batch(body)
         response, stored = self._service.ingest(caller, events, deadline)

@@ -11,6 +11,9 @@ What the application hands to the callable `KEEP`, it finds as `KEPT` when it is
 the same request. Its method `close` is called once, when the request is over: the answer has been
 handed to the connection, or its client is gone.
 
+When the whole of a request had arrived, on the clock of `time.monotonic`, is in `RECEIVED`: a large
+one may have waited for its turn.
+
 Small requests are run by the loop itself: handing them to a thread costs more than they do.
 
 This relies on the insides of waitress 3.0.2, the version that is pinned: `HTTPChannel.service` runs
@@ -36,6 +39,7 @@ HOLD = "productgraph.hold"
 FAILURE = "productgraph.failure"
 KEEP = "productgraph.keep"
 KEPT = "productgraph.kept"
+RECEIVED = "productgraph.received"
 
 _SMALL_BODY_BYTES = 64 * 1024
 _MAX_CHUNK_LINE_BYTES = 16 * 1024
@@ -50,6 +54,7 @@ class _Parser(HTTPRequestParser):
 
     completed: bool
     kept: Any = None
+    received_at: float
 
     def received(self, data: bytes) -> int:
         """Takes a part of the request; says how many of its bytes belong to it."""
@@ -60,6 +65,8 @@ class _Parser(HTTPRequestParser):
             if pending > _MAX_CHUNK_LINE_BYTES:
                 self.error = BadRequest("a chunk's size or the trailer is too long")
                 self.completed = True
+        if self.completed:
+            self.received_at = time.monotonic()
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -115,6 +122,7 @@ class _Task(WSGITask):
         environ[FAILURE] = failure
         environ[KEEP] = self._keep
         environ[KEPT] = request.kept
+        environ[RECEIVED] = request.received_at
 
     def _hold(self, awaited: "Future[Any]", *, repeat: bool = False) -> None:
         self.awaited = awaited

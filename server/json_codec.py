@@ -54,7 +54,8 @@ class JsonCodec:
         too many events.
         """
         items = _Items(body)
-        return ParsedBatch(HTTP, len(items.quick), self._parse_items(items), items.encode)
+        count, events = len(items.quick), self._parse_items(items)
+        return ParsedBatch(HTTP, count, len(body), events, items.encode)
 
     def _parse_items(self, items: "_Items") -> Iterator[ParsedEvent | MalformedEvent]:
         for index, item in enumerate(items.quick):

@@ -11,10 +11,17 @@ from server.columns import ColumnReader, ParsedBatch, ParsedEvent
 from server.errors import InvalidArgument
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.structs import REPLACEMENT, replace_nul
-from server.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent, describe_nesting
+from server.validation import (
+    NOT_A_TIMESTAMP,
+    NOT_AN_EVENT,
+    MalformedEvent,
+    describe_excess,
+    describe_nesting,
+)
 
 # The protocol whose events are protobuf.
 GRPC = "grpc"
+_READABLE_SHARE = 8
 
 
 class ProtobufCodec:
@@ -26,6 +33,10 @@ class ProtobufCodec:
         self._objects = schema.of_kind(Kind.OBJECT)
         self._columns = ColumnReader(schema)
         self._loose_type = _loosen(Event)
+        # An event's own encoding is shorter than what was sent where fields in that are repeated or
+        # unknown; from this size on that is not looked at.
+        self._readable_bytes = _READABLE_SHARE * schema.max_bytes
+        self._too_large = describe_excess(schema.max_bytes)
 
     def parse_batch(self, request: bytes) -> ParsedBatch:
         """The events of an encoded IngestEventsRequest in order, each parsed when asked for.
@@ -39,13 +50,18 @@ class ProtobufCodec:
         if len(frames) > MAX_BATCH_SIZE:
             raise InvalidArgument(f"events: more than {MAX_BATCH_SIZE} in one batch")
         events = map(self._parse_event, frames)
-        return ParsedBatch(GRPC, len(frames), events, frames.__getitem__)
+        return ParsedBatch(GRPC, len(frames), len(request), events, frames.__getitem__)
 
     def _parse_event(self, encoded: bytes) -> ParsedEvent | MalformedEvent:
+        if len(encoded) > self._readable_bytes:
+            return MalformedEvent(Event(), 0, self._too_large)
         try:
             event = Event.FromString(encoded)
         except DecodeError:
             return self._find_malformed(encoded)
+        if len(encoded) > self._schema.max_bytes and event.ByteSize() > self._schema.max_bytes:
+            # Its free-form fields would take seconds to read.
+            return MalformedEvent(event, len(self._schema.fields), self._too_large)
         parsed = self._columns.read(event, encoded)
         return parsed if _is_storable(parsed) else self._repair(event)
 

@@ -1,7 +1,7 @@
 """The one door for events: whose they are, which of them are valid, and when they are stored."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +18,11 @@ from server.validation import InvalidEvent, MalformedEvent, Validator
 from server.writer import Writer
 
 T = TypeVar("T")
+
+# The dearest body there can be takes a second before its first event is read.
+_READING_SECONDS_PER_BYTE = 1e-7
+# Reading the events of a batch may take seconds from this size on.
+_LARGE_BYTES = 1 << 20
 
 # Called with a project's rejected events, which it can have the bytes of; it may not wait.
 OnRejected = Callable[[str, ParsedBatch, Sequence[EventError]], None]
@@ -55,10 +60,22 @@ class IngestService:
         self._limiter = limiter
         self._clock = clock
 
-    def deadline_after(self, seconds: float | None = None) -> float:
-        """When a request that arrives now must be answered: after the timeout, or earlier."""
+    def deadline_after(self, seconds: float | None = None, since: float | None = None) -> float:
+        """When a request must be answered: after the timeout, or earlier.
+
+        It has arrived now, or at `since`, on the clock of the service.
+        """
         limit = self.timeout_seconds
-        return self._clock() + (limit if seconds is None else min(seconds, limit))
+        start = self._clock() if since is None else since
+        return start + (limit if seconds is None else min(seconds, limit))
+
+    def check_in_time(self, deadline: float, size: int) -> None:
+        """Raises Unavailable where a request of so many bytes cannot be read before its deadline.
+
+        It has waited for others: reading it as well would make the next ones late too.
+        """
+        if self._clock() + size * _READING_SECONDS_PER_BYTE >= deadline:
+            raise Unavailable("not answered in time")
 
     def authenticate(self, key: str) -> Caller | None:
         """Whose an API key is; None where `look_up_key` must be asked.
@@ -93,14 +110,14 @@ class IngestService:
     def ingest(self, caller: Caller, events: ParsedBatch, deadline: float) -> Ingestion:
         """Validates events and hands the valid ones over to be stored.
 
-        Raises Unavailable where they cannot be stored now, and ResourceExhausted, before any is
-        looked at, where they are too many.
+        Raises Unavailable where they cannot be stored now, or not be read in time, and
+        ResourceExhausted, before any is looked at, where they are too many.
         """
         if self._limiter is not None:
             self._limiter.take_events(caller, events.count)
         rows: list[Row] = []
         errors: list[EventError] = []
-        for index, event in enumerate(events):
+        for index, event in enumerate(self._read_in_time(events, deadline)):
             try:
                 rows.append(self._check(event, caller.project_id))
             except InvalidEvent as problem:
@@ -110,6 +127,18 @@ class IngestService:
         if errors and self._on_rejected is not None:
             self._on_rejected(caller.project_id, events, errors)
         return Ingestion(response, stored)
+
+    def _read_in_time(
+        self, batch: ParsedBatch, deadline: float
+    ) -> Iterator[ParsedEvent | MalformedEvent]:
+        return batch.events if batch.size < _LARGE_BYTES else self._read_until(deadline, batch)
+
+    def _read_until(
+        self, deadline: float, batch: ParsedBatch
+    ) -> Iterator[ParsedEvent | MalformedEvent]:
+        for event in batch.events:
+            self.check_in_time(deadline, 0)
+            yield event
 
     def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
         if isinstance(parsed, MalformedEvent):

@@ -87,7 +87,7 @@ class Validator:
     def check_size(self, size: int) -> None:
         """Raises InvalidEvent for an encoded event of too many bytes."""
         if size > self._max_bytes:
-            raise InvalidEvent(f"event: larger than {self._max_bytes} bytes")
+            raise InvalidEvent(describe_excess(self._max_bytes))
 
     def explain_malformed(self, malformed: MalformedEvent, project_id: str) -> str:
         """The first problem of an event that an edge could not read in full."""
@@ -146,6 +146,11 @@ def classify_problem(text: str) -> tuple[str, str]:
     field, _, problem = text.partition(": ")
     reasons = (reason for start, reason in _REASONS.items() if problem.startswith(start))
     return field, next(reasons, UNCLASSIFIED)
+
+
+def describe_excess(max_bytes: int) -> str:
+    """The problem of an event whose protobuf encoding has more than `max_bytes` bytes."""
+    return f"event: larger than {max_bytes} bytes"
 
 
 def describe_nesting(max_depth: int) -> str:

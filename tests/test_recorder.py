@@ -55,7 +55,7 @@ def record(recorder: RejectionRecorder, project_id: str, count: int, first: int 
     contents = [str(number).encode() for number in range(first, first + count)]
     errors = [EventError(index=index, error="wrong") for index in range(count)]
     recorder.record(
-        project_id, ParsedBatch("http", len(contents), iter(()), contents.__getitem__), errors
+        project_id, ParsedBatch("http", count, 0, iter(()), contents.__getitem__), errors
     )
 
 
@@ -126,7 +126,7 @@ def test_too_large(engine: Engine) -> None:
     """What waits is limited in bytes too."""
     recorder = make_recorder(engine)
     errors = [EventError(index=index, error="wrong") for index in range(1000)]
-    batch = ParsedBatch("http", 1, iter(()), lambda _: b"x" * 110_000)
+    batch = ParsedBatch("http", 1, 0, iter(()), lambda _: b"x" * 110_000)
     recorder.record("a", batch, errors)
     with running(recorder):
         wait_until(lambda: query(engine, COUNT) == [("a", (16 << 20) // 102_400 + 1)])
