@@ -1,6 +1,12 @@
-"""Group commit: whatever arrives while a commit is in flight shares the next one."""
+"""Group commit: whatever arrives while a commit is in flight shares the next one.
+
+A database that takes less than arrives would be given ever larger groups, the oldest requests
+first, and all their answers would come too late. So a group is no larger than what it took within
+a second lately, and what it cannot take in time is refused at once.
+"""
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -19,6 +25,12 @@ _MARGIN_SECONDS = 0.25
 # A commit is given this long even when a request in it has less time left.
 _SHORTEST_COMMIT_SECONDS = 1.0
 _GROUP_BYTES = 16 << 20
+# A group takes so long where the database is slow, unless it is smaller than these bytes; from such
+# a group on, and from such a time, the speed of the database is known.
+_GROUP_SECONDS = 1.0
+_TELLING_BYTES, _TELLING_SECONDS = 32 << 10, 0.25
+# Of the time that a request has left, so much may be used up by what waits before it.
+_WAITING_SHARE = 0.8
 _STOP_SECONDS = 5.0
 
 _log = logging.getLogger("productgraph.writer")
@@ -40,6 +52,28 @@ class Batch:
                 self.stored.set_result(None)
             else:
                 self.stored.set_exception(error)
+
+
+class _Pace:
+    """How many bytes a second the database takes, where it is slow enough to matter."""
+
+    def __init__(self) -> None:
+        self._rate = math.inf
+
+    def learn(self, size: int, seconds: float) -> None:
+        """Takes note of a commit."""
+        rate = size / max(seconds, 1e-6)
+        is_telling = size >= _TELLING_BYTES and seconds >= _TELLING_SECONDS
+        if is_telling or rate > self._rate:
+            self._rate = rate
+
+    def seconds_for(self, size: int) -> float:
+        """How long so many bytes take."""
+        return size / self._rate
+
+    def group_bytes(self) -> float:
+        """How large a group may be."""
+        return min(_GROUP_BYTES, max(_TELLING_BYTES, self._rate * _GROUP_SECONDS))
 
 
 class Writer:
@@ -65,6 +99,7 @@ class Writer:
         self._waiting: deque[Batch] = deque()
         self._waiting_bytes = 0
         self._in_flight: list[Batch] = []
+        self._pace = _Pace()
         self._available = True
         self._closing = threading.Event()
         self._changed = threading.Condition()
@@ -87,6 +122,8 @@ class Writer:
                 raise Unavailable("storage is unavailable")
             if self._waiting_bytes + size > self._max_waiting_bytes:
                 raise Unavailable("too many events are waiting to be stored")
+            if self._would_be_late(batch):
+                raise Unavailable("too many events are waiting to be stored")
             self._waiting.append(batch)
             self._waiting_bytes += size
             self._changed.notify()
@@ -95,6 +132,13 @@ class Writer:
     def backlog(self) -> tuple[int, int]:
         """How many batches wait for a group to be in, and their bytes."""
         return len(self._waiting), self._waiting_bytes
+
+    def _would_be_late(self, batch: Batch) -> bool:
+        """Never where nothing else is to be stored, so that a better pace is noticed."""
+        if not (self._waiting or self._in_flight):
+            return False
+        wait = self._pace.seconds_for(self._waiting_bytes + batch.size)
+        return wait > _WAITING_SHARE * (batch.answer_by - self._clock())
 
     def check(self) -> None:
         """For the watchdog: answers those whose time is up, and cuts a commit that hangs."""
@@ -141,11 +185,12 @@ class Writer:
 
     def _pop_group(self) -> list[Batch]:
         group: list[Batch] = []
-        size, now = 0, self._clock()
-        while self._waiting and size < _GROUP_BYTES:
+        size, now, limit = 0, self._clock(), self._pace.group_bytes()
+        while self._waiting and size < limit:
             batch = self._waiting.popleft()
             self._waiting_bytes -= batch.size
-            if now >= batch.answer_by:
+            expected = self._pace.seconds_for(size + batch.size) if group else 0.0
+            if now + expected >= batch.answer_by:
                 batch.settle(Unavailable("not stored in time"))
             elif not batch.stored.done():
                 group.append(batch)
@@ -180,13 +225,17 @@ class Writer:
 
     def _save(self, group: list[Batch]) -> None:
         rows = group[0].rows if len(group) == 1 else [row for each in group for row in each.rows]
-        earliest = min(batch.answer_by for batch in group)
-        until = max(earliest, self._clock() + _SHORTEST_COMMIT_SECONDS)
+        size = sum(batch.size for batch in group)
+        earliest, started_at = min(batch.answer_by for batch in group), self._clock()
+        expected = min(self._pace.seconds_for(size), _GROUP_SECONDS)
+        until = max(earliest, started_at + _SHORTEST_COMMIT_SECONDS + expected)
         while True:
             seconds = until - self._clock()
             try:
                 with self._link.connected(seconds) as connection:
-                    return self._store.save(connection, rows, seconds)
+                    self._store.save(connection, rows, seconds)
+                self._pace.learn(size, self._clock() - started_at)
+                return
             except Conflict:
                 if self._clock() >= until:
                     raise Unavailable("not stored in time") from None

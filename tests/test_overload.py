@@ -1,0 +1,129 @@
+"""More than the database takes: what it cannot store in time is refused, the rest is stored."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
+from typing import cast
+
+import pytest
+
+from server.database import Link
+from server.errors import Unavailable
+from server.rows import Row
+from server.storage import EventStore
+from server.writer import Writer
+
+SECONDS = 5.0
+BYTES_PER_SECOND = 100_000
+BATCH_BYTES = 50_000
+
+
+class Clock:
+    """Goes on only when something is stored."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        """The time, in seconds."""
+        return self.now
+
+
+class SlowStore:
+    """Takes so many bytes a second by the clock, and begins only when it is let."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.groups: list[int] = []
+        self.may_begin = threading.Event()
+        self.may_begin.set()
+        self.begun = threading.Event()
+        self._clock = clock
+
+    def save(self, _connection: object, rows: Sequence[Row], _seconds: float) -> None:
+        """Stores rows nowhere."""
+        self.begun.set()
+        assert self.may_begin.wait(30)
+        self.groups.append(sum(len(row.text) for row in rows))
+        self._clock.now += self.groups[-1] / BYTES_PER_SECOND
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """What is handed in meanwhile waits."""
+        self.may_begin.clear()
+        self.begun.clear()
+        yield
+        self.may_begin.set()
+
+
+class StandingLink:
+    """Stands in for a link that never breaks."""
+
+    def connected(self, _seconds: float) -> "nullcontext[None]":
+        """No connection, which the store does not need."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The clock of writer and store."""
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> SlowStore:
+    """The store of `writer`."""
+    return SlowStore(clock)
+
+
+@pytest.fixture
+def writer(clock: Clock, store: SlowStore) -> Iterator[Writer]:
+    """A running writer, which has learnt how slow its store is."""
+    link, slow = cast(Link, StandingLink()), cast(EventStore, store)
+    writer = Writer(link, slow, max_waiting_bytes=1 << 30, clock=clock)
+    writer.start()
+    submit(writer, clock, 2 * BATCH_BYTES).result(10)
+    yield writer
+    writer.stop()
+
+
+def submit(writer: Writer, clock: Clock, size: int = BATCH_BYTES) -> "Future[None]":
+    """Hands in one row of so many bytes."""
+    return writer.submit([Row("key", "x" * size)], clock.now + SECONDS)
+
+
+def fill(writer: Writer, store: SlowStore, clock: Clock) -> "list[Future[None]]":
+    """Hands in batches until one is refused, the first of which keeps the store busy."""
+    accepted = [submit(writer, clock)]
+    assert store.begun.wait(10)
+    with suppress(Unavailable):
+        while len(accepted) < 100:
+            accepted.append(submit(writer, clock))
+    return accepted
+
+
+def test_what_cannot_be_stored_in_time_is_refused(
+    writer: Writer, store: SlowStore, clock: Clock
+) -> None:
+    """As much is accepted as can be stored before its deadline, and all of that is."""
+    with store.busy():
+        accepted = fill(writer, store, clock)
+    assert SECONDS / 2 < len(accepted) * BATCH_BYTES / BYTES_PER_SECOND < SECONDS
+    for future in accepted:
+        future.result(10)
+
+
+def test_groups_stay_small(writer: Writer, store: SlowStore, clock: Clock) -> None:
+    """No group takes much more than a second, however much waits."""
+    with store.busy():
+        accepted = fill(writer, store, clock)
+    for future in accepted:
+        future.result(10)
+    assert max(store.groups) < 2 * BYTES_PER_SECOND
+
+
+def test_a_slow_past_does_not_refuse_for_ever(writer: Writer, clock: Clock) -> None:
+    """Where nothing else waits, even what is thought to take too long is tried."""
+    submit(writer, clock, 10 * int(SECONDS) * BYTES_PER_SECOND).result(10)
