@@ -31,6 +31,7 @@ from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.receiver import ChunkedReceiver
 from waitress.server import TcpWSGIServer
 from waitress.task import ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import BadRequest
@@ -49,10 +50,47 @@ _DRAIN_LOOP_SECONDS = 0.05
 _IDLE_GRACE_SECONDS = 0.25
 
 
+class _Chunks(ChunkedReceiver):
+    """Refuses the empty lines that waitress skips where the size of a chunk is due.
+
+    To another server they may be the last chunk, and what follows a request of its own.
+    """
+
+    error: Any
+
+    def received(self, data: bytes) -> int:
+        """Takes a part of the body; says how many of its bytes belong to it."""
+        consumed = 0
+        while consumed < len(data) and not (self.completed or self.error):
+            part = self._next_part(data[consumed:])
+            if (self.control_line + part).startswith(b"\r\n") and self._awaits_size():
+                self.error = BadRequest("Invalid chunk size")
+                self.all_chunks_received = True
+                return len(data)
+            consumed += super().received(part)
+        return consumed
+
+    def _awaits_size(self) -> bool:
+        is_within = self.chunk_remainder > 0 or self.validate_chunk_end
+        return not (is_within or self.all_chunks_received)
+
+    def _next_part(self, data: bytes) -> bytes:
+        """No more than one line, or what is left of one chunk."""
+        if self.chunk_remainder > 0:
+            return data[: self.chunk_remainder]
+        if self.validate_chunk_end:
+            return data[: 2 - len(self.chunk_end)]
+        if self.all_chunks_received:
+            return data
+        end = data.find(b"\n") + 1
+        return data[:end] if end else data
+
+
 class _Parser(HTTPRequestParser):
     """Refuses what waitress lets through: ambiguous lengths, and lines without an end."""
 
     completed: bool
+    body_rcv: Any
     kept: Any = None
     received_at: float
 
@@ -78,6 +116,8 @@ class _Parser(HTTPRequestParser):
         if self.chunked and "CONTENT_LENGTH" in self.headers:
             # https://www.rfc-editor.org/rfc/rfc9112#section-6.1-15: it may be smuggling.
             raise ParsingError("Content-Length and Transfer-Encoding exclude each other")
+        if self.chunked:
+            self.body_rcv = _Chunks(self.body_rcv.buf)
 
 
 class _Held(BaseException):

@@ -326,6 +326,8 @@ BAD_CHUNKS = {
     "NUL in an extension": b"0;a=\x00b\r\n\r\n",
     "size with a prefix": b"0x0\r\n\r\n",
     "negative size": b"-1\r\n\r\n",
+    "no size": b"\r\n0\r\n\r\n",
+    "no size after a chunk": b"1\r\nZ\r\n\r\n0\r\n\r\n",
     "size ended by a line feed": b"1\nZ\r\n0\r\n\r\n",
     "chunk longer than its size": b"1\r\nZZ\r\n0\r\n\r\n",
 }
