@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.faults import database_faults, provider_faults, service_faults
-from tests.faults.cluster import find_mount_problem
+from tests.faults.machine import find_mount_problem
 from tests.faults.report import HEADINGS, format_record, format_row, join_row
 from tests.faults.session import Plan, Tally, run
 from tests.faults.trial import Fault

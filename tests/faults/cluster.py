@@ -1,12 +1,8 @@
 """All that a fault may hit: service, database, forwarders, providers, and the proxies between."""
 
-import random
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -22,6 +18,7 @@ from server.embedded import EmbeddedPostgres
 from server.keys import create_key
 from tests.faults.clients import Client, GrpcClient, HttpClient
 from tests.faults.events import PROJECT
+from tests.faults.machine import find_ports, is_listening, mounted
 from tests.faults.providers import AMPLITUDE_KEY, MIXPANEL_TOKEN, open_providers
 from tests.faults.proxy import Proxy, to_port, to_socket
 from tests.services import Service, ask, clean_environment, for_sqlalchemy, wait_until
@@ -32,8 +29,6 @@ _HTTP_CLIENTS, _GRPC_CLIENTS = 5, 3
 _START_SECONDS = 60.0
 _LEAVE_SECONDS = 35.0
 _QUERY_SECONDS = 30.0
-# Below what the kernel gives to whoever asks for any port, so that a restart finds its own free.
-_PORTS = range(15_000, 30_000)
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Cluster:
         self._root = root
         self._seed = seed
         self._proxy: Proxy | None = None
-        self._ports = _find_ports(2)
+        self._ports = find_ports(2)
         self._service: Service | None = None
 
     @contextmanager
@@ -75,7 +70,7 @@ class Cluster:
         self.data.chmod(0o711)
         with ExitStack() as stack:
             if self._setup.disk_megabytes:
-                stack.enter_context(_mounted(self.data, self._setup.disk_megabytes))
+                stack.enter_context(mounted(self.data, self._setup.disk_megabytes))
             stack.callback(self._end_database)
             for name, provider in self.providers.items():
                 stack.enter_context(provider)
@@ -198,7 +193,7 @@ class Cluster:
         """Whether so many workers listen, a forwarder runs, and the service calls itself ready."""
         with suppress(psutil.Error):
             return (
-                sum(map(_is_listening, self.find_children("worker"))) >= workers
+                sum(map(is_listening, self.find_children("worker"))) >= workers
                 and len(self.find_children("forward")) == 1
                 and ask(f"{self.service.http_url}/ready") == 200
             )
@@ -281,60 +276,3 @@ class Cluster:
         for process in self.find_postgres():
             with suppress(psutil.Error):
                 process.kill()
-
-
-def _is_listening(process: psutil.Process) -> bool:
-    try:
-        return any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
-    except psutil.Error:
-        return False
-
-
-def _find_ports(count: int) -> list[int]:
-    found: list[int] = []
-    # Not by the seed: several runs may be side by side.
-    for port in random.sample(_PORTS, 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no port is free")
-
-
-@contextmanager
-def _mounted(directory: Path, megabytes: int) -> Iterator[None]:
-    size = f"size={megabytes}m,mode=0711"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "torture", directory], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", directory], check=True)
-
-
-def find_mount_problem() -> str | None:
-    """Why no file system can be mounted here; None where one can."""
-    mount = shutil.which("mount")
-    if mount is None or sys.platform != "linux":
-        return "there is no mount command for a small file system"
-    with tempfile.TemporaryDirectory() as directory:
-        command = [mount, "-t", "tmpfs", "-o", "size=1m", "torture", directory]
-        mounting = subprocess.run(command, capture_output=True, text=True, check=False)
-        if mounting.returncode:
-            return f"a small file system cannot be mounted: {mounting.stderr.strip()}"
-        subprocess.run(["umount", directory], check=True)
-    return None
-
-
-@contextmanager
-def frozen(processes: list[psutil.Process]) -> Iterator[None]:
-    """None of them runs while the context lasts; the first, which starts others, stops first."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGCONT)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from tests.faults.cluster import Setup, frozen
+from tests.faults.cluster import Setup
+from tests.faults.machine import frozen
 from tests.faults.proxy import CommitCut, Weather
 from tests.faults.trial import Fault, Inject, Trial
 from tests.services import ask, wait_until

@@ -1,0 +1,77 @@
+"""What the harness does to the machine that it runs on."""
+
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+# Below what the kernel gives to whoever asks for any port, so that a restart finds its own free.
+_PORTS = range(15_000, 30_000)
+
+
+def is_listening(process: psutil.Process) -> bool:
+    """Whether a process listens on a TCP port; not where it has gone."""
+    try:
+        return any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
+    except psutil.Error:
+        return False
+
+
+def find_ports(count: int) -> list[int]:
+    """So many ports that nobody uses, and that stay ours while our server restarts."""
+    found: list[int] = []
+    # Not by the seed: several runs may be side by side.
+    for port in random.sample(_PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no port is free")
+
+
+@contextmanager
+def mounted(directory: Path, megabytes: int) -> Iterator[None]:
+    """A file system of this size is at the directory as long as the context lasts."""
+    size = f"size={megabytes}m,mode=0711"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "torture", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def find_mount_problem() -> str | None:
+    """Why no file system can be mounted here; None where one can."""
+    mount = shutil.which("mount")
+    if mount is None or sys.platform != "linux":
+        return "there is no mount command for a small file system"
+    with tempfile.TemporaryDirectory() as directory:
+        command = [mount, "-t", "tmpfs", "-o", "size=1m", "torture", directory]
+        mounting = subprocess.run(command, capture_output=True, text=True, check=False)
+        if mounting.returncode:
+            return f"a small file system cannot be mounted: {mounting.stderr.strip()}"
+        subprocess.run(["umount", directory], check=True)
+    return None
+
+
+@contextmanager
+def frozen(processes: list[psutil.Process]) -> Iterator[None]:
+    """None of them runs while the context lasts; the first, which starts others, stops first."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
