@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import signal
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -47,6 +48,8 @@ def main() -> int:
         for text in tally.violations:
             _console.print(f"  VIOLATION {text}", markup=False)
 
+    # So that nothing stays behind: what runs and what is mounted goes with its contexts.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     _console.print(join_row(HEADINGS), markup=False)
     run(plan, show)
     if options.record:
