@@ -160,6 +160,16 @@ class Cluster:
                     raise
                 time.sleep(0.02)
 
+    def wait_for_database(self) -> None:
+        """Returns when the database answers a query."""
+        wait_until(self._answers_queries, _QUERY_SECONDS)
+
+    def _answers_queries(self) -> bool:
+        # One that is about to die may still take the connection.
+        with suppress(psycopg2.OperationalError):
+            return self.query("SELECT 1") == [(1,)]
+        return False
+
     def query(self, statement: str, *parameters: Any) -> list[Any]:
         """Runs a statement, in a transaction of its own, and returns its rows."""
         with closing(self.connect()) as connection, connection.cursor() as cursor:

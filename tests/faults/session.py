@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg2
+
 from tests.faults.checks import Findings, Ledger, check
 from tests.faults.cluster import Cluster, Setup
 from tests.faults.events import EventSource
@@ -69,7 +71,7 @@ class Session:
             tally.rounds += 1
             try:
                 self._run_round(fault, tally)
-            except (AssertionError, OSError) as failure:
+            except (AssertionError, OSError, psycopg2.Error) as failure:
                 tally.note([f"the round could not be ended: {failure}"])
         for provider in self.cluster.providers.values():
             provider.behave = lambda _: None
