@@ -68,7 +68,14 @@ def parse_exactly(body: bytes) -> Any:
 def _has_too_many_values(body: bytes) -> bool:
     if len(body) <= MAX_VALUES or _count_values(body) <= MAX_VALUES:
         return False
-    return _count_values(_STRING.sub(b"", body)) > MAX_VALUES
+    # Those within texts are none. One gap between texts after the other, to hold nothing.
+    count = position = 0
+    for text in _STRING.finditer(body):
+        count += _count_values(body[position : text.start()])
+        if count > MAX_VALUES:
+            return True
+        position = text.end()
+    return count + _count_values(body[position:]) > MAX_VALUES
 
 
 def _count_values(text: bytes) -> int:

@@ -1,6 +1,7 @@
 """Requests that are dear to read are refused before they are, or as soon as they are late."""
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import cast
@@ -39,6 +40,18 @@ def test_too_many_values(body: bytes) -> None:
     """A body of more values than any batch needs is refused as a whole, whatever they are."""
     with pytest.raises(InvalidArgument, match=f"body: more than {MAX_VALUES} values"):
         parse_document(body)
+
+
+def test_counting_takes_no_memory() -> None:
+    """The values of a body are counted without making anything of its many texts."""
+    body = b'{"a":' * 2_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument):
+            parse_document(body)
+        assert tracemalloc.get_traced_memory()[1] < len(body)
+    finally:
+        tracemalloc.stop()
 
 
 def test_values_in_texts() -> None:
