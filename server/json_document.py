@@ -66,7 +66,8 @@ def parse_exactly(body: bytes) -> Any:
 
 
 def _has_too_many_values(body: bytes) -> bool:
-    if len(body) <= MAX_VALUES or _count_values(body) <= MAX_VALUES:
+    # A value takes two characters at least, the one before or behind it counted.
+    if len(body) <= 2 * MAX_VALUES or _count_values(body) <= MAX_VALUES:
         return False
     # Those within texts are none. One gap between texts after the other, to hold nothing.
     count = position = 0
