@@ -342,12 +342,15 @@ def test_silent_collector() -> None:
 
 
 BUILD_WORKER = """
-import sys
+import os, sys
 {before}
-from server.app import Worker
+from server.app.parts import BUCKETS
+from server.app.worker import Worker
+from server.buckets import BucketTable
 from server.config import read_settings
 from server.logs import configure_logs
 configure_logs("INFO")
+os.environ[BUCKETS] = str(BucketTable().descriptor)
 Worker(read_settings(), "postgresql+psycopg2://nowhere/none")
 print(any(name.split(".")[0] == "opentelemetry" for name, module in sys.modules.items() if module))
 """

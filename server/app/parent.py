@@ -1,0 +1,153 @@
+"""The parent process: database, ports, metrics, and the processes that do the work."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from server.app.parts import BUCKETS
+from server.buckets import BucketTable
+from server.certificates import read_certificates
+from server.config import Settings
+from server.database import Engine, Link, Readiness, Watchdog, connected, open_engine
+from server.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from server.keys import create_key, list_keys
+from server.metrics_page import MetricsPage, MetricsServer, opened_directory
+from server.migration import check_migrated, migrate
+from server.monitor import OutboxMonitor
+from server.partitions import PartitionKeeper
+from server.workers import Supervisor, listen, reserve_ports
+
+DEMO_PROJECT = "proj_demo"
+# A process that has been told to stop is killed after this; with what follows, it is 30 s in all.
+_KILL_SECONDS = 27.0
+
+_log = logging.getLogger("productgraph")
+
+
+def run_service(settings: Settings, announce: Callable[[dict[str, int], str | None], None]) -> None:
+    """Runs the parent process until a signal: database, partitions, workers.
+
+    `announce` is called once all workers serve, with the ports by their settings' names and, if
+    there was no API key in an embedded database, a new one.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if settings.grpc_tls:
+        read_certificates(settings.grpc_tls)  # unusable ones end the start here, not each worker
+    with ExitStack() as stack:
+        wanted = {"PORT": settings.port, "GRPC_PORT": settings.grpc_port}
+        if settings.metrics_port is not None:
+            wanted["METRICS_PORT"] = settings.metrics_port
+        ports = stack.enter_context(reserve_ports(settings.host, wanted))
+        engine, tick, first_key = _prepare_database(settings, stack)
+        _keep_partitions(engine, stack)
+        page = _serve_metrics(settings, ports, engine, stack)
+        buckets = BucketTable().descriptor
+        numbers = {name: str(number) for name, number in (ports | {BUCKETS: buckets}).items()}
+        # gRPC's own lines would be no JSON, and anybody could add some by a failed handshake.
+        environment = {"GRPC_VERBOSITY": "NONE"} | os.environ | numbers
+        supervisor = _supervise("worker", settings.workers, environment, page, [buckets])
+        if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
+            signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
+        supervisors = [supervisor]
+        supervisor.start()
+        stack.callback(_stop_together, supervisors)
+        if settings.destinations and settings.forwarders:
+            supervisors.append(_keep_forwarding(settings.forwarders, page, stack))
+        announce(ports, first_key)
+        supervisor.run(tick, stop)
+
+
+def _supervise(
+    command: str,
+    count: int,
+    environment: Mapping[str, str],
+    page: MetricsPage | None,
+    descriptors: Sequence[int] = (),
+) -> Supervisor:
+    return Supervisor(
+        [sys.executable, "-m", "server", command],
+        count,
+        environment=environment if page is None else {**environment, **page.environment},
+        descriptors=descriptors,
+        drain_seconds=_KILL_SECONDS,
+        on_exit=None if page is None else partial(page.note_exit, command),
+    )
+
+
+def _serve_metrics(
+    settings: Settings, ports: Mapping[str, int], engine: Engine, stack: ExitStack
+) -> MetricsPage | None:
+    """The page, or None where it is not wanted."""
+    if settings.metrics_port is None:
+        return None
+    readiness, monitor = Readiness(Link(engine)), OutboxMonitor(Link(engine))
+    page = MetricsPage(
+        stack.enter_context(opened_directory()),
+        readiness.is_ready,
+        monitor.lanes,
+        providers=tuple(settings.destinations),
+    )
+    server = MetricsServer(page, listen(settings.host, ports["METRICS_PORT"]))
+    watchdog = Watchdog(readiness.check, monitor.check)
+    for part in (watchdog, readiness, monitor, server):
+        part.start()
+        stack.callback(part.stop)
+    return page
+
+
+def _stop_together(supervisors: Sequence[Supervisor]) -> None:
+    stopping = [threading.Thread(target=supervisor.stop) for supervisor in supervisors]
+    for thread in stopping:
+        thread.start()
+    for thread in stopping:
+        thread.join()
+
+
+def _keep_forwarding(count: int, page: MetricsPage | None, stack: ExitStack) -> Supervisor:
+    """Runs forwarders beside the workers: processes of their own, that slow none of them."""
+    supervisor, stop = _supervise("forward", count, os.environ, page), threading.Event()
+    supervisor.start()
+    watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop), daemon=True)
+    watching.start()
+    stack.callback(watching.join)
+    stack.callback(stop.set)
+    return supervisor
+
+
+def _prepare_database(
+    settings: Settings, stack: ExitStack
+) -> tuple[Engine, Callable[[], None], str | None]:
+    """The engine, what keeps the database running, and the first key if one was made."""
+    if settings.database_url is not None:
+        engine = open_engine(settings.database_url)
+        check_migrated(engine)
+        return engine, lambda: None, None
+    embedded = stack.enter_context(EmbeddedPostgres(settings.data_dir, create=True))
+    engine = open_engine(embedded.url)
+    migrate(engine)
+    with connected(engine) as connection:
+        key = None if list_keys(connection) else create_key(connection, DEMO_PROJECT, "first key")
+    return engine, lambda: _keep_running(embedded), key
+
+
+def _keep_running(embedded: EmbeddedPostgres) -> None:
+    try:
+        if embedded.ensure_running():
+            _log.warning("PostgreSQL had died, started it again")
+    except EmbeddedPostgresError as error:
+        _log.error("PostgreSQL cannot be started: %s", error)
+
+
+def _keep_partitions(engine: Engine, stack: ExitStack) -> None:
+    keeper = PartitionKeeper(Link(engine))
+    watchdog = Watchdog(keeper.check)
+    for part in (watchdog, keeper):
+        part.start()
+        stack.callback(part.stop)

@@ -1,0 +1,56 @@
+"""What several kinds of process are put together from."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from server.config import Settings
+from server.embedded import EmbeddedPostgres
+from server.outbox import Outbox
+from server.providers import CURRENT_MAPPING_VERSION
+from server.storage import OnStored
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
+
+# The variable by which a worker learns the file descriptor of the buckets that all of them share.
+BUCKETS = "PRODUCTGRAPH_BUCKETS"
+
+_log = logging.getLogger("productgraph")
+
+
+@contextmanager
+def opened_database(settings: Settings, *, create: bool = False) -> Iterator[str]:
+    """The URL of the database to use; the embedded one runs for as long as the context lasts.
+
+    Without `create`, an embedded one must be there already. Raises EmbeddedPostgresError.
+    """
+    if settings.database_url is not None:
+        yield settings.database_url
+    else:
+        with EmbeddedPostgres(settings.data_dir, create=create) as embedded:
+            yield embedded.url
+
+
+def open_outbox(settings: Settings) -> OnStored | None:
+    """What keeps stored events for the enabled providers; None where there is none."""
+    if not settings.destinations:
+        return None
+    return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).enqueue
+
+
+def open_tracing(settings: Settings) -> "Tracing | None":
+    """Traces, or None where they are off: then nothing of OpenTelemetry is imported."""
+    if not settings.tracing:
+        return None
+    try:
+        from server.tracing import Tracing
+    except ImportError as error:
+        # What sets the variables is often set up for a whole cluster: no reason not to serve.
+        _log.warning(
+            "no traces, for the extra otel is missing: pip install 'productgraph-ingestion[otel]'",
+            extra={"missing": error.name},
+        )
+        return None
+    return Tracing()

@@ -1,0 +1,211 @@
+"""One worker process, and what replays rejected events as a worker would have stored them."""
+
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from server.app.parts import BUCKETS, open_outbox, open_tracing, opened_database
+from server.buckets import BucketTable
+from server.certificates import CertificateSource
+from server.config import Settings
+from server.database import Engine, Link, Readiness, Watchdog, open_engine, transactional
+from server.grpc_api import GrpcServer, IngestServicer
+from server.http_api import MAX_BODY_BYTES, create_app
+from server.http_server import HTTPServer
+from server.json_codec import JsonCodec
+from server.key_directory import KeyDirectory
+from server.metrics import RequestMetrics, StorageMetrics
+from server.observation import Observer, Sink
+from server.openapi import encode_description
+from server.protobuf_codec import ProtobufCodec
+from server.rate_limiter import RateLimiter
+from server.recorder import RejectionRecorder
+from server.replay import Replay
+from server.request_log import RequestLog
+from server.rows import RowEncoder
+from server.schema import EVENT_SCHEMA
+from server.service import IngestService
+from server.storage import EventStore
+from server.workers import Lifeline, listen
+from server.writer import Writer
+
+# It decodes and validates large requests, and waits for nothing. One at a time: decoded, a body can
+# take thirty times its size, and what does not fit into the processor's cache is slow.
+_HTTP_THREADS = 1
+# So long may what has been accepted take to be answered, before the parent's patience ends.
+_DRAIN_SECONDS = 20.0
+
+
+class Worker:
+    """One worker process: both protocols, and what they share."""
+
+    def __init__(self, settings: Settings, database_url: str) -> None:
+        engine = open_engine(database_url)
+        self._storage_metrics = metrics = StorageMetrics()
+        self._request_metrics = RequestMetrics(field.wire_name for field in EVENT_SCHEMA.fields)
+        self._readiness = Readiness(Link(engine))
+        self._keys = KeyDirectory(
+            Link(engine, on_error=metrics.count_error), on_lookups=metrics.count_lookups
+        )
+        self._writer = Writer(
+            Link(engine, on_error=metrics.count_error),
+            EventStore(
+                RowEncoder(EVENT_SCHEMA).columns,
+                open_outbox(settings),
+                on_duplicates=metrics.count_duplicates,
+            ),
+            max_waiting_bytes=settings.max_waiting_bytes,
+            on_group=metrics.count_group,
+        )
+        self._recorders = _open_recorders(settings, engine, metrics.count_dropped)
+        self._watchdog = Watchdog(
+            self._writer.check,
+            self._keys.check,
+            self._readiness.check,
+            *(recorder.check for recorder in self._recorders),
+            self._write_metrics,
+        )
+        service = IngestService(
+            EVENT_SCHEMA,
+            self._keys,
+            self._writer,
+            timeout_seconds=settings.request_timeout_seconds,
+            keep_encoded=bool(settings.destinations),
+            on_rejected=next((recorder.record for recorder in self._recorders), None),
+            limiter=_build_limiter(settings),
+        )
+        self._tracing = open_tracing(settings)
+        sinks: list[Sink] = [RequestLog()]
+        if settings.metrics_port is not None:
+            sinks.append(self._request_metrics)
+        if self._tracing is not None:
+            sinks.append(self._tracing.requests)
+        observer = Observer(tuple(sinks))
+        self._http = self._build_http(service, settings, observer)
+        self._grpc = self._build_grpc(service, settings, observer)
+
+    def _build_http(
+        self, service: IngestService, settings: Settings, observer: Observer
+    ) -> HTTPServer:
+        app = create_app(
+            service,
+            JsonCodec(EVENT_SCHEMA),
+            self._readiness.is_ready,
+            description=encode_description(EVENT_SCHEMA, MAX_BODY_BYTES),
+            allowed_origins=settings.cors_allowed_origins,
+            observer=observer,
+        )
+        listener = listen(settings.host, settings.port)
+        # What is a little too large is refused by the application, in its words; a body far over
+        # the limit is not even read.
+        return HTTPServer(app, listener, threads=_HTTP_THREADS, max_body_bytes=2 * MAX_BODY_BYTES)
+
+    def _build_grpc(
+        self, service: IngestService, settings: Settings, observer: Observer
+    ) -> GrpcServer:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        return GrpcServer(
+            IngestServicer(service, ProtobufCodec(EVENT_SCHEMA), observer),
+            self._readiness.is_ready,
+            address=f"{host}:{settings.grpc_port}",
+            offer_reflection=settings.grpc_reflection,
+            certificates=CertificateSource(settings.grpc_tls) if settings.grpc_tls else None,
+        )
+
+    def run(self, on_ready: Callable[[], None]) -> None:
+        """Serves until `stop`, then answers what has been accepted."""
+        for recorder in self._recorders:
+            recorder.start()
+        for part in (self._watchdog, self._writer, self._keys, self._readiness, self._grpc):
+            part.start()
+        on_ready()
+        self._http.serve()
+        self._drain()
+
+    def stop(self) -> None:
+        """Makes `run` return; from any thread or a signal handler."""
+        self._http.stop()
+
+    def _write_metrics(self) -> None:
+        self._request_metrics.flush()
+        self._storage_metrics.show(self._writer.backlog(), self._keys.known_count())
+
+    def _drain(self) -> None:
+        self._readiness.stop()
+        grpc_drain = threading.Thread(target=self._grpc.stop, args=(_DRAIN_SECONDS,))
+        grpc_drain.start()
+        self._http.drain(_DRAIN_SECONDS)
+        grpc_drain.join()
+        self._writer.stop()
+        for recorder in self._recorders:
+            recorder.stop()
+        self._keys.stop()
+        self._watchdog.stop()
+        self._write_metrics()
+        if self._tracing is not None:
+            self._tracing.stop()
+
+
+def _open_recorders(
+    settings: Settings, engine: Engine, on_dropped: Callable[[int], None]
+) -> list[RejectionRecorder]:
+    """One, or none where rejected events are not to be kept."""
+    keep = settings.rejected_keep
+    if keep is None:
+        return []
+    return [RejectionRecorder(Link(transactional(engine)), keep, on_dropped=on_dropped)]
+
+
+def _build_limiter(settings: Settings) -> RateLimiter:
+    """One for every worker: a key can have rates of its own where there is no default."""
+    return RateLimiter(
+        BucketTable(int(os.environ[BUCKETS])),
+        event_rate=settings.event_rate_limit,
+        byte_rate=settings.byte_rate_limit,
+    )
+
+
+def run_worker(settings: Settings) -> None:
+    """Runs one worker, started by `run_service`, until it is told to stop or that is gone."""
+    lifeline = Lifeline.from_environment()
+    _raise_file_limit()
+    with opened_database(settings) as database_url:
+        worker = Worker(settings, database_url)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: worker.stop())
+        lifeline.on_parent_exit(worker.stop)
+        worker.run(lifeline.report_ready)
+
+
+def _raise_file_limit() -> None:
+    """Each connection takes a file descriptor, and the usual limit is about a thousand."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextmanager
+def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
+    """What stores rejected events after all, by the same parts as a worker's."""
+    writer = Writer(
+        Link(engine),
+        EventStore(RowEncoder(EVENT_SCHEMA).columns, open_outbox(settings)),
+        max_waiting_bytes=settings.max_waiting_bytes,
+    )
+    service = IngestService(
+        EVENT_SCHEMA,
+        KeyDirectory(Link(engine)),  # not started: an event's project is known here
+        writer,
+        timeout_seconds=settings.request_timeout_seconds,
+        keep_encoded=bool(settings.destinations),
+    )
+    watchdog = Watchdog(writer.check)
+    for part in (watchdog, writer):
+        part.start()
+    try:
+        yield Replay(service, JsonCodec(EVENT_SCHEMA), ProtobufCodec(EVENT_SCHEMA))
+    finally:
+        writer.stop()
+        watchdog.stop()
