@@ -80,6 +80,31 @@ def test_the_chart_shows_every_load(output: Path) -> None:
     assert {"baseline", "HTTP, 2 workers", "gRPC, 2 workers"} <= labels
 
 
+def test_forwarding_is_measured(tmp_path: Path) -> None:
+    """Each part of it has its figures, and loses no event."""
+    words = ("--forwarding", "--scale=0.01", f"--output={tmp_path}")
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.bench", *words],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    document = json.loads((tmp_path / "forwarding.json").read_text())
+    assert document["cost"]["acknowledged"] == 110
+    for part in ("cost", "hang"):
+        figures = document[part]
+        assert set(figures["arrived"].values()) == {figures["acknowledged"]}
+        assert figures["pending"] == {"amplitude": 0, "mixpanel": 0}
+    assert document["cost"]["p99_ratio"] > 0
+    assert document["hang"]["pending_after_the_hang"]["amplitude"] > 0
+    assert document["backlog"]["drain"]["events_per_second"] > 0
+    assert all(milliseconds > 0 for milliseconds in document["backlog"]["claim_ms"].values())
+
+
 def test_an_unknown_load_is_refused() -> None:
     """A misspelt load ends the command with the names there are."""
     finished = subprocess.run(

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from tests.bench import cells
 from tests.bench.chart import draw_chart
+from tests.bench.forwarding import PARTS
+from tests.bench.forwarding_report import choose_parts, report_forwarding
 from tests.bench.report import (
     CAPTION,
     HEADINGS,
@@ -31,20 +33,25 @@ def main() -> int:
     """Measures what the arguments say; returns the exit code."""
     parser = _build_parser()
     options = parser.parse_args()
-    try:
-        plan = _make_plan(options)
-    except ValueError as problem:
-        parser.error(str(problem))
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     try:
-        results = _run(plan, console)
+        if options.forwarding is None:
+            _measure_loads(_make_plan(options), options.output, console)
+        else:
+            parts = choose_parts(options.forwarding)
+            report_forwarding(parts, options.scale, options.output, console)
+    except ValueError as problem:
+        parser.error(str(problem))
     except BenchFailed as failure:
         console.print(f"bench: {failure}", markup=False)
         return 1
-    document = build_document(plan, results)
-    _show(document, console)
-    _write(document, options.output, console)
     return 0
+
+
+def _measure_loads(plan: Plan, directory: Path, console: Console) -> None:
+    document = build_document(plan, _run(plan, console))
+    _show(document, console)
+    _write(document, directory, console)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -69,11 +76,23 @@ def _build_parser() -> argparse.ArgumentParser:
         help=f"also on a table of {_LARGE_ROWS:,} rows; takes two minutes and 20 GB of disk",
     )
     parser.add_argument(
+        "--forwarding",
+        nargs="*",
+        metavar="PART",
+        help=f"what forwarding costs instead, in six minutes, or a part of it: {', '.join(PARTS)}",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="with --forwarding: 0.1 for a tenth of the events and of the time (1)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path("build/bench"),
         metavar="DIR",
-        help="where bench.json and bench.svg go (build/bench)",
+        help="where the files go (build/bench)",
     )
     return parser
 

@@ -57,6 +57,11 @@ class BenchDatabase:
             connection.cursor().execute("SET TimeZone TO 'UTC'")
             yield connection
 
+    def execute(self, statement: str, *parameters: object) -> None:
+        """Runs a statement, and commits it."""
+        with self._connected() as connection, connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+
     def find_postmaster(self) -> int:
         """The process that all of PostgreSQL's processes descend from."""
         with self._connected() as connection:

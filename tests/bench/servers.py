@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ class Server:
 
 
 @contextmanager
-def running_workers(data_directory: Path, workers: int) -> Iterator[Server]:
-    """The service as `scripts/serve` runs it, with so many workers."""
-    settings = {"DATA_DIR": str(data_directory), "WORKERS": str(workers)}
-    with running_service(settings) as service:
+def running_workers(
+    data_directory: Path, workers: int, settings: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """The service as `scripts/serve` runs it, with so many workers; `settings` are further ones."""
+    own = {"DATA_DIR": str(data_directory), "WORKERS": str(workers)}
+    with running_service(own | dict(settings or {})) as service:
         grpc_port = int(service.grpc_target.rpartition(":")[2])
         ports = {"http": service.http_port, "grpc": grpc_port}
         pids = [worker.pid for worker in service.find_workers()]

@@ -1,0 +1,109 @@
+"""What `scripts/bench --forwarding` prints and writes."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests.bench.forwarding import PARTS, Document, run_forwarding
+
+
+def choose_parts(names: Sequence[str]) -> list[str]:
+    """The parts of these names, or all; raises ValueError for one that there is not."""
+    if unknown := set(names) - PARTS.keys():
+        raise ValueError(f"nothing is called {sorted(unknown)}; there are {', '.join(PARTS)}")
+    return [part for part in PARTS if part in names or not names]
+
+
+def report_forwarding(
+    parts: Sequence[str], scale: float, directory: Path, console: Console
+) -> None:
+    """Measures these parts, prints what came out and writes forwarding.json."""
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    # Seldom refreshed, for that takes its time from the same cores.
+    with Progress(*columns, console=console, refresh_per_second=2, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        document = run_forwarding(
+            parts, scale, lambda step: progress.update(task, description=step)
+        )
+    for part, figures in document.items():
+        _SHOW[part](figures, console)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "forwarding.json").write_text(json.dumps(document, indent=2) + "\n")
+    console.print(f"Written: {directory / 'forwarding.json'}")
+
+
+def _make_table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(headings[0], title=title)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _show_cost(figures: Document, console: Console) -> None:
+    headings = ("round", "off p50", "off p99", "on p50", "on p99", "p50 ratio", "p99 ratio")
+    table = _make_table("Ingestion with analytics off and on, ms", headings)
+    for number, each in enumerate(figures["rounds"], 1):
+        off, on = each["off"], each["on"]
+        values = (off["p50_ms"], off["p99_ms"], on["p50_ms"], on["p99_ms"])
+        ratios = (on["p50_ms"] / off["p50_ms"], on["p99_ms"] / off["p99_ms"])
+        table.add_row(str(number), *(f"{value:.2f}" for value in (*values, *ratios)))
+    medians = (figures["p50_ratio"], figures["p99_ratio"])
+    table.add_row("median", "", "", "", "", *(f"{value:.2f}" for value in medians))
+    console.print(table)
+    _show_delivery(figures, console)
+
+
+def _show_hang(figures: Document, console: Console) -> None:
+    headings = ("", "p50", "p99", "lag p50", "lag p99")
+    title = f"Ingestion, and the lag of {figures['other']} while {figures['hung']} hangs, ms"
+    table = _make_table(title, headings)
+    for name in ("before", "during"):
+        each = figures[name]
+        values = (each["p50_ms"], each["p99_ms"], each["lag_p50_ms"], each["lag_p99_ms"])
+        table.add_row(name, *(f"{value:.2f}" for value in values))
+    console.print(table)
+    pending = figures["pending_after_the_hang"][figures["hung"]]
+    seconds = figures["drained_seconds"]
+    console.print(f"{pending:,} pending after the hang, none {seconds:.0f} s later")
+    _show_delivery(figures, console)
+
+
+def _show_delivery(figures: Document, console: Console) -> None:
+    arrived = ", ".join(f"{count:,} at {name}" for name, count in figures["arrived"].items())
+    console.print(f"{figures['acknowledged']:,} events acknowledged; {arrived}")
+    for moment, lines in figures["status"].items():
+        console.print(f"productgraph forward status, {moment}:")
+        for line in lines:
+            console.print(f"  {line}", markup=False)
+
+
+def _show_backlog(figures: Document, console: Console) -> None:
+    for line in _describe_backlog(figures):
+        console.print(line)
+
+
+def _describe_backlog(figures: Document) -> Iterator[str]:
+    yield f"A backlog of {figures['backlog_events']:,} events:"
+    for name, speeds in figures["events_per_second"].items():
+        each = ", ".join(f"{speed:,.0f}" for speed in speeds)
+        yield f"  ingestion {name} it: {median(speeds):,.0f} events/s ({each})"
+    for rows, milliseconds in figures["claim_ms"].items():
+        yield f"  a claim with {int(rows):,} deliveries pending: {milliseconds:.2f} ms"
+    drain = figures["drain"]
+    yield f"  a forwarder drains {drain['events_per_second']:,.0f} events/s, both providers added"
+    for name in ("without_forwarder", "with_forwarder"):
+        each = drain[name]
+        words = name.replace("_", " ")
+        yield f"  ingestion {words}: p50 {each['p50_ms']:.2f} ms, p99 {each['p99_ms']:.2f} ms"
+
+
+_SHOW: dict[str, Callable[[Document, Console], None]] = {
+    "cost": _show_cost,
+    "hang": _show_hang,
+    "backlog": _show_backlog,
+}
