@@ -82,9 +82,15 @@ class HttpLoad:
             connection.start(next(self._numbers))
 
     def run(self, seconds: float, meter: Meter) -> None:
-        """Keeps all connections busy for so long."""
+        """Keeps all connections busy for so long, and until one is answered."""
         deadline = time.perf_counter() + seconds
-        self._follow(meter, lambda: time.perf_counter() >= deadline, restart=True)
+        last = deadline + _LAST_ANSWERS_SECONDS
+
+        def is_over() -> bool:
+            now = time.perf_counter()
+            return now >= (deadline if meter.latencies else last)
+
+        self._follow(meter, is_over, restart=True)
 
     def finish(self, meter: Meter) -> None:
         """Waits for the answers that are still to come, and closes the connections."""
