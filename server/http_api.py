@@ -12,6 +12,7 @@ from falcon.constants import COMBINED_METHODS
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from server.errors import IngestError, Internal, InvalidArgument
 from server.json_codec import JsonCodec, encode_response
+from server.json_document import estimate_seconds
 from server.keys import Caller
 from server.observation import Observation, Observer
 from server.rate_limiter import Quota
@@ -141,7 +142,7 @@ class _Events:
         self._service.admit(caller, req.content_length or 0)
         _check_content_type(req)
         body = _read_body(req)
-        self._service.check_in_time(deadline, len(body))
+        self._service.check_in_time(deadline, estimate_seconds(body))
         exchange.observation.size_bytes = len(body)
         events = self._codec.parse_batch(body)
         response, stored = self._service.ingest(caller, events, deadline)

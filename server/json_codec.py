@@ -20,9 +20,9 @@ from server.columns import ColumnReader, ParsedBatch, ParsedEvent
 from server.errors import InvalidArgument
 from server.json_document import encode_document, parse_document, parse_exactly
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
-from server.structs import LostDigits, fill_struct, is_plain
+from server.structs import LostDigits, fill_struct, has_more_values, is_plain
 from server.timestamps import parse_timestamp
-from server.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent
+from server.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent, describe_excess
 
 # The protocol whose events are JSON.
 HTTP = "http"
@@ -45,6 +45,9 @@ class JsonCodec:
         self._catch_all = schema.catch_all
         self._columns = ColumnReader(schema)
         self._max_depth = schema.max_depth
+        self._max_bytes = schema.max_bytes
+        # In protobuf, a value within another takes four bytes at least.
+        self._max_values = schema.max_bytes // 4
 
     def parse_batch(self, body: bytes) -> ParsedBatch:
         """The events of a request's body in order, each parsed when it is asked for.
@@ -53,16 +56,30 @@ class JsonCodec:
         Raises InvalidArgument where the body is not JSON, not of the documented shape, or holds
         too many events.
         """
-        items = _Items(body)
+        items = _Items(body, self._max_bytes)
         count, events = len(items.quick), self._parse_items(items)
         return ParsedBatch(HTTP, count, len(body), events, items.encode)
 
     def _parse_items(self, items: "_Items") -> Iterator[ParsedEvent | MalformedEvent]:
+        is_dear = items.size > self._max_bytes
+        parse = self._parse_dear_event if is_dear else self._parse_event
         for index, item in enumerate(items.quick):
             try:
-                yield self._parse_event(item)
+                yield parse(item)
             except LostDigits:
                 yield self._parse_event(items.exact[index])
+
+    def _parse_dear_event(self, item: Any) -> ParsedEvent | MalformedEvent:
+        """Looks only at its texts and numbers where an event has more values than it may."""
+        if type(item) is not dict or not has_more_values(item, self._max_values):
+            return self._parse_event(item)
+        fields = self._collect_fields(item)
+        for name in self._objects:
+            fields.pop(name, None)
+        parsed = self._parse_carefully(fields)
+        if isinstance(parsed, MalformedEvent):
+            return parsed
+        return MalformedEvent(parsed.event, len(self._fields), describe_excess(self._max_bytes))
 
     def _parse_event(self, item: Any) -> ParsedEvent | MalformedEvent:
         if type(item) is not dict:
@@ -152,8 +169,10 @@ class JsonCodec:
 class _Items:
     """The events of a body as values, by the quick parser and, where it is needed, the exact."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, max_bytes: int) -> None:
         self._body = body
+        self._max_bytes = max_bytes
+        self.size = len(body)
         self.quick = _read_items(parse_document(body))
 
     @cached_property
@@ -161,9 +180,11 @@ class _Items:
         return _read_items(parse_exactly(self._body))
 
     def encode(self, index: int) -> bytes:
-        """The JSON of one, with all digits that it had."""
+        """The JSON of one, with all digits that it had unless it is too large."""
         encoded = encode_document(self.quick[index])
-        return encode_document(self.exact[index]) if _LONG_NUMBER.search(encoded) else encoded
+        if len(encoded) > self._max_bytes or not _LONG_NUMBER.search(encoded):
+            return encoded
+        return encode_document(self.exact[index])
 
 
 def _read_items(document: Any) -> list[Any]:

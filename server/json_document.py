@@ -21,6 +21,10 @@ from server.structs import ExactFloat
 
 # Five times as many as in a full batch of large events.
 MAX_VALUES = 500_000
+# What the dearest values take until the first event is read, and bodies so small that they are not
+# looked at for it.
+_SECONDS_PER_BYTE, _SECONDS_PER_VALUE = 2e-8, 5e-6
+_QUICK_BYTES = 64 * 1024
 # Deeper than any valid event reaches, so that what is cut stays recognisable as too deep.
 _PRUNED_DEPTH = 64
 # A string, closed or not, or a bracket. Possessive, so that no input makes it backtrack.
@@ -29,6 +33,14 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 # int() takes time quadratic in the number of digits, Decimal() does not.
 _LONGEST_INT = 40
+
+
+def estimate_seconds(body: bytes) -> float:
+    """How long it takes at the worst until a body is parsed, on a machine that is busy."""
+    if len(body) <= _QUICK_BYTES:
+        return 0.0
+    values = min(_count_values(body), MAX_VALUES)
+    return len(body) * _SECONDS_PER_BYTE + values * _SECONDS_PER_VALUE
 
 
 def parse_document(body: bytes) -> Any:

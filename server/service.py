@@ -19,8 +19,6 @@ from server.writer import Writer
 
 T = TypeVar("T")
 
-# The dearest body there can be takes a second before its first event is read.
-_READING_SECONDS_PER_BYTE = 1e-7
 # Reading the events of a batch may take seconds from this size on.
 _LARGE_BYTES = 1 << 20
 
@@ -69,12 +67,12 @@ class IngestService:
         start = self._clock() if since is None else since
         return start + (limit if seconds is None else min(seconds, limit))
 
-    def check_in_time(self, deadline: float, size: int) -> None:
-        """Raises Unavailable where a request of so many bytes cannot be read before its deadline.
+    def check_in_time(self, deadline: float, seconds: float = 0.0) -> None:
+        """Raises Unavailable where a request that takes so long to read would miss its deadline.
 
         It has waited for others: reading it as well would make the next ones late too.
         """
-        if self._clock() + size * _READING_SECONDS_PER_BYTE >= deadline:
+        if self._clock() + seconds >= deadline:
             raise Unavailable("not answered in time")
 
     def authenticate(self, key: str) -> Caller | None:
@@ -137,7 +135,7 @@ class IngestService:
         self, deadline: float, batch: ParsedBatch
     ) -> Iterator[ParsedEvent | MalformedEvent]:
         for event in batch.events:
-            self.check_in_time(deadline, 0)
+            self.check_in_time(deadline)
             yield event
 
     def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:

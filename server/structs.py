@@ -61,6 +61,18 @@ def _are_plain(items: Iterable[Any], depth: int) -> bool:
     return True
 
 
+def has_more_values(item: Mapping[str, Any], limit: int) -> bool:
+    """Whether a parsed object holds so many values, at any depth; null for a field is none."""
+    count = sum(value is not None for value in item.values())
+    pending = [value for value in item.values() if type(value) is dict or type(value) is list]
+    while pending and count <= limit:
+        container = pending.pop()
+        count += len(container)
+        values = container.values() if type(container) is dict else container
+        pending += [value for value in values if type(value) is dict or type(value) is list]
+    return count > limit
+
+
 def fill_struct(struct: Struct, source: Mapping[str, Any], depth: float = math.inf) -> None:
     """Adds the parsed JSON object `source` to `struct`, which is present then.
 

@@ -11,7 +11,8 @@ import pytest
 from productgraph.v1.event_pb2 import Event
 from server.columns import ParsedBatch, ParsedEvent
 from server.errors import InvalidArgument, Unavailable
-from server.json_document import MAX_VALUES, parse_document
+from server.json_codec import JsonCodec
+from server.json_document import MAX_VALUES, estimate_seconds, parse_document
 from server.key_directory import KeyDirectory
 from server.keys import Caller
 from server.protobuf_codec import ProtobufCodec
@@ -113,12 +114,12 @@ def test_late_requests_are_not_read(ingestion: IngestService, clock: Clock) -> N
     """A request is refused once there is no time left to read it: a large one earlier."""
     deadline = ingestion.deadline_after()
     clock.now = deadline - 0.5
-    ingestion.check_in_time(deadline, 1000)
+    ingestion.check_in_time(deadline, 0.25)
     with pytest.raises(Unavailable):
-        ingestion.check_in_time(deadline, 10 << 20)
+        ingestion.check_in_time(deadline, 1.0)
     clock.now = deadline
     with pytest.raises(Unavailable):
-        ingestion.check_in_time(deadline, 0)
+        ingestion.check_in_time(deadline)
 
 
 def test_reading_ends_at_the_deadline(ingestion: IngestService, clock: Clock) -> None:
@@ -135,6 +136,35 @@ def test_reading_ends_at_the_deadline(ingestion: IngestService, clock: Clock) ->
     with pytest.raises(Unavailable):
         ingestion.ingest(Caller("proj"), batch, ingestion.deadline_after())
     assert len(read) == TIMEOUT_SECONDS
+
+
+def test_dear_bodies_take_longer() -> None:
+    """Small bodies take no time, and the more values a large one has, the more."""
+    tiny, large = b"[" + b"0," * MAX_VALUES + b"0]", b'["' + b"x" * 2 * MAX_VALUES + b'"]'
+    assert estimate_seconds(b"[0,0,0]") == 0
+    assert 0 < 10 * estimate_seconds(large) < estimate_seconds(tiny) < TIMEOUT_SECONDS / 1.5
+
+
+@pytest.mark.parametrize(
+    "value", [[0] * 30_000, [[]] * 30_000, {"a": [10**25] * 30_000}, [{"b": {}}] * 15_000]
+)
+def test_dear_events_are_not_unfolded(value: object) -> None:
+    """An event of more values than it has room for is refused by that, after the other rules."""
+    codec = JsonCodec(EVENT_SCHEMA)
+    body = json.dumps({"events": [{"event_id": "evt_1", "own": value, "filler": "x" * 99_999}]})
+    [parsed] = codec.parse_batch(body.encode())
+    assert isinstance(parsed, MalformedEvent)
+    assert parsed.problem == "event: larger than 102400 bytes"
+    assert parsed.event.event_id == "evt_1"
+    assert not parsed.event.HasField("attributes")
+
+
+def test_first_problem_of_a_dear_event() -> None:
+    """A field that cannot be read is told before the size."""
+    event = {"event_id": 7, "metadata": {"values": [0] * 60_000}}
+    [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [event]}).encode())
+    assert isinstance(parsed, MalformedEvent)
+    assert parsed.problem == "event_id: must be a string"
 
 
 def test_large_messages_are_not_unfolded() -> None:
