@@ -5,12 +5,16 @@ gauges go, and its counters are added to those of the workers before it: however
 replaced, there are two more files than workers have.
 """
 
+import fcntl
+import logging
 import os
+import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,20 +37,67 @@ PATH = "/metrics"
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of our own is made in it
 # No process has this number: it is that of all workers that are gone.
 _GONE = 0
+_NAME = "productgraph-metrics-"
+_YOUNG_SECONDS = 60.0
+_RESERVED_BYTES = 1 << 18
+_WANTED_BYTES = 16 << 20  # enough for as many workers as there can be
 _MAX_BODY_BYTES = 1024
 _STOP_SECONDS = 2.0
 # What the parent runs.
 _COMMANDS = ("worker", "forward")
 
+_log = logging.getLogger("productgraph.metrics")
+
 
 @contextmanager
 def opened_directory() -> Iterator[Path]:
-    """A new directory for what the workers count, in memory where there is a place for that."""
-    place = _MEMORY if os.access(_MEMORY, os.W_OK | os.X_OK) else None
-    with tempfile.TemporaryDirectory(
-        prefix="productgraph-metrics-", dir=place, ignore_cleanup_errors=True
-    ) as directory:
-        yield Path(directory)
+    """A new directory for what the workers count, in memory where there is room for that.
+
+    Those of services that were killed are removed.
+    """
+    place = _find_place()
+    _remove_abandoned(place)
+    with ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix=_NAME, dir=place, ignore_cleanup_errors=True)
+        directory = Path(stack.enter_context(temporary))
+        stack.enter_context(_locked(directory))
+        for kind in ("counter", "histogram"):
+            # A page that is missing when it is written to would end the parent.
+            with _file_of_gone(directory, kind).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, _RESERVED_BYTES)
+        yield directory
+
+
+def _find_place() -> Path:
+    if os.access(_MEMORY, os.W_OK | os.X_OK):
+        if shutil.disk_usage(_MEMORY).free >= _WANTED_BYTES:
+            return _MEMORY
+        _log.warning("%s is full, metrics are kept on disk", _MEMORY)
+    return Path(tempfile.gettempdir())
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises OSError where another process has locked it, or it is not ours to open."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(place: Path) -> None:
+    for directory in place.glob(f"{_NAME}*"):
+        with suppress(OSError):
+            # One that has only just been made may not be locked yet.
+            if time.time() - directory.stat().st_mtime > _YOUNG_SECONDS:
+                with _locked(directory):
+                    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _file_of_gone(directory: Path, kind: str) -> Path:
+    return directory / f"{kind}_{_GONE}.db"
 
 
 class MetricsPage:
@@ -93,16 +144,19 @@ class MetricsPage:
 
     def note_exit(self, command: str, pid: int, expected: bool) -> None:
         """Keeps the counters of a process that is gone, and drops its gauges."""
-        with self._lock:
-            self._restarts[command] += not expected
-            mark_process_dead(pid, str(self._directory))
-            for file in self._directory.glob(f"*_{pid}.db"):
-                self._add_to_gone(file)
+        try:
+            with self._lock:
+                self._restarts[command] += not expected
+                mark_process_dead(pid, str(self._directory))
+                for file in self._directory.glob(f"*_{pid}.db"):
+                    self._add_to_gone(file)
+        except Exception:  # noqa: BLE001 - the caller has processes to look after
+            _log.exception("what a process had counted is lost")
 
     def _add_to_gone(self, file: Path) -> None:
         if file.stat().st_size:  # nothing, where the process was killed in the moment of making it
             kind = file.name.partition("_")[0]
-            with closing(MmapedDict(str(file.with_name(f"{kind}_{_GONE}.db")))) as gone:
+            with closing(MmapedDict(str(_file_of_gone(self._directory, kind)))) as gone:
                 for key, value, _, _ in MmapedDict.read_all_values_from_file(str(file)):
                     gone.write_value(key, gone.read_value(key)[0] + value, 0.0)
         file.unlink()

@@ -1,10 +1,12 @@
 """The metrics page of a running service: it adds up, whatever became of the workers."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.metrics_page import opened_directory
 from server.validation import REASONS
 from tests.clients import Refusal, Tenant, send, to_message
 from tests.conftest import create_project
@@ -322,3 +325,116 @@ def test_promql(tmp_path: Path) -> None:
     ):
         done = subprocess.run([promtool, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def give(name: str, values: str, **labels: str) -> dict[str, str]:
+    """A series in promtool's terms: `0+1x9` is 0 and nine more, a minute apart."""
+    inside = ", ".join(f'{name}="{text}"' for name, text in labels.items())
+    return {"series": f"{name}{{{inside}}}", "values": values}
+
+
+LANE = {"provider": "mixpanel"}
+HERE = {"instance": "here"}
+HEALTHY = [
+    give("up", "1x60", job="productgraph", **HERE),
+    give("productgraph_database_up", "1x60", **HERE),
+    give("productgraph_requests_total", "0+6000x60", protocol="http", status="202"),
+    give("productgraph_requests_total", "0+60x60", protocol="http", status="401"),
+    give("productgraph_requests_total", "0+6x60", protocol="grpc", status="UNAVAILABLE"),
+    give("productgraph_request_seconds_bucket", "0+60x60", protocol="http", le="0.01"),
+    give("productgraph_request_seconds_bucket", "0+60x60", protocol="http", le="+Inf"),
+    give("productgraph_outbox_oldest_seconds", "2x60", **LANE),
+    give("productgraph_outbox_dead", "7x60", **LANE),
+    give("productgraph_lane_stopped", "0x60", **LANE),
+    give("productgraph_worker_restarts_total", "0x20 1x40", command="worker", **HERE),
+]
+# What is different where an alert has to fire, and the labels it then has.
+TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
+    "ServiceDown": (
+        [give("up", "0x60", job="productgraph", **HERE)],
+        {"job": "productgraph", "severity": "critical"} | HERE,
+    ),
+    "DatabaseUnavailable": (
+        [give("productgraph_database_up", "0x60", **HERE)],
+        {"severity": "critical"} | HERE,
+    ),
+    "RequestsFailing": (
+        [give("productgraph_requests_total", "0+90x60", protocol="http", status="503")],
+        {"severity": "critical"},
+    ),
+    "LatencyHigh": (
+        [
+            give("productgraph_request_seconds_bucket", "0+50x60", protocol="http", le="0.01"),
+            give("productgraph_request_seconds_bucket", "0+50x60", protocol="http", le="1.0"),
+            give("productgraph_request_seconds_bucket", "0+60x60", protocol="http", le="2.5"),
+        ],
+        {"severity": "warning", "protocol": "http"},
+    ),
+    "OutboxLagging": (
+        [give("productgraph_outbox_oldest_seconds", "0+60x60", **LANE)],
+        {"severity": "warning"} | LANE,
+    ),
+    "DeadEventsRising": (
+        [give("productgraph_outbox_dead", "7x50 8x10", **LANE)],
+        {"severity": "warning"} | LANE,
+    ),
+    "LaneStopped": (
+        [give("productgraph_lane_stopped", "0x50 1x10", **LANE)],
+        {"severity": "critical"} | LANE,
+    ),
+    "WorkersRestarting": (
+        [give("productgraph_worker_restarts_total", "0x45 3+1x15", command="worker", **HERE)],
+        {"severity": "warning"} | HERE,
+    ),
+}
+
+
+@pytest.mark.parametrize("alert", [None, *TROUBLES])
+def test_alerts(alert: str | None, tmp_path: Path) -> None:
+    """Each alert fires in the trouble that it is for, by itself, and none when all is well."""
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    changed, labels = TROUBLES[alert] if alert else ([], {})
+    series = {each["series"]: each for each in (*HEALTHY, *changed)}
+    firing = {"alertname": alert, "alertstate": "firing"} | labels if alert else {}
+    inside = ", ".join(f'{name}="{text}"' for name, text in firing.items())
+    expected = [{"labels": f"ALERTS{{{inside}}}", "value": 1}] if alert else []
+    case = {
+        "interval": "1m",
+        "input_series": list(series.values()),
+        "promql_expr_test": [
+            {"expr": "ALERTS", "eval_time": "58m", "exp_samples": expected},
+        ],
+    }
+    test = tmp_path / "alerts_test.yml"
+    test.write_text(json.dumps({"rule_files": [str(DEPLOY / "alerts.yml")], "tests": [case]}))
+    done = subprocess.run(
+        [promtool, "test", "rules", str(test)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alert_names() -> None:
+    """Every alert is tried out above, and leads to the section of its name."""
+    rules = (DEPLOY / "alerts.yml").read_text()
+    names = re.findall(r"alert: (\w+)", rules)
+    assert names == list(TROUBLES)
+    anchors = [re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower() for name in names]
+    assert re.findall(r"runbook_url: OPERATIONS\.md#(\S+)", rules) == anchors
+
+
+def test_abandoned_directory() -> None:
+    """What a killed service left in memory is removed by the next; what one uses is not."""
+    with opened_directory() as used:
+        abandoned = Path(tempfile.mkdtemp(prefix="productgraph-metrics-", dir=used.parent))
+        young = Path(tempfile.mkdtemp(prefix="productgraph-metrics-", dir=used.parent))
+        for directory in (used, abandoned):
+            os.utime(directory, (0, 0))
+        with opened_directory() as other:
+            assert used.exists()
+            assert young.exists()
+            assert other.exists()
+            assert not abandoned.exists()
+        young.rmdir()
+    assert not used.exists()
+    assert not other.exists()
