@@ -23,6 +23,13 @@ from server.partitions import PartitionKeeper
 from server.workers import Supervisor, listen, reserve_ports
 
 DEMO_PROJECT = "proj_demo"
+# Settings of libraries, where the environment has none of its own.
+_WORKER_VARIABLES = {
+    # gRPC's lines would be no JSON, and anybody could add some by a failed handshake.
+    "GRPC_VERBOSITY": "NONE",
+    # glibc gives the memory of large requests back when they are over (mallopt(3)).
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+}
 # A process that has been told to stop is killed after this; with what follows, it is 30 s in all.
 _KILL_SECONDS = 27.0
 
@@ -50,8 +57,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         page = _serve_metrics(settings, ports, engine, stack)
         buckets = BucketTable().descriptor
         numbers = {name: str(number) for name, number in (ports | {BUCKETS: buckets}).items()}
-        # gRPC's own lines would be no JSON, and anybody could add some by a failed handshake.
-        environment = {"GRPC_VERBOSITY": "NONE"} | os.environ | numbers
+        environment = _WORKER_VARIABLES | os.environ | numbers
         supervisor = _supervise("worker", settings.workers, environment, page, [buckets])
         if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
