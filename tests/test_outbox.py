@@ -426,17 +426,14 @@ def test_dead_letters(save: Save, query: Query, connection: Connection) -> None:
     assert query(ORPHANS) == [(0, 0)]
 
 
-@pytest.mark.parametrize("pending", [10, 10_000])
-def test_claim_plan(pending: int, query: Query, connection: Connection) -> None:
-    """A claim walks the index in the order of the due times, and sorts nothing."""
+def test_claim_plan(query: Query, connection: Connection) -> None:
+    """With a long backlog, a claim walks the index in the order of due times and sorts nothing."""
     query(
         "INSERT INTO outbox_deliveries (payload_id, provider, event_count, due_at)"
         " SELECT n, p, 1, now() - '1 h'::interval + n * '1 ms'::interval"
-        " FROM generate_series(1, %s) n, unnest('{a,b}'::text[]) p",
-        pending,
+        " FROM generate_series(1, 10000) n, unnest('{a,b}'::text[]) p"
     )
-    if pending > 10:
-        query("ANALYZE outbox_deliveries")
+    query("ANALYZE outbox_deliveries")
     with connection.begin():
         find = str(_FIND_DUE).replace(":provider", "'a'").replace(":limit", "1000")
         plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN {find}").scalars())
