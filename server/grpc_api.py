@@ -37,6 +37,7 @@ _REQUEST_ID = "x-request-id"
 _log = logging.getLogger("productgraph.grpc")
 
 Context = grpc.aio.ServicerContext[bytes, IngestEventsResponse]
+Metadata = dict[str, str]
 
 
 class IngestServicer:
@@ -58,10 +59,12 @@ class IngestServicer:
 
     async def ingest_events(self, request: bytes, context: Context) -> IngestEventsResponse:
         """Stores an encoded IngestEventsRequest; returns once it is committed."""
-        observation = self._observe(request, context)
+        metadata = dict(context.invocation_metadata() or ())
+        observation = self._observe(request, context, metadata)
         status = "CANCELLED"
         try:
-            response = await self._ingest(request, context, observation)
+            key = str(metadata.get(_API_KEY, ""))
+            response = await self._ingest(request, context, key, observation)
             status = "OK"
             return response
         except IngestError as error:
@@ -74,8 +77,7 @@ class IngestServicer:
         finally:
             observation.finish(status)
 
-    def _observe(self, request: bytes, context: Context) -> Observation:
-        metadata = dict(context.invocation_metadata() or ())
+    def _observe(self, request: bytes, context: Context, metadata: Metadata) -> Observation:
         request_id, traceparent = map(metadata.get, (_REQUEST_ID, "traceparent"))
         observation = self._observer.begin("grpc", request_id, traceparent)
         observation.size_bytes = len(request)
@@ -83,10 +85,10 @@ class IngestServicer:
         return observation
 
     async def _ingest(
-        self, request: bytes, context: Context, observation: Observation
+        self, request: bytes, context: Context, key: str, observation: Observation
     ) -> IngestEventsResponse:
         deadline = self._service.deadline_after(context.time_remaining())
-        caller = await self._authenticate(context)
+        caller = await self._authenticate(key)
         observation.authenticated(caller.project_id)
         self._service.admit(caller, len(request))
         events = self._codec.parse_batch(request)
@@ -95,8 +97,7 @@ class IngestServicer:
         await asyncio.wrap_future(stored)
         return response
 
-    async def _authenticate(self, context: Context) -> Caller:
-        key = str(dict(context.invocation_metadata() or ()).get(_API_KEY, ""))
+    async def _authenticate(self, key: str) -> Caller:
         caller = self._service.authenticate(key)
         if caller is not None:
             return caller
