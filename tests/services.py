@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,29 @@ def clean_environment(settings: Mapping[str, str], root: Path = ROOT) -> dict[st
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     path = f"{root}{os.pathsep}{root / 'gen'}"
     return kept | {"PYTHONPATH": path, "METRICS_PORT": "0"} | dict(settings)
+
+
+def run_program(module: str, *arguments: str, timeout: float) -> "subprocess.CompletedProcess[str]":
+    """Runs a program of the tests' to its end, which `timeout` seconds must be enough for."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def break_build(root: Path, file: str, right: str, wrong: str) -> None:
+    """Makes a copy of the service in `root` in which a piece of one file is another one."""
+    for directory in ("server", "gen"):
+        shutil.copytree(ROOT / directory, root / directory)
+    root.chmod(0o755)
+    content = (root / file).read_text()
+    assert content.count(right) == 1
+    (root / file).write_text(content.replace(right, wrong))
 
 
 @contextmanager

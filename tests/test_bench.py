@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.bench.events import encode_http, encode_protobuf, make_events, make_long_events
-from tests.services import ROOT, clean_environment
+from tests.services import run_program
 
 LOADS = ("baseline-20", "http-20-2", "grpc-20-2")
 _POSITIVE = (
@@ -25,15 +23,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a short run of three loads has written."""
     directory = tmp_path_factory.mktemp("bench")
     chosen = [word for load in LOADS for word in ("--only", load)]
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.bench", "--seconds=0.4", f"--output={directory}", *chosen],
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    words = ("--seconds=0.4", f"--output={directory}", *chosen)
+    finished = run_program("tests.bench", *words, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return directory
 
@@ -83,15 +74,7 @@ def test_the_chart_shows_every_load(output: Path) -> None:
 def test_forwarding_is_measured(tmp_path: Path) -> None:
     """Each part of it has its figures, and loses no event."""
     words = ("--forwarding", "--scale=0.01", f"--output={tmp_path}")
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.bench", *words],
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    finished = run_program("tests.bench", *words, timeout=240)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     document = json.loads((tmp_path / "forwarding.json").read_text())
     assert document["cost"]["acknowledged"] == 110
@@ -107,15 +90,7 @@ def test_forwarding_is_measured(tmp_path: Path) -> None:
 
 def test_an_unknown_load_is_refused() -> None:
     """A misspelt load ends the command with the names there are."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.bench", "--only", "htp-1-1"],
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    finished = run_program("tests.bench", "--only", "htp-1-1", timeout=60)
     assert finished.returncode == 2
     assert "http-1-1" in finished.stderr
 

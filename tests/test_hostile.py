@@ -1,8 +1,6 @@
 """scripts/hostile: the service stands it, and what would not is caught."""
 
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -15,7 +13,7 @@ from tests.hostile.messages import MessageGrammar
 from tests.hostile.record import Record
 from tests.hostile.run import CAMPAIGNS, choose_campaigns, run_campaigns
 from tests.hostile.streams import StreamGrammar
-from tests.services import ROOT, clean_environment
+from tests.services import break_build, run_program
 
 PROJECTS = Project("proj_1", "key_1"), Project("proj_2", "key_2")
 GRAMMARS: list[Callable[[int], Callable[[], object]]] = [
@@ -48,16 +46,8 @@ SABOTAGE = {
 def finished() -> "subprocess.CompletedProcess[str]":
     """A quick run of all that is not about time."""
     chosen = ["bodies", "messages", "port", "gzip", "depth", "positions", "database", "overload"]
-    return subprocess.run(
-        [sys.executable, "-m", "tests.hostile", "--quick", "--seed=7"]
-        + [f"--campaign={name}" for name in chosen],
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    words = ("--quick", "--seed=7", *(f"--campaign={name}" for name in chosen))
+    return run_program("tests.hostile", *words, timeout=180)
 
 
 def test_the_service_stands_it(finished: "subprocess.CompletedProcess[str]") -> None:
@@ -69,13 +59,7 @@ def test_the_service_stands_it(finished: "subprocess.CompletedProcess[str]") -> 
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_a_broken_build_is_caught(name: str, tmp_path: Path) -> None:
     """A service with one line broken does not pass."""
-    path, line, broken = SABOTAGE[name]
-    for directory in ("server", "gen"):
-        shutil.copytree(ROOT / directory, tmp_path / directory)
-    source = (tmp_path / path).read_text()
-    assert source.count(line) == 1
-    (tmp_path / path).write_text(source.replace(line, broken))
-    tmp_path.chmod(0o755)
+    break_build(tmp_path, *SABOTAGE[name])
     [record] = run_campaigns(choose_campaigns(["bodies"]), quick=True, seed=1, root=tmp_path)
     assert record.violation_count > 0
 

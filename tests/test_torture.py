@@ -1,9 +1,7 @@
 """scripts/torture finds nothing wrong with the service, and what is wrong with broken ones."""
 
-import shutil
 import struct
 import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.faults.wire import FrontendMessages
-from tests.services import ROOT, clean_environment
+from tests.services import break_build, run_program
 
 _RUN_SECONDS = 600.0
 
@@ -77,25 +75,7 @@ BUGS = {name: bug for name, bug in globals().items() if isinstance(bug, Bug)}
 
 def run_torture(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """Runs the command to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "tests.faults", *arguments],
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=_RUN_SECONDS,
-        check=False,
-    )
-
-
-def build(bug: Bug, root: Path) -> None:
-    """Makes a copy of the service with the bug in it."""
-    shutil.copytree(ROOT / "server", root / "server")
-    (root / "gen").symlink_to(ROOT / "gen")
-    file = root / "server" / bug.file
-    content = file.read_text()
-    assert content.count(bug.right) == 1
-    file.write_text(content.replace(bug.right, bug.wrong))
+    return run_program("tests.faults", *arguments, timeout=_RUN_SECONDS)
 
 
 def test_quick(tmp_path: Path) -> None:
@@ -110,7 +90,7 @@ def test_quick(tmp_path: Path) -> None:
 def test_bug(name: str, tmp_path: Path) -> None:
     """A build with this bug is found out, by what it does to events."""
     bug = BUGS[name]
-    build(bug, tmp_path / "root")
+    break_build(tmp_path / "root", f"server/{bug.file}", bug.right, bug.wrong)
     finished = run_torture(
         f"--root={tmp_path / 'root'}",
         f"--logs={tmp_path / 'logs'}",

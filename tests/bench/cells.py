@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+
+from tests.choice import choose_matching
 
 _SIZES = (1, 20, 50, 1000)
 _WORKERS = (1, 2)
@@ -68,8 +69,4 @@ QUICK = (
 
 def choose_cells(patterns: Sequence[str]) -> list[Cell]:
     """The cells whose names match one of the patterns; raises ValueError for one without any."""
-    for pattern in patterns:
-        if not any(fnmatchcase(cell.name, pattern) for cell in ALL):
-            names = ", ".join(cell.name for cell in ALL)
-            raise ValueError(f"nothing is called {pattern!r}; there are {names}")
-    return [cell for cell in ALL if any(fnmatchcase(cell.name, p) for p in patterns)]
+    return choose_matching(ALL, patterns, "nothing is called {pattern}; there are {names}")

@@ -4,11 +4,11 @@ import argparse
 import shlex
 import signal
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 from rich.console import Console
 
+from tests.choice import choose_matching
 from tests.faults import database_faults, provider_faults, service_faults
 from tests.faults.machine import find_mount_problem
 from tests.faults.report import HEADINGS, format_record, format_row, join_row
@@ -60,11 +60,7 @@ def main() -> int:
 
 def choose_faults(patterns: list[str]) -> list[Fault]:
     """The faults that match; raises ValueError for a pattern that none does."""
-    for pattern in patterns:
-        if not any(fnmatch(fault.name, pattern) for fault in FAULTS):
-            names = ", ".join(fault.name for fault in FAULTS)
-            raise ValueError(f"there is no fault {pattern!r}, but: {names}")
-    return [fault for fault in FAULTS if any(fnmatch(fault.name, p) for p in patterns)]
+    return choose_matching(FAULTS, patterns, "there is no fault {pattern}, but: {names}")
 
 
 def _leave_out_impossible(faults: list[Fault]) -> list[Fault]:

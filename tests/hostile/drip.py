@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from statistics import quantiles
 
 from tests.conftest import Project
+from tests.hostile.background import repeating
 from tests.hostile.connection import Connection, NoAnswer, encode_post
 from tests.hostile.grammar import encode_batch, make_event
 from tests.hostile.record import Record
@@ -58,20 +59,15 @@ def dripping(port: int, count: int) -> Iterator[None]:
     sockets = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(count)]
     for number, connection in enumerate(sockets):
         connection.sendall(starts[number % len(starts)])
-    stop = threading.Event()
 
     def drip() -> None:
-        while not stop.wait(_DRIP_SECONDS / count):
-            sockets.append(connection := sockets.pop(0))
-            connection.sendall(b"x")
+        sockets.append(connection := sockets.pop(0))
+        connection.sendall(b"x")
 
-    thread = threading.Thread(target=drip)
-    thread.start()
     try:
-        yield
+        with repeating(drip, _DRIP_SECONDS / count):
+            yield
     finally:
-        stop.set()
-        thread.join()
         for connection in sockets:
             connection.close()
 

@@ -12,6 +12,7 @@ import grpc
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from tests.clients import INGEST
 from tests.hostile import bodies, messages, streams
+from tests.hostile.background import repeating
 from tests.hostile.connection import Connection, NoAnswer
 from tests.hostile.record import LIMIT_SECONDS, Record
 from tests.hostile.target import Target
@@ -155,24 +156,17 @@ def _send_shares(record: Record, first_client: int, share: int, send: Send) -> N
 @contextmanager
 def probing_health(target: Target, record: Record) -> Iterator[None]:
     """Asks for /health four times a second, over new connections, which are answered in time."""
-    stop = threading.Event()
 
     def probe() -> None:
-        while not stop.wait(0.25):
-            connection = Connection(target.port)
-            try:
-                answer = connection.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            except NoAnswer as error:
-                record.violate(f"/health: {error}")
-            else:
-                record.require(answer.status == 200, f"/health answered {answer.status}")
-                record.require(answer.seconds < LIMIT_SECONDS, f"/health: {answer.seconds:.1f} s")
-            connection.close()
+        connection = Connection(target.port)
+        try:
+            answer = connection.exchange(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        except NoAnswer as error:
+            record.violate(f"/health: {error}")
+        else:
+            record.require(answer.status == 200, f"/health answered {answer.status}")
+            record.require(answer.seconds < LIMIT_SECONDS, f"/health: {answer.seconds:.1f} s")
+        connection.close()
 
-    thread = threading.Thread(target=probe)
-    thread.start()
-    try:
+    with repeating(probe, 0.25):
         yield
-    finally:
-        stop.set()
-        thread.join()
