@@ -5,7 +5,7 @@ delivery is what one provider still has to get of one payload: the events of one
 commit stored.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import groupby
@@ -21,6 +21,7 @@ from server.rows import Row
 _MAX_PAYLOAD_EVENTS = 1000
 _MAX_DELIVERIES = 1000
 _DELETED_AT_ONCE = 1000
+_READ_AT_ONCE = 64
 
 _KEEP = """
 WITH kept AS (
@@ -36,7 +37,7 @@ _FIND_DUE = text("""
 SELECT id, payload_id, attempts, event_count, positions FROM outbox_deliveries
  WHERE provider = :provider AND due_at <= now()
  ORDER BY due_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
-""")
+""").execution_options(yield_per=_READ_AT_ONCE)
 _LEASE = text("""
 UPDATE outbox_deliveries
    SET lease = :lease, due_at = now() + make_interval(secs => :seconds) WHERE id = ANY(:ids)
@@ -193,9 +194,11 @@ def claim_batch(
     """
     with connection.begin():
         connection.execute(_BEGIN_LIGHTLY)
-        # Each has an event at the least: no more of them are read and locked than can be taken.
+        # Each has an event at the least, and may have a thousand: the cursor reads, and so locks,
+        # few more of them than are taken.
         wanted = {"provider": provider, "limit": min(max_events, _MAX_DELIVERIES)}
-        due = _take_first(connection.execute(_FIND_DUE, wanted).mappings().all(), max_events)
+        with connection.execute(_FIND_DUE, wanted) as found_due:
+            due = _take_first(found_due.mappings(), max_events)
         ids = [row["id"] for row in due]
         connection.execute(_LEASE, {"lease": lease, "seconds": seconds, "ids": ids})
         found = connection.execute(_READ_PAYLOADS, {"ids": [row["payload_id"] for row in due]})
@@ -203,14 +206,16 @@ def claim_batch(
     return [_make_delivery(row, payloads[row["payload_id"]]) for row in due]
 
 
-def _take_first(due: Sequence[RowMapping], max_events: int) -> Sequence[RowMapping]:
+def _take_first(due: Iterable[RowMapping], max_events: int) -> list[RowMapping]:
     """The first deliveries up to so many events, one at the least."""
+    taken: list[RowMapping] = []
     count = 0
-    for end, row in enumerate(due):
+    for row in due:
         count += row["event_count"]
-        if end and count > max_events:
-            return due[:end]
-    return due
+        if taken and count > max_events:
+            break
+        taken.append(row)
+    return taken
 
 
 def _make_delivery(row: RowMapping, payload: RowMapping) -> Delivery:
