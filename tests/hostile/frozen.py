@@ -23,6 +23,8 @@ from tests.services import wait_until
 _CLIENTS = 8
 _UNREADY_SECONDS = 4.0
 _RECOVERY_SECONDS = 5.0
+# So many over new connections, and each of the two workers has had one.
+_NORMAL_ROW = 12
 
 
 def attack_database(target: Target, record: Record, seconds: float, _seed: int) -> None:
@@ -128,10 +130,14 @@ def _call(target: Target, record: Record, project: Project) -> None:
 
 
 def _measure_recovery(target: Target, record: Record, project: Project) -> float:
-    started_at = time.monotonic()
-    while (now := time.monotonic()) < started_at + 4 * _RECOVERY_SECONDS:
+    """Seconds until the first of a row of requests that are answered as ever."""
+    started_at = row_started_at = time.monotonic()
+    row = 0
+    while row < _NORMAL_ROW and time.monotonic() < started_at + 4 * _RECOVERY_SECONDS:
         answer = _post(target, record, project, 100)
         if answer and answer.status == 202 and _ask(target, record, "/ready") == 200:
-            break
-        time.sleep(0.05)
-    return now - started_at
+            row += 1
+        else:
+            time.sleep(0.05)
+            row, row_started_at = 0, time.monotonic()
+    return row_started_at - started_at
