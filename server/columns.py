@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import orjson
 from google.protobuf.message import Message
 
 from productgraph.v1.event_pb2 import Event
-from server.schema import Field, Kind, Schema
+from server.schema import Kind, Schema
 from server.structs import TooDeep, fill_struct, read_struct
 from server.validation import MalformedEvent, describe_nesting
 
@@ -23,7 +22,7 @@ _DOUBLE, _FALSE = re.compile(rb"\x11\0+"), b"\x20\0"
 class ParsedEvent(NamedTuple):
     """An event as an edge has read it.
 
-    `columns` has the texts of its scalars and objects, in the order of `order_columns`: "" for what
+    `columns` has the texts of its scalars and objects, as `Schema.columns` orders them: "" for what
     is absent, and for the texts named in `empty`, which are present. `objects` are those that the
     event does not have yet, as most of them are never needed there. `size` is what the event took
     as protobuf, in bytes, or 0 where it was no protobuf.
@@ -60,19 +59,13 @@ class ParsedBatch:
         return self.events
 
 
-def order_columns(schema: Schema) -> tuple[Field, ...]:
-    """The fields whose columns an edge fills, by their kinds: they are read a kind at a time."""
-    kinds = (Kind.TEXT,), (Kind.INTEGER, Kind.LONG), (Kind.OBJECT,)
-    return tuple(chain.from_iterable(schema.of_kind(*each) for each in kinds))
-
-
 class ColumnReader:
     """Reads columns off events of one schema."""
 
     def __init__(self, schema: Schema) -> None:
         texts = schema.of_kind(Kind.TEXT)
         numbers = schema.of_kind(Kind.INTEGER, Kind.LONG)
-        self._absent = {field.name: "" for field in order_columns(schema)}
+        self._absent = {field.name: "" for field in schema.columns}
         self._in_order = itemgetter(*self._absent)
         self._texts = attrgetter(*(field.name for field in texts))
         self._numbers = attrgetter(*(field.name for field in numbers))

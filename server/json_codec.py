@@ -18,7 +18,7 @@ from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from productgraph.v1.event_pb2 import Event
 from server.columns import ColumnReader, ParsedBatch, ParsedEvent
 from server.errors import InvalidArgument
-from server.json_document import encode_document, parse_document, parse_exactly
+from server.json_document import count_values, encode_document, parse_document, parse_exactly
 from server.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.structs import LostDigits, fill_struct, has_more_values, is_plain
 from server.timestamps import parse_timestamp
@@ -61,8 +61,7 @@ class JsonCodec:
         return ParsedBatch(HTTP, count, len(body), events, items.encode)
 
     def _parse_items(self, items: "_Items") -> Iterator[ParsedEvent | MalformedEvent]:
-        is_dear = items.size > self._max_bytes
-        parse = self._parse_dear_event if is_dear else self._parse_event
+        parse = self._parse_dear_event if items.values > self._max_values else self._parse_event
         for index, item in enumerate(items.quick):
             try:
                 yield parse(item)
@@ -113,7 +112,7 @@ class JsonCodec:
         """Takes what is of the right types, and raises TypeError or ValueError otherwise."""
         times = [(name, fields.pop(name)) for name in self._timestamps if name in fields]
         objects = {name: fields.pop(name) for name in self._objects if name in fields}
-        integers = self._integers.keys() & fields.keys()
+        integers = [name for name in self._integers if name in fields]
         for name in integers:
             if type(fields[name]) is float:
                 fields[name] = _read_integer(fields[name], self._integers[name])
@@ -172,7 +171,7 @@ class _Items:
     def __init__(self, body: bytes, max_bytes: int) -> None:
         self._body = body
         self._max_bytes = max_bytes
-        self.size = len(body)
+        self.values = count_values(body)
         self.quick = _read_items(parse_document(body))
 
     @cached_property

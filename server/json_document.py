@@ -35,12 +35,19 @@ _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _LONGEST_INT = 40
 
 
-def estimate_seconds(body: bytes) -> float:
-    """How long it takes at the worst until a body is parsed, on a machine that is busy."""
+def estimate_seconds(body: bytes, left: float) -> float:
+    """How long it takes at the worst until a body is parsed, on a machine that is busy.
+
+    Its values are counted only where it might be more than what is `left`.
+    """
     if len(body) <= _QUICK_BYTES:
         return 0.0
-    values = min(_count_values(body), MAX_VALUES)
-    return len(body) * _SECONDS_PER_BYTE + values * _SECONDS_PER_VALUE
+    longest = _estimate(body, len(body) // 2)  # a value takes two characters at least
+    return longest if longest < left else _estimate(body, count_values(body))
+
+
+def _estimate(body: bytes, values: int) -> float:
+    return len(body) * _SECONDS_PER_BYTE + min(values, MAX_VALUES) * _SECONDS_PER_VALUE
 
 
 def parse_document(body: bytes) -> Any:
@@ -79,20 +86,20 @@ def parse_exactly(body: bytes) -> Any:
 
 def _has_too_many_values(body: bytes) -> bool:
     # A value takes two characters at least, the one before or behind it counted.
-    if len(body) <= 2 * MAX_VALUES or _count_values(body) <= MAX_VALUES:
+    if len(body) <= 2 * MAX_VALUES or count_values(body) <= MAX_VALUES:
         return False
     # Those within texts are none. One gap between texts after the other, to hold nothing.
     count = position = 0
     for text in _STRING.finditer(body):
-        count += _count_values(body[position : text.start()])
+        count += count_values(body[position : text.start()])
         if count > MAX_VALUES:
             return True
         position = text.end()
-    return count + _count_values(body[position:]) > MAX_VALUES
+    return count + count_values(body[position:]) > MAX_VALUES
 
 
-def _count_values(text: bytes) -> int:
-    """How many values the text has: one where anything is opened, one more behind each comma."""
+def count_values(text: bytes) -> int:
+    """How many values there are at the most: one where anything opens, one behind each comma."""
     return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 

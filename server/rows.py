@@ -3,11 +3,12 @@
 https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
 """
 
+from operator import itemgetter
 from typing import NamedTuple
 
 from google.protobuf.message import Message
 
-from server.columns import ParsedEvent, order_columns
+from server.columns import ParsedEvent
 from server.schema import Kind, Schema
 from server.timestamps import format_timestamp
 
@@ -38,17 +39,19 @@ class RowEncoder:
     """Encodes events as lines of COPY; `columns` names the table's columns in their order."""
 
     def __init__(self, schema: Schema) -> None:
-        names = [field.name for field in order_columns(schema)]
+        names = [field.name for field in schema.columns]
         self._position_of = {name: position for position, name in enumerate(names)}
         self._timestamps = tuple(field.name for field in schema.of_kind(Kind.TIMESTAMP))
         self._key_time = self._timestamps.index("event_timestamp")
+        self._key_texts = itemgetter(names.index("project_id"), names.index("event_id"))
         self.columns = (*names, *self._timestamps)
 
     def encode(self, parsed: ParsedEvent) -> Row:
         """The row of a valid event, without its protobuf."""
         event = parsed.event
         times = [_format_time(event, name) for name in self._timestamps]
-        key = "\0".join((event.project_id, times[self._key_time], event.event_id))
+        project_id, event_id = self._key_texts(parsed.columns)
+        key = f"{project_id}\0{times[self._key_time]}\0{event_id}"
         line = "\t".join((*parsed.columns, *times))
         if parsed.empty or self._needs_quotes(line):
             line = "\t".join((*self._quote(parsed), *times))

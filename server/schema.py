@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
@@ -60,6 +61,12 @@ class Schema:
     def of_kind(self, *kinds: Kind) -> tuple[Field, ...]:
         """The fields of these kinds, in order."""
         return tuple(field for field in self.fields if field.kind in kinds)
+
+    @property
+    def columns(self) -> tuple[Field, ...]:
+        """Those whose columns an edge fills, by their kinds: they are read a kind at a time."""
+        kinds = (Kind.TEXT,), (Kind.INTEGER, Kind.LONG), (Kind.OBJECT,)
+        return tuple(chain.from_iterable(self.of_kind(*each) for each in kinds))
 
     @property
     def catch_all(self) -> Field:

@@ -67,12 +67,16 @@ class IngestService:
         start = self._clock() if since is None else since
         return start + (limit if seconds is None else min(seconds, limit))
 
+    def seconds_left(self, deadline: float) -> float:
+        """How long it is until a deadline; negative once it has passed."""
+        return deadline - self._clock()
+
     def check_in_time(self, deadline: float, seconds: float = 0.0) -> None:
         """Raises Unavailable where a request that takes so long to read would miss its deadline.
 
         It has waited for others: reading it as well would make the next ones late too.
         """
-        if self._clock() + seconds >= deadline:
+        if seconds >= self.seconds_left(deadline):
             raise Unavailable("not answered in time")
 
     def authenticate(self, key: str) -> Caller | None:
@@ -101,7 +105,7 @@ class IngestService:
         Raises what the future fails with, and Unavailable once the deadline has passed.
         """
         try:
-            return future.result(max(0.0, deadline - self._clock()))
+            return future.result(max(0.0, self.seconds_left(deadline)))
         except TimeoutError:
             raise Unavailable("not answered in time") from None
 
@@ -141,11 +145,11 @@ class IngestService:
     def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(self._validator.explain_malformed(parsed, project_id))
-        self._validator.check_event(parsed.event, project_id)
-        truncate_timestamp(parsed.event.event_timestamp)
+        self._validator.check_event(parsed.event, parsed.columns, project_id)
         row = self._rows.encode(parsed)
         if self._validator.surely_fits(parsed.size, len(row.text)) and not self._keep_encoded:
             return row
+        truncate_timestamp(parsed.event.event_timestamp)  # as the row does
         encoded = parsed.complete().SerializeToString()
         self._validator.check_size(len(encoded))
         return Row(row.key, row.text, encoded)

@@ -33,7 +33,8 @@ def parse_timestamp(text: str) -> tuple[int, int]:
         return _parse_any(text)
 
 
-# Events of a batch tend to share their seconds, and clients write no more than milliseconds.
+# Events of a batch tend to share their seconds, and clients write no more than milliseconds: what
+# was worked out for one is remembered.
 @lru_cache(maxsize=4096)
 def _parse_second(text: str) -> int:
     if len(text) != 19:  # up to the seconds, which only a full date-time has in so many characters
@@ -78,10 +79,14 @@ def truncate_timestamp(timestamp: Timestamp) -> None:
 
 def format_timestamp(timestamp: Timestamp) -> str:
     """A storable timestamp as `YYYY-MM-DD hh:mm:ss.ffffff+00`: of one width, so texts sort."""
-    return f"{_format_second(timestamp.seconds)}.{timestamp.nanos // 1000:06}+00"
+    return _format_second(timestamp.seconds) + _format_fraction(timestamp.nanos)
 
 
-# Events of a batch tend to share their seconds.
 @lru_cache(maxsize=4096)
 def _format_second(seconds: int) -> str:
     return f"{_EPOCH + timedelta(seconds=seconds):%Y-%m-%d %H:%M:%S}".rjust(19, "0")
+
+
+@lru_cache(maxsize=4096)
+def _format_fraction(nanos: int) -> str:
+    return f".{nanos // 1000:06}+00"

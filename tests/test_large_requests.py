@@ -141,8 +141,15 @@ def test_reading_ends_at_the_deadline(ingestion: IngestService, clock: Clock) ->
 def test_dear_bodies_take_longer() -> None:
     """Small bodies take no time, and the more values a large one has, the more."""
     tiny, large = b"[" + b"0," * MAX_VALUES + b"0]", b'["' + b"x" * 2 * MAX_VALUES + b'"]'
-    assert estimate_seconds(b"[0,0,0]") == 0
-    assert 0 < 10 * estimate_seconds(large) < estimate_seconds(tiny) < TIMEOUT_SECONDS / 1.5
+    assert estimate_seconds(b"[0,0,0]", 0) == 0
+    assert 0 < 10 * estimate_seconds(large, 0) < estimate_seconds(tiny, 0) < TIMEOUT_SECONDS / 1.5
+
+
+def test_cheap_bodies_are_not_counted() -> None:
+    """Where even the most values would take less than what is left, that is the estimate."""
+    body = b'["' + b"x" * 100_000 + b'"]'
+    longest = estimate_seconds(body, TIMEOUT_SECONDS)
+    assert estimate_seconds(body, 0) < longest < TIMEOUT_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ for parsed in JsonCodec(EVENT_SCHEMA).parse_batch(sys.stdin.buffer.read()):
     try:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(validator.explain_malformed(parsed, "p"))
-        validator.check_event(parsed.event, "p")
+        validator.check_event(parsed.event, parsed.columns, "p")
         rows.append(encoder.encode(parsed))
     except InvalidEvent as problem:
         print(problem)
