@@ -29,8 +29,9 @@ _GROUP_BYTES = 16 << 20
 # a group on, and from such a time, the speed of the database is known.
 _GROUP_SECONDS = 1.0
 _TELLING_BYTES, _TELLING_SECONDS = 32 << 10, 0.25
-# Of the time that a request has left, so much may be used up by what waits before it.
-_WAITING_SHARE = 0.8
+# Of the time that a request has left, so much may be used up by what waits before it: the rest is
+# for its own group, and for a database that gets slower meanwhile.
+_WAITING_SHARE = 0.7
 _STOP_SECONDS = 5.0
 
 _log = logging.getLogger("productgraph.writer")
@@ -67,7 +68,7 @@ class _Pace:
         if is_telling or rate > self._rate:
             self._rate = rate
 
-    def seconds_for(self, size: int) -> float:
+    def seconds_for(self, size: float) -> float:
         """How long so many bytes take."""
         return size / self._rate
 
@@ -99,6 +100,7 @@ class Writer:
         self._waiting: deque[Batch] = deque()
         self._waiting_bytes = 0
         self._in_flight: list[Batch] = []
+        self._busy_until = -math.inf
         self._pace = _Pace()
         self._available = True
         self._closing = threading.Event()
@@ -138,7 +140,8 @@ class Writer:
         if not (self._waiting or self._in_flight):
             return False
         wait = self._pace.seconds_for(self._waiting_bytes + batch.size)
-        return wait > _WAITING_SHARE * (batch.answer_by - self._clock())
+        left = batch.answer_by - max(self._clock(), self._busy_until)
+        return wait > _WAITING_SHARE * left
 
     def check(self) -> None:
         """For the watchdog: answers those whose time is up, and cuts a commit that hangs."""
@@ -186,15 +189,18 @@ class Writer:
     def _pop_group(self) -> list[Batch]:
         group: list[Batch] = []
         size, now, limit = 0, self._clock(), self._pace.group_bytes()
+        # All of a group are answered at once: what would be stored for nothing is left out.
+        expected = self._pace.seconds_for(min(limit, self._waiting_bytes))
         while self._waiting and size < limit:
             batch = self._waiting.popleft()
             self._waiting_bytes -= batch.size
-            expected = self._pace.seconds_for(size + batch.size) if group else 0.0
-            if now + expected >= batch.answer_by:
+            is_alone = not (group or self._waiting)
+            if batch.answer_by <= now + (0.0 if is_alone else expected):
                 batch.settle(Unavailable("not stored in time"))
             elif not batch.stored.done():
                 group.append(batch)
                 size += batch.size
+        self._busy_until = now + self._pace.seconds_for(size)
         return group
 
     def _store_group(self, group: list[Batch]) -> None:

@@ -89,9 +89,11 @@ def writer(clock: Clock, store: SlowStore) -> Iterator[Writer]:
     writer.stop()
 
 
-def submit(writer: Writer, clock: Clock, size: int = BATCH_BYTES) -> "Future[None]":
-    """Hands in one row of so many bytes."""
-    return writer.submit([Row("key", "x" * size)], clock.now + SECONDS)
+def submit(
+    writer: Writer, clock: Clock, size: int = BATCH_BYTES, seconds: float = SECONDS
+) -> "Future[None]":
+    """Hands in one row of so many bytes, to be stored within so many seconds."""
+    return writer.submit([Row("key", "x" * size)], clock.now + seconds)
 
 
 def fill(writer: Writer, store: SlowStore, clock: Clock) -> "list[Future[None]]":
@@ -113,6 +115,20 @@ def test_what_cannot_be_stored_in_time_is_refused(
     assert SECONDS / 2 < len(accepted) * BATCH_BYTES / BYTES_PER_SECOND < SECONDS
     for future in accepted:
         future.result(10)
+
+
+def test_nothing_is_stored_too_late(writer: Writer, store: SlowStore, clock: Clock) -> None:
+    """A request that the others of its group would make late is refused, and not stored."""
+    with store.busy():
+        first = submit(writer, clock)
+        assert store.begun.wait(10)
+        hasty = submit(writer, clock, BATCH_BYTES // 2, seconds=1.6)
+        others = [submit(writer, clock) for _ in range(3)]
+    for future in (first, *others):
+        future.result(10)
+    with pytest.raises(Unavailable):
+        hasty.result(10)
+    assert sum(store.groups) == (2 + 1 + 3) * BATCH_BYTES
 
 
 def test_groups_stay_small(writer: Writer, store: SlowStore, clock: Clock) -> None:
