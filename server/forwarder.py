@@ -28,12 +28,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 REQUESTS_IN_FLIGHT = 4
+# So many events are not worth a request of their own while others are in flight.
+_FEW = 500
 # Enough for several requests in turn; what a killed forwarder had claimed waits for its end.
 LEASE_SECONDS = 60.0
 # No request begins with less of the lease left than it may take.
 _RESERVE_SECONDS = 45.0
 _QUERY_SECONDS = 20.0
-_POLL_SECONDS = 0.25
+_POLL_SECONDS = 1.0
 _FULL = 1000
 _STOPPED_SECONDS = 15.0
 _SHORTEST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 2.0, 300.0
@@ -235,11 +237,12 @@ class Lane:
         return await asyncio.to_thread(run)
 
 
-def _queue_by_session(items: Iterable[Item]) -> list[list[Item]]:
+def _queue_by_session(items: Sequence[Item]) -> list[list[Item]]:
     """Queues to be sent side by side: each session is in one of them, in order."""
-    queues: list[list[Item]] = [[] for _ in range(REQUESTS_IN_FLIGHT)]
+    count = min(REQUESTS_IN_FLIGHT, 1 + len(items) // _FEW)
+    queues: list[list[Item]] = [[] for _ in range(count)]
     for item in sorted(items, key=lambda item: item.timestamp):
-        queues[crc32(item.session_id.encode()) % REQUESTS_IN_FLIGHT].append(item)
+        queues[crc32(item.session_id.encode()) % count].append(item)
     return queues
 
 

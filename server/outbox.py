@@ -1,6 +1,6 @@
 """The outbox's tables, and all SQL on them.
 
-`Outbox.enqueue` writes within the transaction that stores the events; all else is for forwarding. A
+`Outbox.compose` is for the transaction that stores the events; all else is for forwarding. A
 delivery is what one provider still has to get of one payload: the events of one project that one
 commit stored.
 """
@@ -12,7 +12,6 @@ from itertools import groupby
 from uuid import UUID
 
 from psycopg2.extensions import cursor as Cursor
-from psycopg2.extras import execute_values
 from sqlalchemy import Connection, RowMapping, TextClause, text
 
 from productgraph.internal.v1.frames_pb2 import EventFrames
@@ -28,7 +27,7 @@ WITH kept AS (
     INSERT INTO outbox_payloads (project_id, mapping_version, event_count, events)
     VALUES %s RETURNING id, event_count
 ) INSERT INTO outbox_deliveries (payload_id, provider, event_count)
-  SELECT id, unnest(string_to_array('{providers}', ',')), event_count FROM kept
+  SELECT id, unnest(string_to_array('{providers}', ',')), event_count FROM kept;
 """
 # What a crash of the database forgets of claims and outcomes is done again: no commit of these has
 # to wait for the disk, which ingestion needs.
@@ -116,11 +115,11 @@ class Outbox:
     """Keeps newly stored events for the enabled providers."""
 
     def __init__(self, providers: Sequence[str], mapping_version: int) -> None:
-        self._keep = _KEEP.format(providers=",".join(providers))
+        self._keep = _KEEP.format(providers=",".join(providers)).encode()
         self._mapping_version = mapping_version
 
-    def enqueue(self, cursor: Cursor, rows: Sequence[Row]) -> None:
-        """Adds rows, sorted by key, to the outbox in the cursor's transaction."""
+    def compose(self, cursor: Cursor, rows: Sequence[Row]) -> bytes:
+        """The statement that adds rows, sorted by key, to the outbox."""
         payloads = [
             (
                 project,
@@ -131,7 +130,7 @@ class Outbox:
             for project, group in groupby(rows, key=lambda row: row.project_id)
             for part in _split([row.encoded for row in group])
         ]
-        execute_values(cursor, self._keep, payloads)
+        return self._keep % b",".join(cursor.mogrify("(%s,%s,%s,%s)", each) for each in payloads)
 
 
 def _split(events: list[bytes]) -> list[list[bytes]]:

@@ -105,7 +105,7 @@ class Bench:
         rows = [encode_event(event) for event in events]
         outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
         with connected(open_engine(for_sqlalchemy(self.url))) as c:
-            EventStore(ENCODER.columns, outbox.enqueue).save(c, rows, 10)
+            EventStore(ENCODER.columns, outbox.compose).save(c, rows, 10)
 
     def build_lane(self, name: str, max_age: timedelta, sender: Transport) -> tuple[Lane, Link]:
         """A lane to one of the servers, and its link to the database."""

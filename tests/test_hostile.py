@@ -36,8 +36,8 @@ SABOTAGE = {
     ),
     "not stored": (
         "server/storage.py",
-        'cursor.execute("COMMIT")',
-        'cursor.execute("ROLLBACK" if len(stored) == 3 else "COMMIT")',
+        'cursor.execute(more + b"COMMIT")',
+        'cursor.execute(b"ROLLBACK" if len(stored) == 3 else more + b"COMMIT")',
     ),
 }
 

@@ -85,7 +85,7 @@ Save = Callable[[Sequence[Row]], None]
 
 def make_store(*providers: str) -> EventStore:
     """A store that keeps what is new for these providers."""
-    return EventStore(ENCODER.columns, Outbox(providers, 1).enqueue)
+    return EventStore(ENCODER.columns, Outbox(providers, 1).compose)
 
 
 def make_rows(project: str, count: int) -> list[Row]:

@@ -51,8 +51,8 @@ COMMITS_WITHOUT_SYNC = Bug(
 )
 SECOND_TRANSACTION = Bug(
     "storage.py",
-    "            self._on_stored(cursor, stored)\n",
-    '            cursor.execute("COMMIT; BEGIN")\n            self._on_stored(cursor, stored)\n',
+    "        failpoints.reach(failpoints.BEFORE_COMMIT)\n",
+    '        cursor.execute("COMMIT; BEGIN")\n        failpoints.reach(failpoints.BEFORE_COMMIT)\n',
     "kill-before-commit",
     "neither delivered to",
 )

@@ -37,7 +37,7 @@ def open_outbox(settings: Settings) -> OnStored | None:
     """What keeps stored events for the enabled providers; None where there is none."""
     if not settings.destinations:
         return None
-    return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).enqueue
+    return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).compose
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.bench.forwarding import PARTS, Document, run_forwarding
+from tests.bench.forwarding import PARTS, run_forwarding
+from tests.bench.side import Document
 
 
 def choose_parts(names: Sequence[str]) -> list[str]:
@@ -45,8 +46,15 @@ def _make_table(title: str, headings: Sequence[str]) -> Table:
 
 
 def _show_cost(figures: Document, console: Console) -> None:
+    for batch, compared in figures["workloads"].items():
+        console.print(_tabulate_rounds(batch, compared))
+    _show_delivery(figures, console)
+
+
+def _tabulate_rounds(batch: str, figures: Document) -> Table:
     headings = ("round", "off p50", "off p99", "on p50", "on p99", "p50 ratio", "p99 ratio")
-    table = _make_table("Ingestion with analytics off and on, ms", headings)
+    load = f"{figures['requests_per_second']:.0f} requests/s of {batch} events"
+    table = _make_table(f"Ingestion with analytics off and on, {load}, ms", headings)
     for number, each in enumerate(figures["rounds"], 1):
         off, on = each["off"], each["on"]
         values = (off["p50_ms"], off["p99_ms"], on["p50_ms"], on["p99_ms"])
@@ -54,8 +62,7 @@ def _show_cost(figures: Document, console: Console) -> None:
         table.add_row(str(number), *(f"{value:.2f}" for value in (*values, *ratios)))
     medians = (figures["p50_ratio"], figures["p99_ratio"])
     table.add_row("median", "", "", "", "", *(f"{value:.2f}" for value in medians))
-    console.print(table)
-    _show_delivery(figures, console)
+    return table
 
 
 def _show_hang(figures: Document, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Events at a fixed rate: `python -m tests.bench.paced_load` with a PacedPlan on its input.
+"""Requests at a fixed rate: `python -m tests.bench.paced_load` with a PacedPlan on its input.
 
 As many are sent as are due, however fast they are answered: what is measured is the service at this
 load, and not how it is when it has more than it can do.
@@ -25,17 +25,18 @@ from tests.services import ROOT, clean_environment
 
 _CONNECTIONS = 8
 _ANSWER_SECONDS = 30.0
-_ACCEPTED = b'{"accepted":1,'
+_ACCEPTED = b'"rejected":0,'
 
 
 @dataclass(frozen=True)
 class PacedPlan:
-    """What to send where, one event a request; the first `warm_up` of them are not measured."""
+    """What to send where; the first `warm_up` requests are not measured."""
 
     port: int
     key: str
     workers: Sequence[int]
-    rate: float  # events a second
+    batch: int  # events a request
+    rate: float  # requests a second
     warm_up: int
     count: int
     first_number: int
@@ -128,15 +129,15 @@ class _Pace:
             self.meter.failures[answer.decode(errors="replace")] += 1
 
 
-def _find_insert_id(request: NumberedRequest, number: int) -> str:
+def _find_insert_ids(request: NumberedRequest, number: int) -> list[str]:
     request.number(number)
     body = json.loads(bytes(request.buffer).partition(b"\r\n\r\n")[2])
-    return map_event(ParseDict(body["events"][0], Event())).insert_id
+    return [map_event(ParseDict(event, Event())).insert_id for event in body["events"]]
 
 
 def run_paced(plan: PacedPlan) -> PacedResult:
     """Sends them from this process."""
-    events = make_events(1)
+    events = make_events(plan.batch)
 
     def open_one() -> HttpConnection:
         return HttpConnection(plan.port, encode_http(events, plan.key))
@@ -151,7 +152,11 @@ def run_paced(plan: PacedPlan) -> PacedResult:
     answered = warm_up.answered_at | measured.answered_at
     return PacedResult(
         latencies_ms=[seconds * 1000 for seconds in measured.meter.latencies],
-        acknowledged={_find_insert_id(request, n): at for n, at in answered.items()},
+        acknowledged={
+            insert_id: at
+            for number, at in answered.items()
+            for insert_id in _find_insert_ids(request, number)
+        },
         failures=warm_up.meter.failures + measured.meter.failures,
     )
 

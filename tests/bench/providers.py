@@ -22,6 +22,7 @@ from tests.provider_servers import (
 )
 from tests.services import ROOT, clean_environment
 
+NAMES = ("amplitude", "mixpanel")
 _SECRET = "s3cret"
 _LOWEST_PRIORITY = 19
 # Nothing of what comes meanwhile is kept.

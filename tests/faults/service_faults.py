@@ -17,7 +17,7 @@ _LEAVING = STORED | {"CANCELLED"}
 _EXIT_SECONDS = 30.0
 _REACH_SECONDS = 20.0
 _EXTRA_FORWARDERS = 2
-_SLOW_SECONDS = 0.02
+_SLOW_SECONDS = 0.5
 # What a provider has taken is claimed for 60 s, of which 35 may have passed until it answered.
 _LEASE_REST_SECONDS = 20.0
 _FIND_OVERLONG = """
@@ -101,9 +101,10 @@ def _kill_forwarder(trial: Trial) -> float:
     while len(cluster.extra_forwarders) < _EXTRA_FORWARDERS:
         cluster.start_forwarder()
     for provider in cluster.providers.values():
-        # Long enough for claims to meet, were they not exclusive.
+        # Long enough for another one to look meanwhile, and claim the same if nothing kept it off.
         provider.behave = lambda _: time.sleep(_SLOW_SECONDS)
     trial.warm_up()
+    trial.wait(1.0, 2.0)  # in which each of them looks for more
     victim = trial.draw.randrange(_EXTRA_FORWARDERS + 1)
     killed_at = time.monotonic()
     if victim < _EXTRA_FORWARDERS:
