@@ -21,6 +21,8 @@ BROKEN = frozenset({LOST, "CANCELLED"})
 _ANSWER_SECONDS = 20.0
 _RECONNECT = [
     ("grpc.use_local_subchannel_pool", 1),
+    # A call whose server has left is sent again here, and told of: not by the library, in silence.
+    ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 200),
