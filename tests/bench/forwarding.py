@@ -57,25 +57,19 @@ def measure_cost(directory: Path, providers: Providers, scale: float, on_step: O
 def _compare_sides(
     sides: Mapping[str, Side], workload: _Workload, scale: float, sent: set[str], on_step: OnStep
 ) -> Document:
-    count, warm_up = (
-        round(workload.requests * scale),
-        round(workload.rate * _WARM_UP_SECONDS * scale),
-    )
+    batch, rate, requests = workload
+    count, warm_up = round(requests * scale), round(rate * _WARM_UP_SECONDS * scale)
     rounds: list[dict[str, PacedResult]] = []
     for number in range(_ROUNDS):
         results = {}
         for name in sorted(sides, reverse=number % 2 == 1):
-            on_step(
-                f"round {number + 1} of {_ROUNDS}, {workload.batch} a request, analytics {name}"
-            )
-            results[name] = sides[name].send(
-                count, warm_up, batch=workload.batch, rate=workload.rate
-            )
-        sides["on"].wait_until_forwarded()
+            on_step(f"round {number + 1} of {_ROUNDS}, {batch} a request, analytics {name}")
+            results[name] = sides[name].send(count, warm_up, batch=batch, rate=rate)
+            sides["on"].wait_until_forwarded()
         sent.update(results["on"].acknowledged)
         rounds.append(results)
     return {
-        "requests_per_second": workload.rate,
+        "requests_per_second": rate,
         "rounds": [{name: describe(result) for name, result in each.items()} for each in rounds],
         "p50_ratio": median(_compare(each, 0.5) for each in rounds),
         "p99_ratio": median(_compare(each, 0.99) for each in rounds),
