@@ -28,7 +28,7 @@ Event = dict[str, Any]
 
 HTML = b"<!doctype html><title>Welcome to the hotel's Wi-Fi</title>"
 # What a server remembers of what it was sent; the ids of ingested events are all kept.
-_MAX_DELIVERIES = 50_000
+_MAX_DELIVERIES = 100_000
 _HOUR_SECONDS = 3600
 _FIRST_TIME = 31_536_000_000  # 1971, in milliseconds
 _INSERT_ID = re.compile(r"[A-Za-z0-9-]{1,36}")
