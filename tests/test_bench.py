@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.bench.events import encode_http, encode_protobuf, make_events, make_long_events
-from tests.services import run_program
+from tests.bench.load import LoadPlan, run_load
+from tests.services import Service, run_program
 
 LOADS = ("baseline-20", "http-20-2", "grpc-20-2")
 _POSITIVE = (
@@ -69,6 +71,17 @@ def test_the_chart_shows_every_load(output: Path) -> None:
     chart = ElementTree.parse(output / "bench.svg")
     labels = {element.text for element in chart.iter("{http://www.w3.org/2000/svg}text")}
     assert {"baseline", "HTTP, 2 workers", "gRPC, 2 workers"} <= labels
+
+
+def test_refused_requests_are_counted(service: Service) -> None:
+    """An answer other than success is written down with what it said, and is no throughput."""
+    family = {"service": service.process.pid}
+    workers = [worker.pid for worker in service.find_workers()]
+    plan = LoadPlan("http", service.http_port, "no key", 1, 1, 1, 0.1, 0.1, 1, workers, family)
+    result = json.loads(json.dumps(asdict(run_load(plan))))
+    assert result["requests"] == 0
+    assert all("missing or invalid API key" in answer for answer in result["failures"])
+    assert sum(result["failures"].values()) > 0
 
 
 def test_forwarding_is_measured(tmp_path: Path) -> None:

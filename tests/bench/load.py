@@ -75,7 +75,7 @@ def run_load(plan: LoadPlan) -> LoadResult:
         connections_per_worker=[shares[worker] for worker in plan.workers],
         acknowledged_events=(sent - failed) * plan.events_per_request,
         next_number=plan.first_number + sent + plan.connections + plan.streams,
-        failures=measured.failures,
+        failures=dict(measured.failures),  # asdict cannot copy a Counter
     )
 
 

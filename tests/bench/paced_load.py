@@ -157,7 +157,7 @@ def run_paced(plan: PacedPlan) -> PacedResult:
             for number, at in answered.items()
             for insert_id in _find_insert_ids(request, number)
         },
-        failures=warm_up.meter.failures + measured.meter.failures,
+        failures=dict(warm_up.meter.failures + measured.meter.failures),
     )
 
 
