@@ -28,7 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 REQUESTS_IN_FLIGHT = 4
-# So many events are not worth a request of their own while others are in flight.
+# Fewer events are not worth a request of their own while others are in flight.
 _FEW = 500
 # Enough for several requests in turn; what a killed forwarder had claimed waits for its end.
 LEASE_SECONDS = 60.0
