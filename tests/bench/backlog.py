@@ -21,13 +21,13 @@ from tests.bench.cells import Cell
 from tests.bench.database import BenchDatabase
 from tests.bench.events import PROJECT, make_events
 from tests.bench.providers import NAMES, Providers
+from tests.bench.report import Document
 from tests.bench.run import Bench, BenchFailed, OnStep, Plan
 from tests.bench.side import (
     DRAIN_SECONDS,
     POLL_SECONDS,
     RATE,
     WORKERS,
-    Document,
     Side,
     describe,
     running_side,

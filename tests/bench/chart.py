@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-Document = dict[str, Any]
+from tests.bench.report import Document
+
 Bar = tuple[str, float, str]
 
 _STYLE = """

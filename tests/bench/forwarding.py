@@ -11,8 +11,9 @@ from typing import NamedTuple
 from tests.bench.backlog import measure_backlog
 from tests.bench.paced_load import PacedResult, percentile
 from tests.bench.providers import NAMES, Providers, running_providers
+from tests.bench.report import Document
 from tests.bench.run import OnStep
-from tests.bench.side import RATE, Document, Side, describe, running_side
+from tests.bench.side import RATE, Side, describe, running_side
 
 _ROUNDS = 5
 _WARM_UP_SECONDS = 0.5

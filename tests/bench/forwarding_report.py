@@ -10,7 +10,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tests.bench.forwarding import PARTS, run_forwarding
-from tests.bench.side import Document
+from tests.bench.report import Document
 
 
 def choose_parts(names: Sequence[str]) -> list[str]:

@@ -5,19 +5,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from server.database import connected, open_engine
 from server.outbox import read_status
 from tests.bench.database import BenchDatabase, running_database
 from tests.bench.paced_load import PacedPlan, PacedResult, send_paced
+from tests.bench.report import Document
 from tests.bench.run import BenchFailed
 from tests.bench.servers import Server, running_workers
 from tests.services import run_command
 
 WORKERS = 2
-Document = dict[str, Any]
-
 # Requests a second: a moderate rate.
 RATE = 400.0
 # Longer than the lease of what hung, and the longest of the first few backoffs.
