@@ -22,13 +22,13 @@ _MAX_DELIVERIES = 1000
 _DELETED_AT_ONCE = 1000
 _READ_AT_ONCE = 64
 
+# Most groups have one payload, for which two statements cost less than a common table expression.
 _KEEP = """
-WITH kept AS (
-    INSERT INTO outbox_payloads (project_id, mapping_version, event_count, events)
-    VALUES %s RETURNING id, event_count
-) INSERT INTO outbox_deliveries (payload_id, provider, event_count)
-  SELECT id, unnest(string_to_array('{providers}', ',')), event_count FROM kept;
+INSERT INTO outbox_payloads (project_id, mapping_version, event_count, events)
+VALUES (%s, %s, %s, %s);
+INSERT INTO outbox_deliveries (payload_id, provider, event_count) VALUES {deliveries};
 """
+_KEEP_DELIVERY = "(currval('outbox_payloads_id_seq'), %s, %s)"
 # What a crash of the database forgets of claims and outcomes is done again: no commit of these has
 # to wait for the disk, which ingestion needs.
 _BEGIN_LIGHTLY = text("SET LOCAL synchronous_commit = off")
@@ -115,22 +115,22 @@ class Outbox:
     """Keeps newly stored events for the enabled providers."""
 
     def __init__(self, providers: Sequence[str], mapping_version: int) -> None:
-        self._keep = _KEEP.format(providers=",".join(providers)).encode()
+        self._keep = _KEEP.format(deliveries=",".join([_KEEP_DELIVERY] * len(providers)))
+        self._providers = providers
         self._mapping_version = mapping_version
 
     def compose(self, cursor: Cursor, rows: Sequence[Row]) -> bytes:
-        """The statement that adds rows, sorted by key, to the outbox."""
-        payloads = [
-            (
-                project,
-                self._mapping_version,
-                len(part),
-                EventFrames(events=part).SerializeToString(),
-            )
+        """The statements that add rows, sorted by key, to the outbox."""
+        return b"".join(
+            cursor.mogrify(self._keep, self._describe_payload(project, part))
             for project, group in groupby(rows, key=lambda row: row.project_id)
             for part in _split([row.encoded for row in group])
-        ]
-        return self._keep % b",".join(cursor.mogrify("(%s,%s,%s,%s)", each) for each in payloads)
+        )
+
+    def _describe_payload(self, project: str, events: list[bytes]) -> list[object]:
+        payload = EventFrames(events=events).SerializeToString()
+        deliveries = [value for name in self._providers for value in (name, len(events))]
+        return [project, self._mapping_version, len(events), payload, *deliveries]
 
 
 def _split(events: list[bytes]) -> list[list[bytes]]:

@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -789,6 +790,17 @@ def test_forwarders(
         with bench.process() if count == 0 else nullcontext():
             bench.finish()
         assert service.stop() == 0
+
+
+def test_priority(bench: Bench) -> None:
+    """Ingestion goes first, also where sessions share the processor as groups."""
+    with running_service(bench.settings) as service:
+        children = psutil.Process(service.process.pid).children()
+        (process,) = [child for child in children if child.cmdline()[-1] == "forward"]
+        assert process.nice() == 10
+        assert {worker.nice() for worker in service.find_workers()} == {0}
+        group = Path(f"/proc/{process.pid}/autogroup")
+        assert not group.exists() or group.read_text().endswith(" nice 10\n")
 
 
 def test_nothing_to_forward(bench: Bench) -> None:

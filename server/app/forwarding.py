@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import signal
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from server.config import Settings
 from server.database import Engine, Link, Watchdog, open_engine, transactional
 from server.forwarder import REQUESTS_IN_FLIGHT, Lane
 from server.migration import check_migrated
+from server.priority import lower_priority
 from server.providers import Provider
 from server.providers.amplitude import Amplitude
 from server.providers.mixpanel import Mixpanel
@@ -21,12 +21,14 @@ from server.workers import Lifeline
 if TYPE_CHECKING:
     from server.tracing import Tracing
 
+_NICENESS = 10
+
 _log = logging.getLogger("productgraph")
 
 
 def run_forwarder(settings: Settings) -> None:
     """Forwards to the enabled providers until a signal, or the end of the parent if it has one."""
-    os.nice(10)  # ingestion goes first: what waits here is kept
+    lower_priority(_NICENESS)  # ingestion goes first: what waits here is kept
     with opened_database(settings) as database_url:
         asyncio.run(_forward(settings, open_engine(database_url)))
 

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from tests.bench.report import Document
 from tests.bench.run import OnStep
 from tests.bench.side import RATE, Side, describe, running_side
 
-_ROUNDS = 5
+_ROUNDS = 7
 _WARM_UP_SECONDS = 0.5
 _HANG_SECONDS = 60.0
 _CALM_SECONDS = 20.0
@@ -31,12 +32,21 @@ _WORKLOADS = (_Workload(1, RATE, 2000), _Workload(20, 50.0, 500))
 
 
 def measure_cost(directory: Path, providers: Providers, scale: float, on_step: OnStep) -> Document:
-    """Ingestion at a moderate rate, with analytics off and on in turns."""
-    with (
-        running_side(directory / "off", {"ANALYTICS_ENABLED": "false"}) as off,
-        running_side(directory / "on", providers.settings) as on,
-    ):
-        sides, sent = {"off": off, "on": on}, set[str]()
+    """Ingestion at a moderate rate, in turns with analytics off, on, and on with no forwarder here.
+
+    The last is named `away`: it queues as if the forwarders ran on another machine.
+    """
+    settings = {
+        "off": {"ANALYTICS_ENABLED": "false"},
+        "away": providers.settings | {"FORWARDERS": "0"},
+        "on": providers.settings,
+    }
+    with ExitStack() as stack:
+        sides = {
+            name: stack.enter_context(running_side(directory / name, each))
+            for name, each in settings.items()
+        }
+        on, sent = sides["on"], set[str]()
         status = {"before": on.show_status()}
         workloads = {
             str(each.batch): _compare_sides(sides, each, scale, sent, on_step)
@@ -72,13 +82,19 @@ def _compare_sides(
     return {
         "requests_per_second": rate,
         "rounds": [{name: describe(result) for name, result in each.items()} for each in rounds],
-        "p50_ratio": median(_compare(each, 0.5) for each in rounds),
-        "p99_ratio": median(_compare(each, 0.99) for each in rounds),
+        "p50_ratios": _compare(rounds, 0.5),
+        "p99_ratios": _compare(rounds, 0.99),
     }
 
 
-def _compare(results: Mapping[str, PacedResult], share: float) -> float:
-    return results["on"].percentile_ms(share) / results["off"].percentile_ms(share)
+def _compare(rounds: Sequence[Mapping[str, PacedResult]], share: float) -> dict[str, float]:
+    """How many times the latency of `off` that of the others was, as the median of the rounds."""
+    return {
+        name: median(
+            each[name].percentile_ms(share) / each["off"].percentile_ms(share) for each in rounds
+        )
+        for name in ("away", "on")
+    }
 
 
 def _show_status_during(side: Side, workload: _Workload, scale: float, sent: set[str]) -> list[str]:

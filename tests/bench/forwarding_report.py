@@ -52,16 +52,17 @@ def _show_cost(figures: Document, console: Console) -> None:
 
 
 def _tabulate_rounds(batch: str, figures: Document) -> Table:
-    headings = ("round", "off p50", "off p99", "on p50", "on p99", "p50 ratio", "p99 ratio")
+    names = ("off", "away", "on")
+    headings = ("round", *(f"{name} {share}" for name in names for share in ("p50", "p99")))
     load = f"{figures['requests_per_second']:.0f} requests/s of {batch} events"
-    table = _make_table(f"Ingestion with analytics off and on, {load}, ms", headings)
+    title = f"Ingestion with analytics off, on with forwarders away, and on: {load}, ms"
+    table = _make_table(title, headings)
     for number, each in enumerate(figures["rounds"], 1):
-        off, on = each["off"], each["on"]
-        values = (off["p50_ms"], off["p99_ms"], on["p50_ms"], on["p99_ms"])
-        ratios = (on["p50_ms"] / off["p50_ms"], on["p99_ms"] / off["p99_ms"])
-        table.add_row(str(number), *(f"{value:.2f}" for value in (*values, *ratios)))
-    medians = (figures["p50_ratio"], figures["p99_ratio"])
-    table.add_row("median", "", "", "", "", *(f"{value:.2f}" for value in medians))
+        values = (each[name][share] for name in names for share in ("p50_ms", "p99_ms"))
+        table.add_row(str(number), *(f"{value:.2f}" for value in values))
+    shares = (figures["p50_ratios"], figures["p99_ratios"])
+    ratios = (share[name] for name in names[1:] for share in shares)
+    table.add_row("x off", "", "", *(f"{ratio:.2f}" for ratio in ratios))
     return table
 
 

@@ -5,13 +5,13 @@ JSON. It has the lowest priority there is: in life, providers do not share the m
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from server.priority import lower_priority
 from tests.provider_servers import (
     AmplitudeServer,
     Fault,
@@ -76,6 +76,7 @@ def running_providers() -> Iterator[Providers]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     with process:  # closes its input, which ends it
         yield Providers(process)
@@ -96,7 +97,7 @@ def _say(content: Any) -> None:
 
 def main() -> None:
     """Serves until the input ends."""
-    os.nice(_LOWEST_PRIORITY)
+    lower_priority(_LOWEST_PRIORITY)
     with ExitStack() as stack:
         servers: dict[str, ProviderServer] = {
             "amplitude": stack.enter_context(AmplitudeServer(_SECRET)),
