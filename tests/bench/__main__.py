@@ -79,7 +79,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--forwarding",
         nargs="*",
         metavar="PART",
-        help=f"what forwarding costs instead, in six minutes, or a part of it: {', '.join(PARTS)}",
+        help=f"what forwarding costs instead, in ten minutes, or a part of it: {', '.join(PARTS)}",
     )
     parser.add_argument(
         "--scale",
