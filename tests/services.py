@@ -69,8 +69,15 @@ class Service:
 
     def find_workers(self) -> list[psutil.Process]:
         """The processes of its workers."""
+        return self._find_children("worker")
+
+    def find_forwarders(self) -> list[psutil.Process]:
+        """The processes of its forwarders."""
+        return self._find_children("forward")
+
+    def _find_children(self, command: str) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if child.cmdline()[-1:] == ["worker"]]
+        return [child for child in children if child.cmdline()[-1:] == [command]]
 
     def read_log(self) -> list[dict[str, Any]]:
         """The records of its log; fails where a line is not a JSON object."""

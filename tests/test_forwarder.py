@@ -783,8 +783,7 @@ def test_forwarders(
         running_service(bench.settings | {"FORWARDERS": str(count)}) as service,
         closing(psycopg2.connect(bench.url)) as connection,
     ):
-        children = psutil.Process(service.process.pid).children()
-        assert [child.cmdline()[-1] for child in children].count("forward") == count
+        assert len(service.find_forwarders()) == count
         tenant = Tenant(service, create_project(service), connection)
         tenant.post_events([tenant.make_event({"event.timestamp": datetime.now(UTC).isoformat()})])
         with bench.process() if count == 0 else nullcontext():
@@ -795,8 +794,7 @@ def test_forwarders(
 def test_priority(bench: Bench) -> None:
     """Ingestion goes first, also where sessions share the processor as groups."""
     with running_service(bench.settings) as service:
-        children = psutil.Process(service.process.pid).children()
-        (process,) = [child for child in children if child.cmdline()[-1] == "forward"]
+        (process,) = service.find_forwarders()
         assert process.nice() == 10
         assert {worker.nice() for worker in service.find_workers()} == {0}
         group = Path(f"/proc/{process.pid}/autogroup")
