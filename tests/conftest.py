@@ -12,10 +12,10 @@ import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
 
-from server.database import Engine, connected, open_engine
-from server.embedded import EmbeddedPostgres
-from server.keys import create_key
-from server.migration import migrate
+from server.storage.connection import Engine, connected, open_engine
+from server.storage.embedded import EmbeddedPostgres
+from server.storage.keys import create_key
+from server.storage.migrate import migrate
 from tests.services import Service, for_sqlalchemy, running_service
 
 

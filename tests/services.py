@@ -20,8 +20,8 @@ from urllib.request import urlopen
 import psutil  # type: ignore[import-untyped]
 from sqlalchemy import text
 
-from server.database import Engine, connected
-from server.embedded import EmbeddedPostgres
+from server.storage.connection import Engine, connected
+from server.storage.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[1]
 _PLACES = re.compile(r"HTTP  http://localhost:(\d+)\n  gRPC  localhost:(\d+)\n")

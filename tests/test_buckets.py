@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.buckets import SECOND, BucketTable, take
+from server.ingest.buckets import SECOND, BucketTable, take
 from tests.services import clean_environment
 
 NOW = 50 * SECOND
@@ -80,7 +80,7 @@ def test_never_too_little(rate: int, seconds: int) -> None:
 
 CHARGE = """
 import sys
-from server.buckets import BucketTable
+from server.ingest.buckets import BucketTable
 table = BucketTable(int(sys.argv[1]), lambda: 0)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -89,7 +89,7 @@ print(sum(table.take(5, 1) for _ in range(20_000)))
 # Stops for good in the middle of its turn.
 HOLD = """
 import signal, sys
-from server.buckets import BucketTable
+from server.ingest.buckets import BucketTable
 def stop():
     print("ready", flush=True)
     signal.pause()

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
-from server.certificates import CertificateSource, read_certificates
 from server.config import InvalidSetting, TlsFiles
+from server.grpc.certificates import CertificateSource, read_certificates
 from tests.clients import INGEST
 from tests.conftest import Project, create_project
 from tests.services import Service, run_command, running_service, wait_until

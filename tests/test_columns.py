@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from productgraph.v1.event_pb2 import Event
-from server.columns import ColumnReader, ParsedEvent
-from server.json_codec import JsonCodec
-from server.schema import EVENT_SCHEMA, Field, Kind
-from server.validation import MAX_BYTES_PER_CHARACTER, MalformedEvent
+from server.events.json_codec import JsonCodec
+from server.events.parsed import ColumnReader, ParsedEvent
+from server.events.schema import EVENT_SCHEMA, Field, Kind
+from server.events.validation import MAX_BYTES_PER_CHARACTER, MalformedEvent
 from tests.test_properties import JSON
 
 CODEC = JsonCodec(EVENT_SCHEMA)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from server.config import InvalidSetting, RejectedKeep, TlsFiles, read_settings
-from server.database import open_engine
+from server.storage.connection import open_engine
 
 MIB = 1024 * 1024
 PASSWORD = "s3cret-passw0rd"

@@ -16,7 +16,8 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from server.database import (
+from server.errors import Unavailable
+from server.storage.connection import (
     Conflict,
     DatabaseError,
     Engine,
@@ -28,8 +29,7 @@ from server.database import (
     open_engine,
     translated_errors,
 )
-from server.embedded import EmbeddedPostgres
-from server.errors import Unavailable
+from server.storage.embedded import EmbeddedPostgres
 from tests.services import wait_until
 
 UNREACHABLE = "postgresql+psycopg2://me:s3cret@127.0.0.1:1/db"

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from server.__main__ import main
+from server.cli.main import main
 from server.config import read_settings
 from tests.services import ROOT, Service, ask, clean_environment
 

@@ -19,15 +19,15 @@ import psycopg2.extensions
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 
-from server import embedded
-from server.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from server.storage import embedded
+from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 USE_UNTIL_TOLD = """
 import sys
 from pathlib import Path
-from server.embedded import EmbeddedPostgres
+from server.storage.embedded import EmbeddedPostgres
 
 with EmbeddedPostgres(Path(sys.argv[1]), create=True):
     print("open", flush=True)

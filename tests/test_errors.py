@@ -7,16 +7,16 @@ import pytest
 from falcon.testing import TestClient
 
 import server.app  # noqa: F401 - so that the errors of every module are known
-from server.database import Link, open_engine
 from server.errors import IngestError, ResourceExhausted, Unavailable
-from server.http_api import create_app
-from server.json_codec import JsonCodec
-from server.key_directory import KeyDirectory
-from server.rows import RowEncoder
-from server.schema import EVENT_SCHEMA
-from server.service import IngestService
-from server.storage import EventStore
-from server.writer import Writer
+from server.events.copy_rows import RowEncoder
+from server.events.json_codec import JsonCodec
+from server.events.schema import EVENT_SCHEMA
+from server.http.api import create_app
+from server.ingest.group_commit import Writer
+from server.ingest.key_cache import KeyDirectory
+from server.ingest.service import IngestService
+from server.storage.connection import Link, open_engine
+from server.storage.events import EventStore
 
 # The statuses that google.rpc.Code gives for these codes.
 HTTP_STATUS = {

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from server.embedded import EmbeddedPostgres
+from server.storage.embedded import EmbeddedPostgres
 from tests.conftest import Project, create_project
 from tests.load import (
     NOT_STORED,

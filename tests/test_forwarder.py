@@ -30,17 +30,24 @@ from hypothesis import strategies as st
 
 from productgraph.internal.v1.frames_pb2 import EventFrames
 from productgraph.v1.event_pb2 import Event
-from server import forwarder, transport
-from server.database import Link, connected, open_engine
-from server.database import transactional as make_transactional
-from server.forwarder import Item, Lane, backoff_seconds, cut_requests
-from server.outbox import Delivery, Outbox, Outcome
-from server.providers import CURRENT_MAPPING_VERSION, Answer, Provider, Request, amplitude, mixpanel
-from server.providers.amplitude import Amplitude
-from server.providers.mapping import map_event
-from server.providers.mixpanel import Mixpanel
-from server.storage import EventStore
-from server.transport import Transport
+from server.forwarding import http_client as transport
+from server.forwarding import lane as forwarder
+from server.forwarding.http_client import Transport
+from server.forwarding.lane import Item, Lane, backoff_seconds, cut_requests
+from server.forwarding.providers import amplitude, mixpanel
+from server.forwarding.providers.amplitude import Amplitude
+from server.forwarding.providers.mapping import map_event
+from server.forwarding.providers.mixpanel import Mixpanel
+from server.forwarding.providers.provider import (
+    CURRENT_MAPPING_VERSION,
+    Answer,
+    Provider,
+    Request,
+)
+from server.storage.connection import Link, connected, open_engine
+from server.storage.connection import transactional as make_transactional
+from server.storage.events import EventStore
+from server.storage.outbox import Delivery, Outbox, Outcome
 from tests import provider_servers
 from tests.clients import Tenant
 from tests.conftest import create_project

@@ -24,18 +24,18 @@ GRAMMARS: list[Callable[[int], Callable[[], object]]] = [
 # A file of the service, a line of it, and what the line is in a build that has to be caught.
 SABOTAGE = {
     "one fault in a hundred": (
-        "server/http_api.py",
+        "server/http/api.py",
         "        return exchange\n",
         '        assert __import__("time").time_ns() // 1000 % 100\n        return exchange\n',
     ),
     "a neighbour rejected": (
-        "server/json_codec.py",
+        "server/events/json_codec.py",
         "        for index, item in enumerate(items.quick):\n",
         "        for index, item in enumerate(items.quick):\n"
         '            item = item if not index or "event_id" in items.quick[index - 1] else None\n',
     ),
     "not stored": (
-        "server/storage.py",
+        "server/storage/events.py",
         'cursor.execute(more + b"COMMIT")',
         'cursor.execute(b"ROLLBACK" if len(stored) == 3 else more + b"COMMIT")',
     ),

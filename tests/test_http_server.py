@@ -15,7 +15,7 @@ import orjson
 import pytest
 
 from server.errors import Unavailable
-from server.http_server import FAILURE, HOLD, KEEP, KEPT, HTTPServer
+from server.http.server import FAILURE, HOLD, KEEP, KEPT, HTTPServer
 from tests.conftest import Project
 from tests.load import make_event
 from tests.services import Service, wait_until
@@ -64,7 +64,7 @@ def app() -> HoldingApp:
 def port(app: HoldingApp, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Where an HTTPServer with two threads serves the application."""
     # So that an answer which only the loop's timer would send is missed here.
-    monkeypatch.setattr("server.http_server._LOOP_SECONDS", 6 * TIMEOUT_SECONDS)
+    monkeypatch.setattr("server.http.server._LOOP_SECONDS", 6 * TIMEOUT_SECONDS)
     with serving(app) as port:
         yield port
 

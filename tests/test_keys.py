@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event, text
 
-from server import key_directory
-from server.database import Engine, Link, Watchdog, connected, open_engine
 from server.errors import Unauthenticated, Unavailable
-from server.key_directory import KeyDirectory
-from server.keys import (
+from server.ingest import key_cache as key_directory
+from server.ingest.key_cache import KeyDirectory
+from server.storage.connection import Engine, Link, Watchdog, connected, open_engine
+from server.storage.keys import (
     ApiKey,
     Caller,
     create_key,

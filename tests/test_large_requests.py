@@ -9,17 +9,17 @@ from typing import cast
 import pytest
 
 from productgraph.v1.event_pb2 import Event
-from server.columns import ParsedBatch, ParsedEvent
 from server.errors import InvalidArgument, Unavailable
-from server.json_codec import JsonCodec
-from server.json_document import MAX_VALUES, estimate_seconds, parse_document
-from server.key_directory import KeyDirectory
-from server.keys import Caller
-from server.protobuf_codec import ProtobufCodec
-from server.schema import EVENT_SCHEMA
-from server.service import IngestService
-from server.validation import MalformedEvent
-from server.writer import Writer
+from server.events.json_codec import JsonCodec
+from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document
+from server.events.parsed import ParsedBatch, ParsedEvent
+from server.events.protobuf_codec import ProtobufCodec
+from server.events.schema import EVENT_SCHEMA
+from server.events.validation import MalformedEvent
+from server.ingest.group_commit import Writer
+from server.ingest.key_cache import KeyDirectory
+from server.ingest.service import IngestService
+from server.storage.keys import Caller
 from tests.clients import encode_request, to_message
 
 TIMEOUT_SECONDS = 5.0

@@ -23,8 +23,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics_page import opened_directory
-from server.validation import REASONS
+from server.events.validation import REASONS
+from server.telemetry.metrics_page import opened_directory
 from tests.clients import Refusal, Tenant, send, to_message
 from tests.conftest import create_project
 from tests.services import ROOT, Service, ask, running_service, wait_until

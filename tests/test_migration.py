@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import text
 
-from server.database import DatabaseError, Engine, connected, open_engine
-from server.migration import UnsuitableDatabase, check_migrated, migrate
-from server.schema import EVENT_SCHEMA
+from server.events.schema import EVENT_SCHEMA
+from server.storage.connection import DatabaseError, Engine, connected, open_engine
+from server.storage.migrate import UnsuitableDatabase, check_migrated, migrate
 from tests.services import for_sqlalchemy, query
 
 COLUMNS = """

@@ -10,8 +10,8 @@ from schemathesis.schemas import BaseSchema
 
 from productgraph.v1 import rules_pb2
 from productgraph.v1.event_pb2 import Event
-from server.openapi import encode_description
-from server.schema import EVENT_SCHEMA
+from server.events.schema import EVENT_SCHEMA
+from server.http.openapi import encode_description
 from tests.clients import Answer, send
 from tests.conftest import Project
 from tests.services import Service

@@ -13,9 +13,12 @@ import pytest
 
 from productgraph.internal.v1.frames_pb2 import EventFrames
 from productgraph.v1.event_pb2 import Event
-from server.database import Conflict, Connection, Engine, Refused, connected
-from server.database import transactional as make_transactional
-from server.outbox import (
+from server.events.copy_rows import Row
+from server.events.timestamps import END_SECOND, FIRST_SECOND
+from server.storage.connection import Conflict, Connection, Engine, Refused, connected
+from server.storage.connection import transactional as make_transactional
+from server.storage.events import EventStore
+from server.storage.outbox import (
     _FIND_DUE,
     DeadEvent,
     Death,
@@ -30,9 +33,6 @@ from server.outbox import (
     retry_dead,
     set_stopped,
 )
-from server.rows import Row
-from server.storage import EventStore
-from server.timestamps import END_SECOND, FIRST_SECOND
 from tests.clients import Tenant
 from tests.conftest import Project
 from tests.services import Service

@@ -8,11 +8,11 @@ from typing import cast
 
 import pytest
 
-from server.database import Link
 from server.errors import Unavailable
-from server.rows import Row
-from server.storage import EventStore
-from server.writer import Writer
+from server.events.copy_rows import Row
+from server.ingest.group_commit import Writer
+from server.storage.connection import Link
+from server.storage.events import EventStore
 
 SECONDS = 5.0
 BYTES_PER_SECOND = 100_000

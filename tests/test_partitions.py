@@ -9,9 +9,9 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
-from server.database import Conflict, Engine, Link, connected, open_engine
-from server.partitions import PartitionKeeper, add_months, months_from
-from server.storage import EventStore
+from server.storage.connection import Conflict, Engine, Link, connected, open_engine
+from server.storage.events import EventStore
+from server.storage.partitions import PartitionKeeper, add_months, months_from
 from tests.services import for_sqlalchemy, query, wait_until
 from tests.test_rows import ENCODER, make_row
 
@@ -196,7 +196,7 @@ def test_keeper(engine: Engine) -> None:
 
 def test_keeper_tries_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round that met a long reader is repeated soon."""
-    monkeypatch.setattr("server.partitions._RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("server.storage.partitions._RETRY_SECONDS", 0.1)
     keeper = PartitionKeeper(Link(engine), today=lambda: DECEMBER)
     with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
         keeper.start()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.validation import UNCLASSIFIED, classify_problem
+from server.events.validation import UNCLASSIFIED, classify_problem
 from tests.clients import Refusal, Tenant, accepted, encode_request, to_message
 from tests.conftest import create_project
 from tests.services import Service

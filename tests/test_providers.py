@@ -20,15 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from productgraph.v1.event_pb2 import Event
-from server.columns import ParsedEvent
-from server.json_codec import JsonCodec
-from server.providers import CURRENT_MAPPING_VERSION, Answer, Decision, Provider, Request
-from server.providers.amplitude import Amplitude
-from server.providers.mapping import REFUSED_IDS
-from server.providers.mixpanel import Mixpanel
-from server.schema import EVENT_SCHEMA
-from server.structs import fill_struct
-from server.timestamps import END_SECOND, FIRST_SECOND
+from server.events.free_form import fill_struct
+from server.events.json_codec import JsonCodec
+from server.events.parsed import ParsedEvent
+from server.events.schema import EVENT_SCHEMA
+from server.events.timestamps import END_SECOND, FIRST_SECOND
+from server.forwarding.providers.amplitude import Amplitude
+from server.forwarding.providers.mapping import REFUSED_IDS
+from server.forwarding.providers.mixpanel import Mixpanel
+from server.forwarding.providers.provider import (
+    CURRENT_MAPPING_VERSION,
+    Answer,
+    Decision,
+    Provider,
+    Request,
+)
 from tests.provider_servers import (
     HTML,
     AmplitudeServer,

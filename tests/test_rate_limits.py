@@ -15,9 +15,9 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from psycopg2.extensions import connection as Connection
 
-from server.database import connected, open_engine
-from server.keys import create_key
 from server.rates import format_byte_rate, format_event_rate, parse_byte_rate, parse_event_rate
+from server.storage.connection import connected, open_engine
+from server.storage.keys import create_key
 from tests.clients import INGEST, Refusal, Tenant, accepted, encode_request, to_message
 from tests.clients import send as send_http
 from tests.conftest import Project, create_project

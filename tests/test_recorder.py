@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy import text
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError
-from server.columns import ParsedBatch
 from server.config import RejectedKeep
-from server.database import Engine, Link, Watchdog, connected, open_engine, transactional
-from server.recorder import MAX_WAITING, RejectionRecorder
-from server.rejected import Rejection, insert_rejections
+from server.events.parsed import ParsedBatch
+from server.ingest.rejection_writer import MAX_WAITING, RejectionRecorder
+from server.storage.connection import Engine, Link, Watchdog, connected, open_engine, transactional
+from server.storage.rejected_events import Rejection, insert_rejections
 from tests.services import for_sqlalchemy, query, wait_until
 
 KEEP = RejectedKeep(100_000, 3600.0)
@@ -31,7 +31,7 @@ def engine(create_migrated: Callable[[], str]) -> Engine:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds follow each other faster than in a service."""
     for name, value in (("_REST", 1), ("_TRIM_SECONDS", 0.05), ("_RETRY_SECONDS", 0.05)):
-        monkeypatch.setattr(f"server.recorder.{name}", value)
+        monkeypatch.setattr(f"server.ingest.rejection_writer.{name}", value)
 
 
 def make_recorder(engine: Engine, keep: RejectedKeep = KEEP) -> RejectionRecorder:
@@ -134,7 +134,7 @@ def test_too_large(engine: Engine) -> None:
 
 def test_hanging_database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the table cannot be written, events wait; they are kept once it can be."""
-    monkeypatch.setattr("server.recorder._QUERY_SECONDS", 0.3)
+    monkeypatch.setattr("server.ingest.rejection_writer._QUERY_SECONDS", 0.3)
     recorder = make_recorder(engine)
     with running(recorder):
         with connected(transactional(engine)) as other, other.begin():

@@ -11,9 +11,9 @@ from hypothesis import given
 from psycopg2.extensions import connection as Connection
 
 from productgraph.v1.event_pb2 import Event as EventMessage
-from server.json_codec import JsonCodec
-from server.json_document import encode_document, parse_document, parse_exactly
-from server.schema import EVENT_SCHEMA
+from server.events.json_codec import JsonCodec
+from server.events.json_parser import encode_document, parse_document, parse_exactly
+from server.events.schema import EVENT_SCHEMA
 from tests.clients import Refusal, Tenant, frame, to_message
 from tests.conftest import Project, create_project
 from tests.services import Service, run_command, running_service, wait_until

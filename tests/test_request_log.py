@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
-from server.observation import Observation, Observer
-from server.request_log import RequestLog
+from server.ingest.request_record import Observation, Observer
+from server.telemetry.request_log import RequestLog
 from tests.clients import INGEST, Tenant, encode_request, send, to_message
 from tests.conftest import create_project
 from tests.services import Service, ask, running_service, wait_until

@@ -13,10 +13,10 @@ import pytest
 from psycopg2.extensions import connection as Connection
 from sqlalchemy import text
 
-from server.database import Engine, Link, connected, open_engine, transactional
-from server.partitions import add_months
-from server.rejected import Rejection, insert_rejections
-from server.retention import delete_expired_rows, drop_partition, list_expired_partitions
+from server.storage.connection import Engine, Link, connected, open_engine, transactional
+from server.storage.partitions import add_months
+from server.storage.rejected_events import Rejection, insert_rejections
+from server.storage.retention import delete_expired_rows, drop_partition, list_expired_partitions
 from tests.clients import Tenant, accepted
 from tests.conftest import create_project
 from tests.load import STORED, read_stored, running_load
@@ -185,7 +185,7 @@ def test_at_once(database_url: str, engine: Engine) -> None:
 
 def test_batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default partition loses its old rows a part at a time, each in a transaction."""
-    monkeypatch.setattr("server.retention._PAGES", 4)
+    monkeypatch.setattr("server.storage.retention._PAGES", 4)
     columns = "event_id, project_id, session_id, event_type, event_timestamp"
     rows = "i::text, 'p', 's', 'custom', '2001-01-01'::timestamptz + i * interval '1 day'"
     insert = f"INSERT INTO events ({columns}) SELECT {rows} FROM generate_series(1, 3000) i"

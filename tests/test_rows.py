@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from productgraph.v1.event_pb2 import Event
-from server.columns import ColumnReader, ParsedEvent
-from server.rows import Row, RowEncoder
-from server.schema import EVENT_SCHEMA, Kind
+from server.events.copy_rows import Row, RowEncoder
+from server.events.parsed import ColumnReader, ParsedEvent
+from server.events.schema import EVENT_SCHEMA, Kind
 
 NOON = 1_705_320_000  # 2024-01-15T12:00:00Z
 READER = ColumnReader(EVENT_SCHEMA)

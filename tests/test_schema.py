@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, wrappers_pb2
 from google.protobuf.descriptor import Descriptor
 
 from productgraph.v1.event_pb2 import Event
-from server.schema import EVENT_SCHEMA, MAX_BATCH_SIZE, Kind, read_schema
+from server.events.schema import EVENT_SCHEMA, MAX_BATCH_SIZE, Kind, read_schema
 from tests.services import ROOT, clean_environment, for_sqlalchemy
 
 # The documentation's tables of fields, in its order; the last one takes what it does not name.
@@ -83,12 +83,12 @@ NEW_COLUMNS = "ALTER TABLE events ADD COLUMN device_model text, ADD COLUMN devic
 STORE = """
 import sys
 from productgraph.v1 import event_pb2
-from server.database import connected, open_engine
-from server.json_codec import JsonCodec
-from server.rows import RowEncoder
-from server.schema import EVENT_SCHEMA
-from server.storage import EventStore
-from server.validation import InvalidEvent, MalformedEvent, Validator
+from server.storage.connection import connected, open_engine
+from server.events.json_codec import JsonCodec
+from server.events.copy_rows import RowEncoder
+from server.events.schema import EVENT_SCHEMA
+from server.storage.events import EventStore
+from server.events.validation import InvalidEvent, MalformedEvent, Validator
 
 validator, encoder, rows = Validator(EVENT_SCHEMA), RowEncoder(EVENT_SCHEMA), []
 for parsed in JsonCodec(EVENT_SCHEMA).parse_batch(sys.stdin.buffer.read()):

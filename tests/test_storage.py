@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.database import Conflict, Connection, Engine, Refused, connected, open_engine
 from server.errors import Unavailable
-from server.rows import Row
-from server.storage import EventStore
+from server.events.copy_rows import Row
+from server.storage.connection import Conflict, Connection, Engine, Refused, connected, open_engine
+from server.storage.events import EventStore
 from tests.services import for_sqlalchemy
 from tests.test_rows import ENCODER, make_row
 

@@ -9,8 +9,15 @@ from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.json_document import parse_exactly
-from server.structs import LostDigits, TooDeep, fill_struct, is_plain, read_struct, replace_nul
+from server.events.free_form import (
+    LostDigits,
+    TooDeep,
+    fill_struct,
+    is_plain,
+    read_struct,
+    replace_nul,
+)
+from server.events.json_parser import parse_exactly
 
 DEPTH = 32
 

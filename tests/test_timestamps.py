@@ -7,7 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.timestamps import (
+from server.events.timestamps import (
     END_SECOND,
     FIRST_SECOND,
     format_timestamp,

@@ -28,7 +28,7 @@ class Bug:
 
 
 ANSWERS_BEFORE_COMMIT = Bug(
-    "writer.py",
+    "ingest/group_commit.py",
     "        try:\n            self._save(group)\n",
     "        _settle(group)\n        try:\n            self._save(group)\n",
     "kill-before-commit",
@@ -42,7 +42,7 @@ NO_UNIQUE_KEY = Bug(
     "stored twice",
 )
 COMMITS_WITHOUT_SYNC = Bug(
-    "storage.py",
+    "storage/events.py",
     "SELECT set_config('synchronous_commit', 'on', true)\n"
     " WHERE current_setting('synchronous_commit') = 'off';\n",
     "SET LOCAL synchronous_commit = off;\n",
@@ -50,21 +50,21 @@ COMMITS_WITHOUT_SYNC = Bug(
     "acknowledged and not stored",
 )
 SECOND_TRANSACTION = Bug(
-    "storage.py",
+    "storage/events.py",
     "        failpoints.reach(failpoints.BEFORE_COMMIT)\n",
     '        cursor.execute("COMMIT; BEGIN")\n        failpoints.reach(failpoints.BEFORE_COMMIT)\n',
     "kill-before-commit",
     "neither delivered to",
 )
 LEASE_IGNORED = Bug(
-    "outbox.py",
+    "storage/outbox.py",
     "   SET lease = :lease, due_at = now() + make_interval(secs => :seconds) WHERE",
     "   SET lease = :lease, due_at = now() + make_interval(secs => 0 * :seconds) WHERE",
     "forwarder-kill",
     "again within their lease",
 )
 LOGS_EVENTS = Bug(
-    "writer.py",
+    "ingest/group_commit.py",
     '_log.warning("storage is unavailable",',
     '_log.warning("storage is unavailable for " + group[0].rows[0].text,',
     "database-stop",

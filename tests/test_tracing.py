@@ -322,8 +322,8 @@ def run_python(
 
 
 STOP_TRACING = """
-from server import tracing
-from server.observation import Observer
+from server.telemetry import tracing
+from server.ingest.request_record import Observer
 tracing._STOP_SECONDS = 0.5
 traces = tracing.Tracing()
 Observer((traces.requests,)).begin("http").finish(401)
@@ -346,7 +346,7 @@ import os, sys
 {before}
 from server.app.parts import BUCKETS
 from server.app.worker import Worker
-from server.buckets import BucketTable
+from server.ingest.buckets import BucketTable
 from server.config import read_settings
 from server.logs import configure_logs
 configure_logs("INFO")

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from server import transport
-from server.providers import MAX_ANSWER_BYTES, Answer, Request
-from server.transport import Transport
+from server.forwarding import http_client as transport
+from server.forwarding.http_client import Transport
+from server.forwarding.providers.provider import MAX_ANSWER_BYTES, Answer, Request
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 

@@ -13,7 +13,7 @@ import psycopg2
 import pytest
 from sqlalchemy import text
 
-from server.database import connected, open_engine
+from server.storage.connection import connected, open_engine
 from tests.clients import Tenant, accepted, to_message
 from tests.conftest import create_project
 from tests.services import ROOT, for_sqlalchemy, query, run_command, running_service

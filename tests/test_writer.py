@@ -11,10 +11,10 @@ import psycopg2
 import psycopg2.extensions
 import pytest
 
-from server.database import Engine, Link, Watchdog, open_engine
 from server.errors import Internal, Unavailable
-from server.storage import EventStore
-from server.writer import Writer
+from server.ingest.group_commit import Writer
+from server.storage.connection import Engine, Link, Watchdog, open_engine
+from server.storage.events import EventStore
 from tests.services import wait_until
 from tests.test_rows import ENCODER, make_row
 

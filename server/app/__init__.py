@@ -1,6 +1,6 @@
 """The only place where the parts are put together: the parent process and those it starts."""
 
-from server.app.forwarding import run_forwarder
+from server.app.forwarder import run_forwarder
 from server.app.parent import DEMO_PROJECT, run_service
 from server.app.parts import opened_database
 from server.app.worker import opened_replay, run_worker

@@ -10,17 +10,17 @@ from contextlib import ExitStack
 from functools import partial
 
 from server.app.parts import BUCKETS
-from server.buckets import BucketTable
-from server.certificates import read_certificates
 from server.config import Settings
-from server.database import Engine, Link, Readiness, Watchdog, connected, open_engine
-from server.embedded import EmbeddedPostgres, EmbeddedPostgresError
-from server.keys import create_key, list_keys
-from server.metrics_page import MetricsPage, MetricsServer, opened_directory
-from server.migration import check_migrated, migrate
-from server.monitor import OutboxMonitor
-from server.partitions import PartitionKeeper
-from server.workers import Supervisor, listen, reserve_ports
+from server.forwarding.outbox_monitor import OutboxMonitor
+from server.grpc.certificates import read_certificates
+from server.ingest.buckets import BucketTable
+from server.processes.supervisor import Supervisor, listen, reserve_ports
+from server.storage.connection import Engine, Link, Readiness, Watchdog, connected, open_engine
+from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from server.storage.keys import create_key, list_keys
+from server.storage.migrate import check_migrated, migrate
+from server.storage.partitions import PartitionKeeper
+from server.telemetry.metrics_page import MetricsPage, MetricsServer, opened_directory
 
 DEMO_PROJECT = "proj_demo"
 # Settings of libraries, where the environment has none of its own.

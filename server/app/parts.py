@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from server.config import Settings
-from server.embedded import EmbeddedPostgres
-from server.outbox import Outbox
-from server.providers import CURRENT_MAPPING_VERSION
-from server.storage import OnStored
+from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
+from server.storage.embedded import EmbeddedPostgres
+from server.storage.events import OnStored
+from server.storage.outbox import Outbox
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from server.telemetry.tracing import Tracing
 
 # The variable by which a worker learns the file descriptor of the buckets that all of them share.
 BUCKETS = "PRODUCTGRAPH_BUCKETS"
@@ -45,7 +45,7 @@ def open_tracing(settings: Settings) -> "Tracing | None":
     if not settings.tracing:
         return None
     try:
-        from server.tracing import Tracing
+        from server.telemetry.tracing import Tracing
     except ImportError as error:
         # What sets the variables is often set up for a whole cluster: no reason not to serve.
         _log.warning(

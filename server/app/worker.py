@@ -8,29 +8,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from server.app.parts import BUCKETS, open_outbox, open_tracing, opened_database
-from server.buckets import BucketTable
-from server.certificates import CertificateSource
 from server.config import Settings
-from server.database import Engine, Link, Readiness, Watchdog, open_engine, transactional
-from server.grpc_api import GrpcServer, IngestServicer
-from server.http_api import MAX_BODY_BYTES, create_app
-from server.http_server import HTTPServer
-from server.json_codec import JsonCodec
-from server.key_directory import KeyDirectory
-from server.metrics import RequestMetrics, StorageMetrics
-from server.observation import Observer, Sink
-from server.openapi import encode_description
-from server.protobuf_codec import ProtobufCodec
-from server.rate_limiter import RateLimiter
-from server.recorder import RejectionRecorder
-from server.replay import Replay
-from server.request_log import RequestLog
-from server.rows import RowEncoder
-from server.schema import EVENT_SCHEMA
-from server.service import IngestService
-from server.storage import EventStore
-from server.workers import Lifeline, listen
-from server.writer import Writer
+from server.events.copy_rows import RowEncoder
+from server.events.json_codec import JsonCodec
+from server.events.protobuf_codec import ProtobufCodec
+from server.events.schema import EVENT_SCHEMA
+from server.grpc.api import GrpcServer, IngestServicer
+from server.grpc.certificates import CertificateSource
+from server.http.api import MAX_BODY_BYTES, create_app
+from server.http.openapi import encode_description
+from server.http.server import HTTPServer
+from server.ingest.buckets import BucketTable
+from server.ingest.group_commit import Writer
+from server.ingest.key_cache import KeyDirectory
+from server.ingest.limits import RateLimiter
+from server.ingest.rejection_writer import RejectionRecorder
+from server.ingest.replay import Replay
+from server.ingest.request_record import Observer, Sink
+from server.ingest.service import IngestService
+from server.processes.supervisor import Lifeline, listen
+from server.storage.connection import Engine, Link, Readiness, Watchdog, open_engine, transactional
+from server.storage.events import EventStore
+from server.telemetry.metrics import RequestMetrics, StorageMetrics
+from server.telemetry.request_log import RequestLog
 
 # It decodes and validates large requests, and waits for nothing. One at a time: decoded, a body can
 # take thirty times its size, and what does not fit into the processor's cache is slow.

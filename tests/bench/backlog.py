@@ -14,9 +14,9 @@ from sqlalchemy import text
 
 from productgraph.internal.v1.frames_pb2 import EventFrames
 from productgraph.v1.event_pb2 import Event
-from server.database import connected, open_engine, transactional
-from server.outbox import claim_batch
-from server.providers import CURRENT_MAPPING_VERSION
+from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
+from server.storage.connection import connected, open_engine, transactional
+from server.storage.outbox import claim_batch
 from tests.bench.cells import Cell
 from tests.bench.database import BenchDatabase
 from tests.bench.events import PROJECT, make_events

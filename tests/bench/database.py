@@ -13,11 +13,11 @@ from google.protobuf.json_format import ParseDict
 from psycopg2.extensions import connection as Connection
 
 from productgraph.v1.event_pb2 import Event
-from server.database import connected, open_engine
-from server.embedded import EmbeddedPostgres
-from server.keys import create_key
-from server.migration import migrate
-from server.partitions import add_months
+from server.storage.connection import connected, open_engine
+from server.storage.embedded import EmbeddedPostgres
+from server.storage.keys import create_key
+from server.storage.migrate import migrate
+from server.storage.partitions import add_months
 from tests.bench.baseline import EventTable
 from tests.bench.events import PROJECT, NumberedRequest, encode_rows, make_events
 

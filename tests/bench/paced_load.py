@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from google.protobuf.json_format import ParseDict
 
 from productgraph.v1.event_pb2 import Event
-from server.providers.mapping import map_event
+from server.forwarding.providers.mapping import map_event
 from tests.bench.events import NumberedRequest, encode_http, make_events
 from tests.bench.http_load import HttpConnection
 from tests.bench.meter import Meter

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from server.priority import lower_priority
+from server.processes.priority import lower_priority
 from tests.provider_servers import (
     AmplitudeServer,
     Fault,

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.database import connected, open_engine
-from server.outbox import read_status
+from server.storage.connection import connected, open_engine
+from server.storage.outbox import read_status
 from tests.bench.database import BenchDatabase, running_database
 from tests.bench.paced_load import PacedPlan, PacedResult, send_paced
 from tests.bench.report import Document

@@ -13,9 +13,9 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import psycopg2
 
-from server.database import connected, open_engine
-from server.embedded import EmbeddedPostgres
-from server.keys import create_key
+from server.storage.connection import connected, open_engine
+from server.storage.embedded import EmbeddedPostgres
+from server.storage.keys import create_key
 from tests.faults.clients import Client, GrpcClient, HttpClient
 from tests.faults.events import PROJECT
 from tests.faults.machine import find_ports, is_listening, mounted

@@ -10,7 +10,7 @@ from typing import Any
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsRequest
 from productgraph.v1.event_pb2 import Event
-from server.providers.mapping import map_event
+from server.forwarding.providers.mapping import map_event
 
 PROJECT = "proj_torture"
 # In every event, and in no log.

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import orjson
 
-from server.json_document import MAX_VALUES
+from server.events.json_parser import MAX_VALUES
 from tests.bench.events import make_long_events
 from tests.conftest import Project
 from tests.hostile.bodies import describe_outcome

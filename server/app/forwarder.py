@@ -1,0 +1,79 @@
+"""One forwarder process."""
+
+import asyncio
+import logging
+import signal
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from server.app.parts import open_tracing, opened_database
+from server.config import Settings
+from server.forwarding.http_client import Transport
+from server.forwarding.lane import REQUESTS_IN_FLIGHT, Lane
+from server.forwarding.providers.amplitude import Amplitude
+from server.forwarding.providers.mixpanel import Mixpanel
+from server.forwarding.providers.provider import Provider
+from server.processes.priority import lower_priority
+from server.processes.supervisor import Lifeline
+from server.storage.connection import Engine, Link, Watchdog, open_engine, transactional
+from server.storage.migrate import check_migrated
+
+if TYPE_CHECKING:
+    from server.telemetry.tracing import Tracing
+
+_NICENESS = 10
+
+_log = logging.getLogger("productgraph")
+
+
+def run_forwarder(settings: Settings) -> None:
+    """Forwards to the enabled providers until a signal, or the end of the parent if it has one."""
+    lower_priority(_NICENESS)  # ingestion goes first: what waits here is kept
+    with opened_database(settings) as database_url:
+        asyncio.run(_forward(settings, open_engine(database_url)))
+
+
+async def _forward(settings: Settings, engine: Engine) -> None:
+    check_migrated(engine)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    tracing = open_tracing(settings)
+    lanes = [
+        _build_lane(provider, settings, engine, tracing) for provider in _build_providers(settings)
+    ]
+    watchdog = Watchdog(*(lane.check for lane in lanes))
+    watchdog.start()
+    if lifeline := Lifeline.find():
+        lifeline.report_ready()
+        lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
+    if not lanes:
+        _log.warning("no analytics provider is enabled, nothing is forwarded")
+    # It waits all the same: one that ended would be started again and again by what deploys it.
+    await asyncio.gather(stop.wait(), *(lane.run(stop) for lane in lanes))
+    watchdog.stop()
+    if tracing is not None:
+        tracing.stop()
+
+
+def _build_providers(settings: Settings) -> list[Provider]:
+    types: dict[str, type[Amplitude | Mixpanel]] = {"amplitude": Amplitude, "mixpanel": Mixpanel}
+    return [
+        types[name](destination.credential, destination.endpoint)
+        for name, destination in settings.destinations.items()
+    ]
+
+
+def _build_lane(
+    provider: Provider, settings: Settings, engine: Engine, tracing: "Tracing | None"
+) -> Lane:
+    # Connections of its own: a provider that hangs takes none of another one's.
+    transport = (
+        Transport(REQUESTS_IN_FLIGHT)
+        if tracing is None
+        else tracing.open_transport(provider.name, REQUESTS_IN_FLIGHT)
+    )
+    link = Link(transactional(engine))
+    return Lane(
+        provider, transport, link, max_age=timedelta(seconds=settings.forward_max_age_seconds)
+    )

@@ -1,0 +1,1 @@
+"""The command lines: what each command prints, and its exit code."""

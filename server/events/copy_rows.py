@@ -1,0 +1,80 @@
+"""Events as rows of the table, in the CSV that COPY reads.
+
+https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
+"""
+
+from operator import itemgetter
+from typing import NamedTuple
+
+from google.protobuf.message import Message
+
+from server.events.parsed import ParsedEvent
+from server.events.schema import Kind, Schema
+from server.events.timestamps import format_timestamp
+
+# Of its formats the one in which most lines are their texts, joined: what is absent takes no
+# character, and next to no text holds a tab or what quotes here.
+COPY_OPTIONS = r"FORMAT csv, DELIMITER E'\t', QUOTE E'\x01', NULL ''"
+_QUOTE = "\x01"
+
+
+class Row(NamedTuple):
+    """One event ready for COPY.
+
+    `key` identifies the event, and sorts as the primary key does; `text` is its line; `encoded` is
+    its protobuf, where that is kept.
+    """
+
+    key: str
+    text: str
+    encoded: bytes = b""
+
+    @property
+    def project_id(self) -> str:
+        """The project of the event."""
+        return self.key.partition("\0")[0]
+
+
+class RowEncoder:
+    """Encodes events as lines of COPY; `columns` names the table's columns in their order."""
+
+    def __init__(self, schema: Schema) -> None:
+        names = [field.name for field in schema.columns]
+        self._position_of = {name: position for position, name in enumerate(names)}
+        self._timestamps = tuple(field.name for field in schema.of_kind(Kind.TIMESTAMP))
+        self._key_time = self._timestamps.index("event_timestamp")
+        self._key_texts = itemgetter(names.index("project_id"), names.index("event_id"))
+        self.columns = (*names, *self._timestamps)
+
+    def encode(self, parsed: ParsedEvent) -> Row:
+        """The row of a valid event, without its protobuf."""
+        event = parsed.event
+        times = [_format_time(event, name) for name in self._timestamps]
+        project_id, event_id = self._key_texts(parsed.columns)
+        key = f"{project_id}\0{times[self._key_time]}\0{event_id}"
+        line = "\t".join((*parsed.columns, *times))
+        if parsed.empty or self._needs_quotes(line):
+            line = "\t".join((*self._quote(parsed), *times))
+        return Row(key, line + "\n")
+
+    def _needs_quotes(self, line: str) -> bool:
+        has_more = line.count("\t") >= len(self.columns)
+        return has_more or "\n" in line or "\r" in line or _QUOTE in line
+
+    def _quote(self, parsed: ParsedEvent) -> list[str]:
+        texts = [_quote(text) if _is_special(text) else text for text in parsed.columns]
+        for name in parsed.empty:
+            texts[self._position_of[name]] = _quote("")
+        return texts
+
+
+def _format_time(event: Message, name: str) -> str:
+    return format_timestamp(getattr(event, name)) if event.HasField(name) else ""
+
+
+def _is_special(text: str) -> bool:
+    return "\t" in text or "\n" in text or "\r" in text or _QUOTE in text
+
+
+def _quote(text: str) -> str:
+    return _QUOTE + text.replace(_QUOTE, 2 * _QUOTE) + _QUOTE

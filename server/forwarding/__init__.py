@@ -1,0 +1,1 @@
+"""Stored events on their way to analytics providers."""

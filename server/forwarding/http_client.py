@@ -1,0 +1,47 @@
+"""One HTTP request to a provider, bounded in time and in what is read of the answer."""
+
+import asyncio
+
+import httpx
+
+from server.forwarding.providers.provider import MAX_ANSWER_BYTES, Answer, Request
+
+_CONNECT_SECONDS = 5.0
+# Of all together: a server that drips a byte a second keeps every smaller timeout.
+_TOTAL_SECONDS = 20.0
+
+
+class Transport:
+    """Sends requests over reused connections. Redirects are not followed, proxies not asked."""
+
+    def __init__(self, connections: int) -> None:
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(_TOTAL_SECONDS, connect=_CONNECT_SECONDS),
+            trust_env=False,
+            limits=httpx.Limits(max_connections=connections),
+            # A compressed answer could be far larger than it looks.
+            headers={"Accept-Encoding": "identity", "User-Agent": "productgraph"},
+        )
+
+    async def post(self, request: Request) -> Answer | None:
+        """The answer to a request; None where there was none, or not all of it, in time."""
+        try:
+            async with asyncio.timeout(_TOTAL_SECONDS):
+                return await self._post(request)
+        except (httpx.HTTPError, TimeoutError):
+            return None
+
+    async def _post(self, request: Request) -> Answer:
+        body = bytearray()
+        async with self._client.stream(
+            "POST", request.url, content=request.body, headers=request.headers
+        ) as response:
+            async for part in response.aiter_raw():
+                body += part
+                if len(body) > MAX_ANSWER_BYTES:
+                    break
+        return Answer(response.status_code, response.headers, bytes(body[:MAX_ANSWER_BYTES]))
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()

@@ -1,0 +1,1 @@
+"""What each provider takes, and what its answers mean."""

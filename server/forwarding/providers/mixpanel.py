@@ -1,0 +1,142 @@
+"""Mixpanel's Import Events, in strict mode.
+
+https://developer.mixpanel.com/reference/import-events
+
+Events from before 1971, or from more than an hour ahead, are sent as they are, and refused. Moving
+them would falsify them, and the refusal costs their neighbours nothing; those that were ahead can
+be sent again later.
+"""
+
+import gzip
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from productgraph.v1.event_pb2 import Event
+from server.forwarding.providers.mapping import Limits, fit_id, fit_items, map_event
+from server.forwarding.providers.provider import (
+    Answer,
+    Decision,
+    Request,
+    accept_all,
+    decide_by_status,
+    halve,
+    is_index,
+    read_text,
+    retry_all,
+)
+
+ENDPOINT = "https://api.mixpanel.com/import"
+
+# The limit of three levels is read as strictly as it can be: `properties` is the first of them.
+_LIMITS = Limits(max_text=255, max_items=254, max_depth=3)
+_MAX_ID_BYTES = 255
+_DEVICE_PREFIX = "$device:"
+# What is asked for after a 429, a 502 and a 503; full jitter alone could send at once.
+_LEAST_WAIT_SECONDS = 2.0
+# JSON of so many like events shrinks well at any level, and this one costs the least.
+_GZIP_LEVEL = 1
+
+
+class Mixpanel:
+    """Sends to the project of `token`."""
+
+    name = "mixpanel"
+    # 2,000 events are the documented limit of a request, and 2 MB the smaller one that is told.
+    max_events = 2000
+    max_bytes = 1_900_000
+
+    def __init__(self, token: str, endpoint: str = ENDPOINT) -> None:
+        self._url = f"{endpoint}{'&' if '?' in endpoint else '?'}strict=1"
+        self._headers = {
+            "Authorization": f"Basic {b64encode(f'{token}:'.encode()).decode()}",
+            "Content-Type": "application/json",
+            "Content-Encoding": "gzip",
+        }
+
+    def encode_event(self, event: Event, version: int) -> bytes:
+        """An event of the array; raises KeyError for an unknown version."""
+        return _ENCODERS[version](event)
+
+    def build_request(self, payloads: Sequence[bytes]) -> Request:
+        """One array, compressed; the same bytes for the same payloads."""
+        body = gzip.compress(b"[%s]" % b",".join(payloads), _GZIP_LEVEL, mtime=0)
+        return Request(self._url, self._headers, body)
+
+    def decide(self, payloads: Sequence[bytes], answer: Answer | None) -> Decision:
+        """What an answer means; a 400 that names events says that it has the others."""
+        count = len(payloads)
+        if answer is None:
+            return retry_all(count)
+        report = answer.read_report()
+        if answer.status in (429, 502, 503):
+            return retry_all(count, max(_LEAST_WAIT_SECONDS, answer.retry_after))
+        if answer.status == 200 and report and _is_success(report, count):
+            return accept_all(count)
+        if answer.status == 400 and report is not None:
+            return _decide_refused(report, count, answer.retry_after)
+        return decide_by_status(count, answer)
+
+
+def _encode_event_1(event: Event) -> bytes:
+    mapped = map_event(event)
+    user_id = fit_id(mapped.user_id, _MAX_ID_BYTES) if mapped.user_id else ""
+    device_id = fit_id(mapped.device_id, _MAX_ID_BYTES - len(_DEVICE_PREFIX))
+    own = {
+        "time": mapped.time,
+        # What Mixpanel itself makes of the two ids below, said here to be the same for ever.
+        "distinct_id": user_id or f"{_DEVICE_PREFIX}{device_id}",
+        "$insert_id": mapped.insert_id,
+        "$device_id": device_id,
+        "$user_id": user_id,
+        # Anything else would be the place of this service, for all users.
+        "ip": "0",
+        "$current_url": event.page_url,
+        "$referrer": event.page_referrer,
+    }
+    properties = {name: value for name, value in own.items() if value != ""} | mapped.properties
+    return orjson.dumps(
+        {
+            "event": mapped.name[: _LIMITS.max_text],
+            "properties": fit_items(properties.items(), _LIMITS),
+        }
+    )
+
+
+_ENCODERS: Mapping[int, Callable[[Event], bytes]] = {1: _encode_event_1}
+
+
+def _is_success(report: Mapping[str, Any], count: int) -> bool:
+    return (
+        report.get("code") == 200
+        and report.get("status") == "OK"
+        and report.get("num_records_imported") == count
+    )
+
+
+def _decide_refused(report: Mapping[str, Any], count: int, retry_after: float) -> Decision:
+    records = report.get("failed_records")
+    if not records:
+        return halve(count, read_text(report.get("error")) or "refused (400)")
+    named = _read_refused(records, count)
+    if named is None:
+        return retry_all(count, retry_after)
+    rest = frozenset(range(count)) - named.keys()
+    if report.get("num_records_imported", len(rest)) != len(rest):
+        return Decision(dead=named, retry=dict.fromkeys(rest, retry_after))
+    return Decision(dead=named, done=rest)
+
+
+def _read_refused(records: Any, count: int) -> dict[int, str] | None:
+    """What a 400 names, and why; None where any of it makes no sense."""
+    if not isinstance(records, list):
+        return None
+    named = {}
+    for record in records:
+        if not isinstance(record, dict) or not is_index(record.get("index"), count):
+            return None
+        field, message = read_text(record.get("field")), read_text(record.get("message"))
+        named[record["index"]] = message or f"invalid field {field}"
+    return named

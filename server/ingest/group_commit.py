@@ -1,0 +1,261 @@
+"""Group commit: whatever arrives while a commit is in flight shares the next one.
+
+A database that takes less than arrives would be given ever larger groups, the oldest requests
+first, and all their answers would come too late. So a group is no larger than what it took within
+a second lately, and what it cannot take in time is refused at once.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from server.errors import IngestError, Internal, Unavailable
+from server.events.copy_rows import Row
+from server.storage.connection import Conflict, Link, Refused
+from server.storage.events import EventStore
+
+# A request is answered so long before its deadline, where its outcome is still unknown.
+_MARGIN_SECONDS = 0.25
+# A commit is given this long even when a request in it has less time left.
+_SHORTEST_COMMIT_SECONDS = 1.0
+_GROUP_BYTES = 16 << 20
+# A group takes so long where the database is slow, unless it is smaller than these bytes; from such
+# a group on, and from such a time, the speed of the database is known.
+_GROUP_SECONDS = 1.0
+_TELLING_BYTES, _TELLING_SECONDS = 32 << 10, 0.25
+# Of the time that a request has left, so much may be used up by what waits before it: the rest is
+# for its own group, and for a database that gets slower meanwhile.
+_WAITING_SHARE = 0.7
+_STOP_SECONDS = 5.0
+
+_log = logging.getLogger("productgraph.writer")
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """The rows of one request, and when it must have its answer."""
+
+    rows: Sequence[Row]
+    size: int
+    answer_by: float
+    stored: Future[None] = field(default_factory=Future)
+
+    def settle(self, error: IngestError | None = None) -> None:
+        """Answers the request, unless it has been answered."""
+        with suppress(InvalidStateError):
+            if error is None:
+                self.stored.set_result(None)
+            else:
+                self.stored.set_exception(error)
+
+
+class _Pace:
+    """How many bytes a second the database takes, where it is slow enough to matter."""
+
+    def __init__(self) -> None:
+        self._rate = math.inf
+
+    def learn(self, size: int, seconds: float) -> None:
+        """Takes note of a commit."""
+        rate = size / max(seconds, 1e-6)
+        is_telling = size >= _TELLING_BYTES and seconds >= _TELLING_SECONDS
+        if is_telling or rate > self._rate:
+            self._rate = rate
+
+    def seconds_for(self, size: float) -> float:
+        """How long so many bytes take."""
+        return size / self._rate
+
+    def group_bytes(self) -> float:
+        """How large a group may be."""
+        return min(_GROUP_BYTES, max(_TELLING_BYTES, self._rate * _GROUP_SECONDS))
+
+
+class Writer:
+    """One thread that stores what all requests of the process hand in, one group at a time.
+
+    `on_group` is told the rows and bytes of each group that was committed.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        store: EventStore,
+        *,
+        max_waiting_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        on_group: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._link = link
+        self._store = store
+        self._max_waiting_bytes = max_waiting_bytes
+        self._clock = clock
+        self._on_group = on_group
+        self._waiting: deque[Batch] = deque()
+        self._waiting_bytes = 0
+        self._in_flight: list[Batch] = []
+        self._busy_until = -math.inf
+        self._pace = _Pace()
+        self._available = True
+        self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    def start(self) -> None:
+        """Starts storing."""
+        self._thread.start()
+
+    def submit(self, rows: Sequence[Row], deadline: float) -> Future[None]:
+        """Hands rows in; the future is done once they are committed, or fails by `deadline`.
+
+        `deadline` is on the writer's clock. Raises Unavailable at once where the database is away
+        or too much is waiting. After a failure the rows may have been stored all the same.
+        """
+        size = sum(len(row.text) for row in rows)
+        batch = Batch(rows, size, deadline - _MARGIN_SECONDS)
+        with self._changed:
+            if not self._available or self._closing.is_set():
+                raise Unavailable("storage is unavailable")
+            if self._waiting_bytes + size > self._max_waiting_bytes:
+                raise Unavailable("too many events are waiting to be stored")
+            if self._would_be_late(batch):
+                raise Unavailable("too many events are waiting to be stored")
+            self._waiting.append(batch)
+            self._waiting_bytes += size
+            self._changed.notify()
+        return batch.stored
+
+    def backlog(self) -> tuple[int, int]:
+        """How many batches wait for a group to be in, and their bytes."""
+        return len(self._waiting), self._waiting_bytes
+
+    def _would_be_late(self, batch: Batch) -> bool:
+        """Never where nothing else is to be stored, so that a better pace is noticed."""
+        if not (self._waiting or self._in_flight):
+            return False
+        wait = self._pace.seconds_for(self._waiting_bytes + batch.size)
+        left = batch.answer_by - max(self._clock(), self._busy_until)
+        return wait > _WAITING_SHARE * left
+
+    def check(self) -> None:
+        """For the watchdog: answers those whose time is up, and cuts a commit that hangs."""
+        now = self._clock()
+        with self._changed:
+            overdue = [batch for batch in self._waiting if now >= batch.answer_by]
+        for batch in (*overdue, *self._in_flight):
+            if now >= batch.answer_by:
+                batch.settle(Unavailable("not stored in time"))
+        if self._link.cut_if_overdue():
+            self._fail(self._in_flight)
+
+    def stop(self) -> None:
+        """Stores what is waiting, then ends."""
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
+        self._thread.join(_STOP_SECONDS)
+
+    def _run(self) -> None:
+        while (group := self._take_group()) is not None:
+            try:
+                if group:
+                    self._store_group(group)
+            except Exception:  # noqa: BLE001 - the thread outlives whatever happens
+                _log.exception("a group could not be stored")
+                _settle(group, Internal())
+            if not self._available:
+                self._available = self._link.wait_until_available(self._closing)
+        self._link.close()
+
+    def _take_group(self) -> list[Batch] | None:
+        """Waits for batches to store together: none where the database is away, None at the end."""
+        with self._changed:
+            self._in_flight = []
+            # A commit may be cut in the moment of its success, and nobody submits after that.
+            self._changed.wait_for(
+                lambda: self._waiting or self._closing.is_set() or not self._available
+            )
+            if self._closing.is_set() and not self._waiting:
+                return None
+            self._in_flight = self._pop_group()
+            return self._in_flight
+
+    def _pop_group(self) -> list[Batch]:
+        group: list[Batch] = []
+        size, now, limit = 0, self._clock(), self._pace.group_bytes()
+        # All of a group are answered at once: what would be stored for nothing is left out.
+        expected = self._pace.seconds_for(min(limit, self._waiting_bytes))
+        while self._waiting and size < limit:
+            batch = self._waiting.popleft()
+            self._waiting_bytes -= batch.size
+            is_alone = not (group or self._waiting)
+            if batch.answer_by <= now + (0.0 if is_alone else expected):
+                batch.settle(Unavailable("not stored in time"))
+            elif not batch.stored.done():
+                group.append(batch)
+                size += batch.size
+        self._busy_until = now + self._pace.seconds_for(size)
+        return group
+
+    def _store_group(self, group: list[Batch]) -> None:
+        try:
+            self._save(group)
+        except Unavailable as error:
+            _log.warning("storage is unavailable", exc_info=error.__cause__)
+            self._fail(group)
+        except Refused:
+            if len(group) == 1:
+                raise
+            for batch in group:
+                self._store_alone(batch)
+        else:
+            _settle(group)
+            if self._on_group is not None:
+                self._on_group(
+                    sum(len(batch.rows) for batch in group), sum(batch.size for batch in group)
+                )
+
+    def _store_alone(self, batch: Batch) -> None:
+        """So that data which PostgreSQL refuses fails its own request only."""
+        try:
+            self._store_group([batch])
+        except Refused:
+            _log.exception("a request's rows were refused")
+            batch.settle(Internal())
+
+    def _save(self, group: list[Batch]) -> None:
+        rows = group[0].rows if len(group) == 1 else [row for each in group for row in each.rows]
+        size = sum(batch.size for batch in group)
+        earliest, started_at = min(batch.answer_by for batch in group), self._clock()
+        expected = min(self._pace.seconds_for(size), _GROUP_SECONDS)
+        until = max(earliest, started_at + _SHORTEST_COMMIT_SECONDS + expected)
+        while True:
+            seconds = until - self._clock()
+            try:
+                with self._link.connected(seconds) as connection:
+                    self._store.save(connection, rows, seconds)
+                self._pace.learn(size, self._clock() - started_at)
+                return
+            except Conflict:
+                if self._clock() >= until:
+                    raise Unavailable("not stored in time") from None
+
+    def _fail(self, group: list[Batch]) -> None:
+        """Answers everyone now, and whoever comes until the database is back."""
+        with self._changed:
+            self._available = False
+            waiting, self._waiting = self._waiting, deque()
+            self._waiting_bytes = 0
+            self._changed.notify()
+        _settle([*group, *waiting], Unavailable("storage is unavailable"))
+
+
+def _settle(group: Sequence[Batch], error: IngestError | None = None) -> None:
+    for batch in group:
+        batch.settle(error)

@@ -1,0 +1,62 @@
+"""How much each API key may send, whichever worker of the machine it sends to."""
+
+from math import ceil
+from typing import NamedTuple
+
+from server.errors import ResourceExhausted
+from server.ingest.buckets import SECOND, BucketTable
+from server.storage.keys import Caller
+
+
+class Quota(NamedTuple):
+    """What is left to a caller: `rate` is in units a second, and how many may be sent at once."""
+
+    unit: str
+    rate: int
+    remaining: int
+    seconds_to_full: int
+
+
+class RateLimiter:
+    """Counts events and bytes against a key's own rates, or else the default ones; 0 is none."""
+
+    def __init__(self, buckets: BucketTable, *, event_rate: int, byte_rate: int) -> None:
+        self._buckets = buckets
+        self._default_event_rate = event_rate
+        self._default_byte_rate = byte_rate
+
+    def take_events(self, caller: Caller, count: int) -> None:
+        """Raises ResourceExhausted, and counts nothing, where that is too many now."""
+        if rate := self._event_rate(caller):
+            self._take(2 * caller.key_id, rate, count, "events")
+
+    def take_bytes(self, caller: Caller, count: int) -> None:
+        """Raises ResourceExhausted, and counts nothing, where that is too many now."""
+        if rate := self._byte_rate(caller):
+            self._take(2 * caller.key_id + 1, rate, count, "bytes")
+
+    def quotas_of(self, caller: Caller) -> list[Quota]:
+        """Where a caller stands; empty where nothing limits it."""
+        quotas = []
+        if rate := self._event_rate(caller):
+            quotas.append(self._measure(2 * caller.key_id, rate, "events"))
+        if rate := self._byte_rate(caller):
+            quotas.append(self._measure(2 * caller.key_id + 1, rate, "bytes"))
+        return quotas
+
+    def _event_rate(self, caller: Caller) -> int:
+        own = caller.event_rate
+        return self._default_event_rate if own is None else own
+
+    def _byte_rate(self, caller: Caller) -> int:
+        own = caller.byte_rate
+        return self._default_byte_rate if own is None else own
+
+    def _take(self, bucket: int, rate: int, count: int, unit: str) -> None:
+        if not self._buckets.take(bucket, count * SECOND // rate):
+            seconds = max(1, ceil(self._buckets.seconds_to_full(bucket)))
+            raise ResourceExhausted(f"rate limit exceeded: {rate} {unit}/s", seconds)
+
+    def _measure(self, bucket: int, rate: int, unit: str) -> Quota:
+        seconds = self._buckets.seconds_to_full(bucket)
+        return Quota(unit, rate, int(max(0.0, 1 - seconds) * rate), ceil(seconds))

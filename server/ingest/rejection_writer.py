@@ -1,0 +1,222 @@
+"""Keeps rejected events, by a thread and a connection that ingestion never waits for."""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import Concatenate, ParamSpec
+
+from productgraph.v1.event_ingestion_service_pb2 import EventError
+from server.config import RejectedKeep
+from server.errors import Unavailable
+from server.events.parsed import ParsedBatch
+from server.storage.connection import Conflict, Connection, Link
+from server.storage.rejected_events import (
+    MAX_EVENT_BYTES,
+    Rejection,
+    delete_expired,
+    delete_surplus,
+    find_crowded_projects,
+    insert_rejections,
+)
+
+# What may wait to be kept; beyond it, events are counted and dropped.
+MAX_WAITING = 10_000
+_MAX_WAITING_BYTES = 16 << 20
+# No project takes the place of the others'.
+_MAX_WAITING_OF_PROJECT = MAX_WAITING // 2
+# One transaction, and how many times as long the rest behind it takes: a flood of rejected events
+# is written at a pace that the others do not feel, the busier they are the slower.
+_GROUP, _GROUP_BYTES = 100, 1 << 18
+_REST = 25
+_TRIM_SECONDS = 10.0
+_RETRY_SECONDS = 2.0
+_QUERY_SECONDS = 10.0
+_STOP_SECONDS = 2.0
+
+P = ParamSpec("P")
+
+_log = logging.getLogger("productgraph.rejected")
+
+
+class _Backlog:
+    """What waits to be kept, within its limits."""
+
+    def __init__(self) -> None:
+        self._rejections: deque[Rejection] = deque()
+        self._bytes = 0
+        self._count_of: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._rejections)
+
+    def has_room(self, project_id: str) -> bool:
+        return (
+            len(self._rejections) < MAX_WAITING
+            and self._bytes < _MAX_WAITING_BYTES
+            and self._count_of[project_id] < _MAX_WAITING_OF_PROJECT
+        )
+
+    def append(self, rejection: Rejection) -> None:
+        self._rejections.append(rejection)
+        self._bytes += len(rejection.event)
+        self._count_of[rejection.project_id] += 1
+
+    def first(self) -> list[Rejection]:
+        """As many as are written at a time."""
+        group: list[Rejection] = []
+        size = 0
+        for rejection in islice(self._rejections, _GROUP):
+            size += len(rejection.event)
+            group.append(rejection)
+            if size >= _GROUP_BYTES:
+                break
+        return group
+
+    def remove(self, group: Sequence[Rejection]) -> None:
+        """Takes off what `first` returned."""
+        for rejection in group:
+            self._rejections.popleft()
+            self._bytes -= len(rejection.event)
+        self._count_of -= Counter(rejection.project_id for rejection in group)
+
+
+class RejectionRecorder:
+    """Writes what validation rejected to its table, and keeps that table short.
+
+    `on_dropped` is told now and then how many were too many to be kept.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        keep: RejectedKeep,
+        clock: Callable[[], float] = time.monotonic,
+        on_dropped: Callable[[int], None] | None = None,
+    ) -> None:
+        self._link = link
+        self._keep = keep
+        self._clock = clock
+        self._on_dropped = on_dropped
+        self._backlog = _Backlog()
+        self._dropped = 0
+        # The projects that may have too many rows by now; None: any, as those of another setting.
+        self._grown: set[str] | None = None
+        self._trim_at = clock()
+        self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="rejected", daemon=True)
+
+    def start(self) -> None:
+        """Starts writing."""
+        self._thread.start()
+
+    def record(self, project_id: str, batch: ParsedBatch, errors: Sequence[EventError]) -> None:
+        """Takes the events of a batch that these errors are of; never waits for the database."""
+        now = datetime.now(UTC)
+        with self._changed:
+            for position, error in enumerate(errors):
+                if not self._backlog.has_room(project_id):
+                    self._dropped += len(errors) - position
+                    break
+                event, reason = batch.received(error.index), error.error
+                kept = event[:MAX_EVENT_BYTES]
+                self._backlog.append(
+                    Rejection(project_id, now, batch.protocol, reason, len(event), kept)
+                )
+            self._changed.notify()
+
+    def check(self) -> None:
+        """For the watchdog: cuts a query that hangs."""
+        self._link.cut_if_overdue()
+
+    def stop(self) -> None:
+        """Writes what is waiting, for two seconds at the most, then ends."""
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
+        self._thread.join(_STOP_SECONDS)
+
+    def _run(self) -> None:
+        while not self._closing.is_set() or self._backlog:
+            group = self._wait_for_group()
+            began = self._clock()
+            try:
+                self._write(group)
+                if self._clock() >= self._trim_at:
+                    self._trim()
+            except (Conflict, Unavailable) as error:
+                _log.warning("rejected events cannot be kept now", exc_info=error.__cause__)
+                if self._closing.is_set():
+                    break
+                self._closing.wait(_RETRY_SECONDS)
+            except Exception:  # noqa: BLE001 - the thread outlives whatever happens
+                _log.exception("rejected events were not kept")
+            self._closing.wait(_REST * (self._clock() - began))
+        self._dropped += len(self._backlog)
+        self._tell_dropped()
+        self._link.close()
+
+    def _wait_for_group(self) -> list[Rejection]:
+        """What is to be written next; nothing where it is time to trim."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._backlog or self._closing.is_set(),
+                max(0.0, self._trim_at - self._clock()),
+            )
+            return self._backlog.first()
+
+    def _write(self, group: Sequence[Rejection]) -> None:
+        if not group:
+            return
+        try:
+            with self._link.connected(_QUERY_SECONDS) as connection:
+                insert_rejections(connection, group)
+        except (Conflict, Unavailable):
+            raise  # tried again
+        except Exception:
+            self._remove(group)
+            raise
+        self._remove(group)
+        if self._grown is not None:
+            self._grown.update(rejection.project_id for rejection in group)
+
+    def _remove(self, group: Sequence[Rejection]) -> None:
+        with self._changed:
+            self._backlog.remove(group)
+
+    def _trim(self) -> None:
+        self._trim_at = self._clock() + _TRIM_SECONDS
+        self._tell_dropped()
+        self._repeat(delete_expired, datetime.now(UTC) - timedelta(seconds=self._keep.seconds))
+        for project_id in self._find_grown():
+            self._repeat(delete_surplus, project_id, self._keep.count)
+        self._grown = set()
+
+    def _find_grown(self) -> Collection[str]:
+        if self._grown is not None:
+            return self._grown
+        with self._link.connected(_QUERY_SECONDS) as connection:
+            return find_crowded_projects(connection, self._keep.count)
+
+    def _repeat(
+        self, delete: "Callable[Concatenate[Connection, P], int]", *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Deletes a little at a time, until there is no more."""
+        while not self._closing.is_set():
+            with self._link.connected(_QUERY_SECONDS) as connection:
+                if not delete(connection, *args, **kwargs):
+                    return
+
+    def _tell_dropped(self) -> None:
+        with self._changed:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            _log.warning(
+                "rejected events were not kept, there were too many", extra={"count": dropped}
+            )
+            if self._on_dropped is not None:
+                self._on_dropped(dropped)

@@ -1,0 +1,78 @@
+"""Rejected events taken once more, as if they came now."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from productgraph.internal.v1.frames_pb2 import EventFrames
+from server.errors import IngestError
+from server.events.json_codec import HTTP, JsonCodec
+from server.events.parsed import ParsedBatch
+from server.events.protobuf_codec import ProtobufCodec
+from server.ingest.service import IngestService
+from server.storage.connection import Connection, DatabaseError
+from server.storage.keys import Caller
+from server.storage.rejected_events import StoredRejection, read_pages, settle_replayed
+
+_CUT = "event: kept in part, and cannot be replayed"
+
+
+@dataclass
+class Replayed:
+    """What became of rejected events, by their ids; the rejected with the reasons of now."""
+
+    accepted: list[int] = field(default_factory=list)
+    rejected: dict[int, str] = field(default_factory=dict)
+
+
+class Replay:
+    """Hands rejected events to the service in the place of their clients."""
+
+    def __init__(self, service: IngestService, json: JsonCodec, protobuf: ProtobufCodec) -> None:
+        self._service = service
+        self._json = json
+        self._protobuf = protobuf
+
+    def run(
+        self, connection: Connection, project_id: str | None, ids: Sequence[int], result: Replayed
+    ) -> None:
+        """Replays those of a project and with these ids; None and an empty `ids` mean all.
+
+        What is accepted is stored when its row is deleted. Raises DatabaseError, with what was done
+        until then in `result`.
+        """
+        for page in read_pages(connection, project_id, ids):
+            outcome = Replayed()
+            for _, group in groupby(sorted(page, key=_source), key=_source):
+                self._take(list(group), outcome)
+            settle_replayed(connection, outcome.accepted, outcome.rejected)
+            result.accepted += outcome.accepted
+            result.rejected |= outcome.rejected
+
+    def _take(self, rejections: list[StoredRejection], outcome: Replayed) -> None:
+        """Takes those of one project and one protocol."""
+        whole = [rejection for rejection in rejections if not rejection.is_cut]
+        outcome.rejected |= {r.id: _CUT for r in rejections if r.is_cut}
+        deadline = self._service.deadline_after()
+        try:
+            response, stored = self._service.ingest(
+                Caller(rejections[0].project_id),
+                self._parse(whole, rejections[0].protocol),
+                deadline,
+            )
+            self._service.wait(stored, deadline)
+        except IngestError as error:
+            raise DatabaseError(str(error)) from error
+        reasons = {whole[error.index].id: error.error for error in response.errors}
+        outcome.rejected |= reasons
+        outcome.accepted += [r.id for r in whole if r.id not in reasons]
+
+    def _parse(self, rejections: Sequence[StoredRejection], protocol: str) -> ParsedBatch:
+        events = [rejection.event for rejection in rejections]
+        if protocol == HTTP:
+            return self._json.parse_batch(b'{"events":[' + b",".join(events) + b"]}")
+        return self._protobuf.parse_batch(EventFrames(events=events).SerializeToString())
+
+
+def _source(rejection: StoredRejection) -> tuple[str, str]:
+    return rejection.project_id, rejection.protocol

@@ -1,0 +1,1 @@
+"""Processes and what joins them: supervision, ports, priority."""

@@ -1,0 +1,68 @@
+"""Brings a database's tables to the revision that this version of the service needs."""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
+
+from server.storage.connection import DatabaseError, connected, transactional
+
+# Held while migrating, so that several starts at once migrate one after the other.
+_ADVISORY_LOCK = 0x7067_6576_656E_7473  # "pgevents"
+
+
+class UnsuitableDatabase(DatabaseError):
+    """The database is not what this version needs; the text says what to do."""
+
+
+def migrate(engine: Engine) -> None:
+    """Runs the revisions that are missing, all or none; raises DatabaseError.
+
+    A database of this version or a newer one is left as it is.
+    """
+    with connected(transactional(engine)) as connection, connection.begin():
+        _check_encoding(connection)
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+        if _current_revision(connection) < _newest_revision():
+            command.upgrade(_alembic_config(connection), "head")
+
+
+def check_migrated(engine: Engine) -> None:
+    """Raises UnsuitableDatabase where the tables are older than this version needs.
+
+    Newer ones are accepted: each revision leaves the version before it working.
+    """
+    with connected(engine) as connection:
+        _check_encoding(connection)
+        current, needed = _current_revision(connection), _newest_revision()
+    if current < needed:
+        found = f"at revision {current}" if current else "empty"
+        raise UnsuitableDatabase(
+            f"the database is {found}, revision {needed} is needed: run 'productgraph migrate'"
+        )
+
+
+def _check_encoding(connection: Connection) -> None:
+    encoding = connection.scalar(text("SHOW server_encoding"))
+    if encoding != "UTF8":
+        raise UnsuitableDatabase(f"the database's encoding is {encoding}, UTF8 is needed")
+
+
+def _current_revision(connection: Connection) -> str:
+    return max(MigrationContext.configure(connection).get_current_heads(), default="")
+
+
+def _newest_revision() -> str:
+    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
+    assert head is not None
+    return head
+
+
+def _alembic_config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    config.attributes["connection"] = connection
+    return config

@@ -1,0 +1,70 @@
+"""A line in the log for each ingest request, as far as there is room for it."""
+
+import logging
+import threading
+
+from server.ingest.request_record import Observation
+
+_LINES_A_SECOND = 100
+
+_log = logging.getLogger("productgraph.request")
+
+
+class RequestLog:
+    """Logs requests: at WARNING those that failed through a fault of the service, others at INFO.
+
+    Each level has `lines_a_second` to spend. What was left out is counted in the next line of its
+    level, as `omitted`.
+    """
+
+    def __init__(self, lines_a_second: int = _LINES_A_SECOND) -> None:
+        self._budgets = {
+            level: _Budget(lines_a_second) for level in (logging.INFO, logging.WARNING)
+        }
+
+    def record(self, observation: Observation) -> None:
+        """Logs one request, or counts it."""
+        level = logging.WARNING if observation.is_fault else logging.INFO
+        if not _log.isEnabledFor(level):
+            return
+        omitted = self._budgets[level].draw(observation.ended)
+        if omitted is not None:
+            _log.log(level, "request", extra=_describe(observation, omitted))
+
+
+class _Budget:
+    def __init__(self, lines_a_second: int) -> None:
+        self._lines_a_second = lines_a_second
+        self._lock = threading.Lock()
+        self._second_began = float("-inf")
+        self._written = 0
+        self._omitted = 0
+
+    def draw(self, now: float) -> int | None:
+        """How many lines were omitted since the last; None where this one is to be, too."""
+        with self._lock:
+            if now - self._second_began >= 1.0:
+                self._second_began = now
+                self._written = 0
+            if self._written >= self._lines_a_second:
+                self._omitted += 1
+                return None
+            self._written += 1
+            omitted, self._omitted = self._omitted, 0
+            return omitted
+
+
+def _describe(observation: Observation, omitted: int) -> dict[str, object]:
+    response = observation.response
+    fields = {
+        "request_id": observation.request_id,
+        "protocol": observation.protocol,
+        "status": observation.status,
+        "project": observation.project_id,
+        "accepted": response.accepted if response else None,
+        "rejected": response.rejected if response else None,
+        "bytes": observation.size_bytes,
+        "duration_ms": round(observation.seconds * 1000, 3),
+        "omitted": omitted or None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}

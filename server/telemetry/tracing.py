@@ -1,0 +1,155 @@
+"""Traces by OpenTelemetry, which its own environment variables set up: the extra `otel`.
+
+Only imported where traces are asked for. A request's spans are made once it is over, from what was
+observed, so that its own path is the same with them and without.
+"""
+
+import os
+import threading
+from urllib.parse import urlsplit
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanKind, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from server.forwarding.http_client import Transport
+from server.forwarding.providers.provider import Answer, Request
+from server.ingest.request_record import Observation
+
+_SERVICE = "productgraph-ingestion"
+_METHOD = "productgraph.v1.EventIngestionService/IngestEvents"
+_STOP_SECONDS = 5.0
+
+# https://opentelemetry.io/docs/specs/semconv/http/http-spans/ and …/rpc/rpc-spans/
+_SPANS: dict[str, tuple[str, dict[str, AttributeValue]]] = {
+    "http": (
+        "POST /v1/events",
+        {
+            "http.request.method": "POST",
+            "http.route": "/v1/events",
+            "url.path": "/v1/events",
+            "url.scheme": "http",
+        },
+    ),
+    "grpc": (_METHOD, {"rpc.system.name": "grpc", "rpc.method": _METHOD}),
+}
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+class Tracing:
+    """The spans of one process, on their way to a collector."""
+
+    def __init__(self) -> None:
+        own = Resource.create({"service.name": _SERVICE, "process.pid": os.getpid()})
+        resource = own.merge(OTELResourceDetector().detect())
+        # `stop` ends it in time; at the interpreter's exit it might wait half a minute.
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("productgraph")
+        self.requests = RequestTraces(self._tracer)
+
+    def open_transport(self, provider: str, connections: int) -> Transport:
+        """A transport to a provider, each of whose requests is a span."""
+        return _TracedTransport(self._tracer, provider, connections)
+
+    def stop(self) -> None:
+        """Sends the spans that are left, for five seconds at the most."""
+        thread = threading.Thread(target=self._provider.shutdown, daemon=True)
+        thread.start()
+        thread.join(_STOP_SECONDS)
+
+
+class RequestTraces:
+    """Makes the spans of a request: itself and, as far as it came, `decode` and `store`."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def record(self, observation: Observation) -> None:
+        """Makes the spans of a finished request, beneath the one that its client named."""
+        name, attributes = _SPANS[observation.protocol]
+        start = observation.started_at
+        span = self._tracer.start_span(
+            name, _find_parent(observation.traceparent), SpanKind.SERVER, attributes, None, start
+        )
+        if not span.is_recording():
+            return
+        span.set_attributes(_describe(observation))
+        if observation.is_fault:
+            span.set_status(StatusCode.ERROR)
+        self._add_steps(observation, set_span_in_context(span, Context()))
+        span.end(start + _nanoseconds(observation.seconds))
+
+    def _add_steps(self, observation: Observation, context: Context) -> None:
+        authenticating, decoding = observation.seconds_authenticating, observation.seconds_decoding
+        if authenticating is None or decoding is None:
+            return
+        start = observation.started_at
+        marks = (authenticating, authenticating + decoding, observation.seconds)
+        began, handed_over, ended = (start + _nanoseconds(mark) for mark in marks)
+        self._tracer.start_span("decode", context, start_time=began).end(handed_over)
+        self._tracer.start_span("store", context, start_time=handed_over).end(ended)
+
+
+def _find_parent(traceparent: str | None) -> Context:
+    """The span that a client named; none where it named none, or in another form than W3C's."""
+    carrier = {} if traceparent is None else {"traceparent": traceparent}
+    return _PROPAGATOR.extract(carrier, Context())
+
+
+def _describe(observation: Observation) -> dict[str, AttributeValue]:
+    response, status = observation.response, observation.status
+    prefix = "http" if observation.protocol == "http" else "rpc"
+    values: dict[str, AttributeValue | None] = {
+        f"{prefix}.response.status_code": status,
+        "error.type": str(status) if observation.is_fault else None,
+        "productgraph.request.id": observation.request_id,
+        "productgraph.request.bytes": observation.size_bytes,
+        "productgraph.project.id": observation.project_id,
+        "productgraph.events.accepted": response.accepted if response else None,
+        "productgraph.events.rejected": response.rejected if response else None,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+class _TracedTransport(Transport):
+    def __init__(self, tracer: Tracer, provider: str, connections: int) -> None:
+        super().__init__(connections)
+        self._tracer = tracer
+        self._provider = provider
+
+    async def post(self, request: Request) -> Answer | None:
+        """The answer to a request, as `Transport` gives it."""
+        with self._tracer.start_as_current_span(
+            f"forward {self._provider}", Context(), SpanKind.CLIENT, _describe_request(request)
+        ) as span:
+            answer = await super().post(request)
+            if answer is not None:
+                span.set_attribute("http.response.status_code", answer.status)
+            if answer is None or answer.status >= 400:
+                span.set_status(StatusCode.ERROR)
+                span.set_attribute("error.type", str(answer.status) if answer else "no_answer")
+            return answer
+
+
+def _describe_request(request: Request) -> dict[str, AttributeValue]:
+    """What semantic conventions ask for, without what may be a credential in the address."""
+    parts = urlsplit(request.url)
+    host = parts.hostname or ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return {
+        "http.request.method": "POST",
+        "http.request.body.size": len(request.body),
+        "server.address": host,
+        "server.port": port,
+        "url.full": f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
+    }
