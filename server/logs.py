@@ -58,7 +58,7 @@ class _JsonFormatter(_Formatter):
             line["traceback"] = self.formatException(record.exc_info)
         try:
             return orjson.dumps(line, default=str).decode()
-        except TypeError:  # a lone surrogate, or a number over 64 bits
+        except orjson.JSONEncodeError:  # a lone surrogate, or a number over 64 bits
             return json.dumps(line, default=str)
 
 

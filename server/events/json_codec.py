@@ -85,7 +85,9 @@ class JsonCodec:
             return MalformedEvent(Event(), 0, NOT_AN_EVENT)
         try:
             return self._build_event(self._collect_fields(item))
-        except (TypeError, ValueError):
+        except LostDigits:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it was, the careful reading asks for types
             return self._parse_carefully(self._collect_fields(item))
 
     def _collect_fields(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class JsonCodec:
         fields[self._catch_all.name] = merged
 
     def _build_event(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
-        """Takes what is of the right types, and raises TypeError or ValueError otherwise."""
+        """Build an event of values of the right types; any others raise whatever they raise."""
         times = [(name, fields.pop(name)) for name in self._timestamps if name in fields]
         objects = {name: fields.pop(name) for name in self._objects if name in fields}
         integers = [name for name in self._integers if name in fields]
@@ -200,18 +202,20 @@ def _read_items(document: Any) -> list[Any]:
 def _set_timestamp(target: Timestamp, value: Any) -> None:
     if value == "":
         return
+    if type(value) is not str:  # a list or an object need not be refused by what follows
+        raise ValueError(NOT_A_TIMESTAMP)
     try:
         target.seconds, target.nanos = parse_timestamp(value)
-    except (TypeError, ValueError):
+    except ValueError:
         raise ValueError(NOT_A_TIMESTAMP) from None
 
 
 def _read_integer(value: Any, field: Field) -> int:
     """An integer as proto3's JSON mapping takes it, rounded where the field's rules say so."""
-    text = value if type(value) is str else repr(value) if type(value) is float else str(value)
-    if type(value) is bool or not _NUMBER.fullmatch(text):
+    is_number = isinstance(value, str | int | float | Decimal) and type(value) is not bool
+    if not is_number or not _NUMBER.fullmatch(str(value)):
         raise ValueError("must be an integer")
-    number = Decimal(text)
+    number = Decimal(str(value))
     whole = number.to_integral_value(ROUND_HALF_UP)
     if whole != number and not field.rules.rounding:
         raise ValueError("must be an integer")
