@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event, text
 
+from server.caller import Caller
 from server.errors import Unauthenticated, Unavailable
 from server.ingest import key_cache as key_directory
 from server.ingest.key_cache import KeyDirectory
 from server.storage.connection import Engine, Link, Watchdog, connected, open_engine
 from server.storage.keys import (
     ApiKey,
-    Caller,
     create_key,
     generate_key,
     is_well_formed,

@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 
 from productgraph.v1.event_pb2 import Event
+from server.caller import Caller
 from server.errors import InvalidArgument, Unavailable
 from server.events.json_codec import JsonCodec
 from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document
@@ -19,7 +20,6 @@ from server.events.validation import MalformedEvent
 from server.ingest.group_commit import Writer
 from server.ingest.key_cache import KeyDirectory
 from server.ingest.service import IngestService
-from server.storage.keys import Caller
 from tests.clients import encode_request, to_message
 
 TIMEOUT_SECONDS = 5.0

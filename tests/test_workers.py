@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from server.processes.supervisor import PortTaken, Supervisor, WorkerFailed, listen, reserve_ports
+from server.processes.ports import PortTaken, listen, reserve_ports
+from server.processes.supervisor import Supervisor, WorkerFailed
 
 HOST = "127.0.0.1"
 
@@ -21,7 +22,8 @@ HOST = "127.0.0.1"
 # workers, so that its end of file means that every one of them has exited.
 PARENT = """
 import json, logging, os, signal, sys, threading
-from server.processes.supervisor import Supervisor, reserve_ports
+from server.processes.ports import reserve_ports
+from server.processes.supervisor import Supervisor
 
 class Lines(logging.Handler):
     def emit(self, record):
@@ -52,7 +54,8 @@ with reserve_ports("127.0.0.1", {"PORT": 0}) as ports:
 # queued, leave a file named drained-<pid>, and exit. Files beside it make it misbehave.
 WORKER = """
 import os, pathlib, selectors, signal, socket, sys, time
-from server.processes.supervisor import Lifeline, listen
+from server.processes.lifeline import Lifeline
+from server.processes.ports import listen
 
 folder = pathlib.Path(__file__).parent
 if (folder / "broken").exists():
@@ -324,7 +327,7 @@ def test_privileged_port() -> None:
         pytest.skip("every port is open to every user here")
     program = (
         "import encodings.idna, os\n"
-        "from server.processes.supervisor import PortTaken, reserve_ports\n"
+        "from server.processes.ports import PortTaken, reserve_ports\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         "try: reserve_ports('127.0.0.1', {'PORT': 1}).__enter__()\n"
         "except PortTaken as error: print(error)\n"

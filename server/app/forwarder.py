@@ -13,8 +13,8 @@ from server.forwarding.lane import REQUESTS_IN_FLIGHT, Lane
 from server.forwarding.providers.amplitude import Amplitude
 from server.forwarding.providers.mixpanel import Mixpanel
 from server.forwarding.providers.provider import Provider
+from server.processes.lifeline import Lifeline
 from server.processes.priority import lower_priority
-from server.processes.supervisor import Lifeline
 from server.storage.connection import Engine, Link, Watchdog, open_engine, transactional
 from server.storage.migrate import check_migrated
 

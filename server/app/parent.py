@@ -14,7 +14,8 @@ from server.config import Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
 from server.grpc.certificates import read_certificates
 from server.ingest.buckets import BucketTable
-from server.processes.supervisor import Supervisor, listen, reserve_ports
+from server.processes.ports import listen, reserve_ports
+from server.processes.supervisor import Supervisor
 from server.storage.connection import Engine, Link, Readiness, Watchdog, connected, open_engine
 from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from server.storage.keys import create_key, list_keys

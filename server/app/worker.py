@@ -26,7 +26,8 @@ from server.ingest.rejection_writer import RejectionRecorder
 from server.ingest.replay import Replay
 from server.ingest.request_record import Observer, Sink
 from server.ingest.service import IngestService
-from server.processes.supervisor import Lifeline, listen
+from server.processes.lifeline import Lifeline
+from server.processes.ports import listen
 from server.storage.connection import Engine, Link, Readiness, Watchdog, open_engine, transactional
 from server.storage.events import EventStore
 from server.telemetry.metrics import RequestMetrics, StorageMetrics

@@ -1,13 +1,11 @@
 """The command line `productgraph`."""
 
 import argparse
-import json
 import sys
-import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 from server import app
+from server.cli.banner import describe_service
 from server.cli.command import SETTINGS, Run, add_command
 from server.cli.forward import add_forward_commands
 from server.cli.keys import add_key_commands
@@ -15,34 +13,13 @@ from server.cli.rejected import add_rejected_commands
 from server.cli.retention import add_retention_command
 from server.config import InvalidSetting, Settings, read_settings
 from server.logs import configure_logs
-from server.processes.supervisor import PortTaken, WorkerFailed
+from server.processes.ports import PortTaken
+from server.processes.supervisor import WorkerFailed
 from server.storage.connection import DatabaseError, open_engine
 from server.storage.embedded import EmbeddedPostgresError
 from server.storage.migrate import check_migrated, migrate
 
 _FAILURES = (InvalidSetting, DatabaseError, EmbeddedPostgresError, PortTaken, WorkerFailed)
-
-_BANNER = """\
-ProductGraph event ingestion
-  HTTP  http://{host}:{http}
-  gRPC  {host}:{grpc}
-"""
-_METRICS = "  metrics  http://{host}:{metrics}/metrics\n"
-_FIRST_KEY = """
-A first API key, for project {project}. It is shown this once:
-  {key}
-
-Send an event over HTTP:
-  curl -i -X POST http://{host}:{http}/v1/events \\
-    -H 'Content-Type: application/json' -H 'X-PG-API-Key: {key}' \\
-    -d '{http_events}'
-
-and one over gRPC:
-  grpcurl {security} -H 'x-pg-api-key: {key}' \\
-    -d '{grpc_events}' \\
-    {host}:{grpc} {method}
-"""
-_METHOD = "productgraph.v1.EventIngestionService/IngestEvents"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,46 +70,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _serve(settings: Settings, _options: argparse.Namespace) -> int:
     def announce(ports: dict[str, int], key: str | None) -> None:
-        print(_describe_service(settings, ports, key), flush=True)
+        print(describe_service(settings, ports, key), flush=True)
 
     app.run_service(settings, announce)
     return 0
-
-
-def _describe_service(settings: Settings, ports: dict[str, int], key: str | None) -> str:
-    host = settings.host
-    places = {
-        "host": "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else host,  # noqa: S104 - compared, not bound
-        "http": ports["PORT"],
-        "grpc": ports["GRPC_PORT"],
-    }
-    banner = _BANNER.format(**places)
-    if port := ports.get("METRICS_PORT"):
-        banner += _METRICS.format(**places, metrics=port)
-    if key is None:
-        return banner
-    return banner + _FIRST_KEY.format(
-        **places,
-        key=key,
-        project=app.DEMO_PROJECT,
-        method=_METHOD,
-        security="-insecure" if settings.grpc_tls else "-plaintext",
-        http_events=_make_example("over HTTP"),
-        grpc_events=_make_example("over gRPC"),
-    )
-
-
-def _make_example(title: str) -> str:
-    event = {
-        "event_id": f"evt_{uuid.uuid4()}",
-        "project_id": app.DEMO_PROJECT,
-        "session.id": "sess_first",
-        "event.type": "page.view",
-        "event.timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "page.path": "/hello",
-        "page.title": f"Hello {title}",
-    }
-    return json.dumps({"events": [event]})
 
 
 def _work(settings: Settings, _options: argparse.Namespace) -> int:

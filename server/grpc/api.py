@@ -15,12 +15,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEventsResponse
+from server.caller import Caller
 from server.errors import IngestError, Internal, Unavailable
 from server.events.protobuf_codec import ProtobufCodec
 from server.grpc.certificates import Certificates, CertificateSource
 from server.ingest.request_record import Observation, Observer
 from server.ingest.service import IngestService
-from server.storage.keys import Caller
 
 MAX_MESSAGE_BYTES = 10 * 1024 * 1024
 _HEALTH_SECONDS = 0.5

@@ -10,13 +10,13 @@ import orjson
 from falcon.constants import COMBINED_METHODS
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
+from server.caller import Caller
 from server.errors import IngestError, Internal, InvalidArgument
 from server.events.json_codec import JsonCodec, encode_response
 from server.events.json_parser import estimate_seconds
 from server.ingest.limits import Quota
 from server.ingest.request_record import Observation, Observer
 from server.ingest.service import IngestService
-from server.storage.keys import Caller
 
 MAX_BODY_BYTES = 10 * 1024 * 1024
 _PREFLIGHT_SECONDS = 3600

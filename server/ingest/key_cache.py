@@ -9,9 +9,10 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import NamedTuple
 
+from server.caller import Caller
 from server.errors import IngestError, Internal, Unauthenticated, Unavailable
 from server.storage.connection import Conflict, Link
-from server.storage.keys import Caller, digest_key, find_callers, is_well_formed, record_use
+from server.storage.keys import digest_key, find_callers, is_well_formed, record_use
 
 # A revoked key is refused after the first of these, or the second while the database is away.
 _REFRESH_SECONDS = 10.0

@@ -3,9 +3,9 @@
 from math import ceil
 from typing import NamedTuple
 
+from server.caller import Caller
 from server.errors import ResourceExhausted
 from server.ingest.buckets import SECOND, BucketTable
-from server.storage.keys import Caller
 
 
 class Quota(NamedTuple):

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from productgraph.internal.v1.frames_pb2 import EventFrames
+from server.caller import Caller
 from server.errors import IngestError
 from server.events.json_codec import HTTP, JsonCodec
 from server.events.parsed import ParsedBatch
 from server.events.protobuf_codec import ProtobufCodec
 from server.ingest.service import IngestService
 from server.storage.connection import Connection, DatabaseError
-from server.storage.keys import Caller
 from server.storage.rejected_events import StoredRejection, read_pages, settle_replayed
 
 _CUT = "event: kept in part, and cannot be replayed"

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
+from server.caller import Caller
 from server.errors import Unavailable
 from server.events.copy_rows import Row, RowEncoder
 from server.events.parsed import ParsedBatch, ParsedEvent
@@ -15,7 +16,6 @@ from server.events.validation import InvalidEvent, MalformedEvent, Validator
 from server.ingest.group_commit import Writer
 from server.ingest.key_cache import KeyDirectory
 from server.ingest.limits import Quota, RateLimiter
-from server.storage.keys import Caller
 
 T = TypeVar("T")
 

@@ -1,33 +1,27 @@
-"""The parent process: it reserves the ports and looks after the worker processes.
+"""The parent of worker processes: it starts them, replaces those that exit, drains them.
 
-Each worker listens on sockets of its own, which share the ports through SO_REUSEPORT. Parent and
-worker are joined by one socket pair, the lifeline: the worker reports on it that it is ready, and
-its end of file tells the worker that the parent is gone.
+Each worker listens on sockets of its own, which share the ports through SO_REUSEPORT; a lifeline
+joins it to the parent.
 """
 
-import errno
 import logging
-import os
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
+
+from server.processes.lifeline import LIFELINE
 
 logger = logging.getLogger("productgraph.workers")
 
-_LIFELINE = "PRODUCTGRAPH_LIFELINE"
 _LOOK_SECONDS = 0.1
 _TICK_SECONDS = 1.0
 _START_SECONDS = 30.0
 _YOUNG_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
-
-
-class PortTaken(Exception):
-    """A port cannot be had; the text is one line that names the setting."""
 
 
 class WorkerFailed(Exception):
@@ -36,106 +30,6 @@ class WorkerFailed(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(f"a worker exited with status {status} before it was ready")
         self.status = status
-
-
-@contextmanager
-def reserve_ports(host: str, ports: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Keep `ports` (setting name -> number, 0 for any) for our workers; yields the real numbers.
-
-    Raises PortTaken where a port is in use or the host or port is not ours to use.
-    """
-    with ExitStack() as reserved:
-        numbers = {}
-        for setting, port in ports.items():
-            try:
-                holder = reserved.enter_context(_hold(host, port))
-            except (OSError, UnicodeError) as error:
-                raise PortTaken(_explain(error, setting, host, port)) from error
-            numbers[setting] = holder.getsockname()[1]
-        yield numbers
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Bind a worker's own socket to a reserved port; its server makes it listen.
-
-    A name with several addresses means its first IPv4 one; `::` takes IPv4 as well. Raises OSError.
-    """
-    # With SO_REUSEADDR because connections inherit it: those left in TIME_WAIT would otherwise
-    # keep the next start from binding.
-    return _bind(host, port, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
-
-
-def _hold(host: str, port: int) -> socket.socket:
-    """Bind a socket, never listening, that shuts out strangers and lets workers in."""
-    # Linux lets later sockets in by how the first one was bound, so SO_REUSEADDR is used only
-    # where connections in TIME_WAIT may be in the way; a listener refuses both attempts.
-    try:
-        holder = _bind(host, port)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        holder = _bind(host, port, socket.SO_REUSEADDR)
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    # Bound without it, so that no listener goes unnoticed; set now, so that workers may join.
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    return holder
-
-
-def _bind(host: str, port: int, *options: int) -> socket.socket:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-    bound = socket.socket(family, kind, protocol)
-    try:
-        if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        for option in options:
-            bound.setsockopt(socket.SOL_SOCKET, option, 1)
-        bound.bind(address)
-    except OSError:
-        bound.close()
-        raise
-    return bound
-
-
-def _explain(error: OSError | UnicodeError, setting: str, host: str, port: int) -> str:
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return f"port {port} is already in use ({setting})"
-    reason = error.strerror if isinstance(error, OSError) else "not a host name"
-    return f"cannot listen on {host!r} port {port}: {reason} (HOST, {setting})"
-
-
-class Lifeline:
-    """The worker's end of the connection to its parent."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-
-    @classmethod
-    def from_environment(cls) -> "Lifeline":
-        """Take over what the parent handed down. Raises KeyError outside a worker."""
-        connection = socket.socket(fileno=int(os.environ.pop(_LIFELINE)))
-        connection.set_inheritable(False)
-        return cls(connection)
-
-    @classmethod
-    def find(cls) -> "Lifeline | None":
-        """What the parent handed down, or None in a process that has no such parent."""
-        return cls.from_environment() if _LIFELINE in os.environ else None
-
-    def report_ready(self) -> None:
-        """Tell the parent that this worker serves; call it once both servers listen."""
-        with suppress(ConnectionError):  # the parent is gone: on_parent_exit deals with that
-            self._connection.sendall(b"ready\n")
-
-    def on_parent_exit(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once, in a thread of its own, when the parent is gone."""
-
-        def wait() -> None:
-            with suppress(ConnectionError):
-                self._connection.recv(1)
-            callback()
-
-        threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
 class _Worker:
@@ -150,7 +44,7 @@ class _Worker:
             undo.callback(self._lifeline.close)
             self._process = subprocess.Popen(  # noqa: S603 - the command is the caller's own
                 command,
-                env={**environment, _LIFELINE: str(theirs.fileno())},
+                env={**environment, LIFELINE: str(theirs.fileno())},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), *descriptors],
                 # Ctrl-C goes to the terminal's whole process group: the parent alone shall get

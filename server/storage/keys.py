@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -22,6 +21,8 @@ from sqlalchemy import (
     select,
     update,
 )
+
+from server.caller import Caller
 
 _PREFIX = "pgk_"
 _SECRET_BYTES, _CHECKSUM_BYTES = 20, 5
@@ -40,18 +41,6 @@ _TABLE = Table(
     Column("event_rate", BigInteger),
     Column("byte_rate", BigInteger),
 )
-
-
-class Caller(NamedTuple):
-    """Who sends a request, and how many events and bytes a second; None: the default.
-
-    `key_id` is 0 where there is no key.
-    """
-
-    project_id: str
-    key_id: int = 0
-    event_rate: int | None = None
-    byte_rate: int | None = None
 
 
 @dataclass(frozen=True)

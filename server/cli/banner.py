@@ -1,0 +1,67 @@
+"""What `serve` prints once the service answers."""
+
+import json
+import uuid
+from datetime import UTC, datetime
+
+from server import app
+from server.config import Settings
+
+_BANNER = """\
+ProductGraph event ingestion
+  HTTP  http://{host}:{http}
+  gRPC  {host}:{grpc}
+"""
+_METRICS = "  metrics  http://{host}:{metrics}/metrics\n"
+_FIRST_KEY = """
+A first API key, for project {project}. It is shown this once:
+  {key}
+
+Send an event over HTTP:
+  curl -i -X POST http://{host}:{http}/v1/events \\
+    -H 'Content-Type: application/json' -H 'X-PG-API-Key: {key}' \\
+    -d '{http_events}'
+
+and one over gRPC:
+  grpcurl {security} -H 'x-pg-api-key: {key}' \\
+    -d '{grpc_events}' \\
+    {host}:{grpc} {method}
+"""
+_METHOD = "productgraph.v1.EventIngestionService/IngestEvents"
+
+
+def describe_service(settings: Settings, ports: dict[str, int], key: str | None) -> str:
+    """Return the text that tells where the service is and, with a key, how to send an event."""
+    host = settings.host
+    places = {
+        "host": "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else host,  # noqa: S104 - compared, not bound
+        "http": ports["PORT"],
+        "grpc": ports["GRPC_PORT"],
+    }
+    banner = _BANNER.format(**places)
+    if port := ports.get("METRICS_PORT"):
+        banner += _METRICS.format(**places, metrics=port)
+    if key is None:
+        return banner
+    return banner + _FIRST_KEY.format(
+        **places,
+        key=key,
+        project=app.DEMO_PROJECT,
+        method=_METHOD,
+        security="-insecure" if settings.grpc_tls else "-plaintext",
+        http_events=_make_example("over HTTP"),
+        grpc_events=_make_example("over gRPC"),
+    )
+
+
+def _make_example(title: str) -> str:
+    event = {
+        "event_id": f"evt_{uuid.uuid4()}",
+        "project_id": app.DEMO_PROJECT,
+        "session.id": "sess_first",
+        "event.type": "page.view",
+        "event.timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "page.path": "/hello",
+        "page.title": f"Hello {title}",
+    }
+    return json.dumps({"events": [event]})
