@@ -13,7 +13,7 @@ from server.events.json_codec import JsonCodec
 from server.events.schema import EVENT_SCHEMA
 from server.http.api import create_app
 from server.ingest.group_commit import Writer
-from server.ingest.key_cache import KeyDirectory
+from server.ingest.key_cache import KeyCache
 from server.ingest.service import IngestService
 from server.storage.connection import Link, open_engine
 from server.storage.events import EventStore
@@ -45,7 +45,7 @@ def client() -> TestClient:
     store = EventStore(RowEncoder(EVENT_SCHEMA).columns)
     service = IngestService(
         EVENT_SCHEMA,
-        KeyDirectory(link),
+        KeyCache(link),
         Writer(link, store, max_waiting_bytes=1),
         timeout_seconds=1,
     )

@@ -16,7 +16,7 @@ from sqlalchemy import event, text
 from server.caller import Caller
 from server.errors import Unauthenticated, Unavailable
 from server.ingest import key_cache as key_directory
-from server.ingest.key_cache import KeyDirectory
+from server.ingest.key_cache import KeyCache
 from server.storage.connection import Engine, Link, Watchdog, connected, open_engine
 from server.storage.keys import (
     ApiKey,
@@ -66,14 +66,14 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def directory(engine: Engine, clock: Clock) -> Iterator[KeyDirectory]:
+def directory(engine: Engine, clock: Clock) -> Iterator[KeyCache]:
     """A running directory."""
-    with running(KeyDirectory(Link(engine), clock)) as directory:
+    with running(KeyCache(Link(engine), clock)) as directory:
         yield directory
 
 
 @contextmanager
-def running(directory: KeyDirectory) -> Iterator[KeyDirectory]:
+def running(directory: KeyCache) -> Iterator[KeyCache]:
     """The directory, started."""
     directory.start()
     yield directory
@@ -92,14 +92,14 @@ def revoke(engine: Engine) -> None:
         assert revoke_key(connection, list_keys(connection)[-1].id)
 
 
-def refresh(directory: KeyDirectory) -> None:
+def refresh(directory: KeyCache) -> None:
     """Makes the directory do whatever it is time for: it does so after a look-up."""
     for _ in range(2):
         with pytest.raises(Unauthenticated):
             directory.look_up(generate_key()).result(5)
 
 
-def known_project(directory: KeyDirectory, key: str) -> str | None:
+def known_project(directory: KeyCache, key: str) -> str | None:
     """The project of a key, where the directory knows it."""
     caller = directory.known_caller(key)
     return caller and caller.project_id
@@ -161,7 +161,7 @@ def test_table_has_digests_only(engine: Engine) -> None:
     assert not [part for part in (secret, secret[:12], secret.encode().hex()) if part in row]
 
 
-def test_look_up(engine: Engine, directory: KeyDirectory, queries: list[str]) -> None:
+def test_look_up(engine: Engine, directory: KeyCache, queries: list[str]) -> None:
     """A new key is found at once, by one query, and then known without any."""
     key = add_key(engine, "mine")
     queries.clear()
@@ -175,7 +175,7 @@ def test_many_look_ups(engine: Engine, queries: list[str]) -> None:
     """Many look-ups of several keys at the same time make one query."""
     known, unknown = add_key(engine, "busy"), generate_key()
     queries.clear()
-    directory = KeyDirectory(Link(engine))
+    directory = KeyCache(Link(engine))
     futures = [directory.look_up(key) for key in (known, unknown) * 100]
     with running(directory):
         assert {future.result(5).project_id for future in futures[::2]} == {"busy"}
@@ -186,12 +186,12 @@ def test_many_look_ups(engine: Engine, queries: list[str]) -> None:
 @pytest.mark.parametrize("key", ["", "x", "pgk_", "pgk_" + "a" * 40, "é\0", "a" * 10_000])
 def test_malformed(key: str) -> None:
     """A malformed key is refused without a database."""
-    directory = KeyDirectory(Link(open_engine("postgresql+psycopg2://nowhere/none")))
+    directory = KeyCache(Link(open_engine("postgresql+psycopg2://nowhere/none")))
     with pytest.raises(Unauthenticated, match="missing or invalid API key"):
         directory.known_caller(key)
 
 
-def test_unknown(directory: KeyDirectory, clock: Clock, queries: list[str]) -> None:
+def test_unknown(directory: KeyCache, clock: Clock, queries: list[str]) -> None:
     """An unknown key is asked for once in thirty seconds."""
     key = generate_key()
     assert isinstance(directory.look_up(key).exception(5), Unauthenticated)
@@ -204,7 +204,7 @@ def test_unknown(directory: KeyDirectory, clock: Clock, queries: list[str]) -> N
     assert len(queries) == 1
 
 
-def test_unknown_is_bounded(directory: KeyDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_is_bounded(directory: KeyCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of very many unknown keys the first are forgotten, and only these."""
     monkeypatch.setattr(key_directory, "_MAX_UNKNOWN", 10)
     keys = [generate_key() for _ in range(15)]
@@ -218,14 +218,14 @@ def test_unknown_is_bounded(directory: KeyDirectory, monkeypatch: pytest.MonkeyP
 
 def test_pending_is_bounded(engine: Engine) -> None:
     """Too many keys to look up at a time are refused at once."""
-    directory = KeyDirectory(Link(engine))
+    directory = KeyCache(Link(engine))
     for _ in range(1000):
         directory.look_up(generate_key())
     with pytest.raises(Unavailable, match="too many API keys"):
         directory.look_up(generate_key())
 
 
-def test_revocation(engine: Engine, directory: KeyDirectory, clock: Clock) -> None:
+def test_revocation(engine: Engine, directory: KeyCache, clock: Clock) -> None:
     """A revoked key is refused after the next refresh, and its neighbour is not."""
     neighbour, key = add_key(engine, "neighbour"), add_key(engine, "mine")
     for each in (neighbour, key):
@@ -241,7 +241,7 @@ def test_revocation(engine: Engine, directory: KeyDirectory, clock: Clock) -> No
         directory.known_caller(key)
 
 
-def test_new_limit(engine: Engine, directory: KeyDirectory, clock: Clock) -> None:
+def test_new_limit(engine: Engine, directory: KeyCache, clock: Clock) -> None:
     """A key's rates are known with it, and new ones after the next refresh."""
     with connected(engine) as connection:
         key = create_key(connection, "mine", "test", event_rate=5)
@@ -257,7 +257,7 @@ def test_new_limit(engine: Engine, directory: KeyDirectory, clock: Clock) -> Non
 def test_revocation_without_database(engine: Engine, clock: Clock) -> None:
     """While the database is away, a key is trusted for less time than revocation may take."""
     key = add_key(engine)
-    with running(KeyDirectory(Link(engine), clock)) as directory:
+    with running(KeyCache(Link(engine), clock)) as directory:
         directory.look_up(key).result(5)
         assert known_project(directory, key) == "proj"
     clock.now += REFRESH_SECONDS + 1
@@ -268,7 +268,7 @@ def test_revocation_without_database(engine: Engine, clock: Clock) -> None:
         directory.look_up(key)
 
 
-def test_record_of_use(engine: Engine, directory: KeyDirectory, clock: Clock) -> None:
+def test_record_of_use(engine: Engine, directory: KeyCache, clock: Clock) -> None:
     """The last use of a key is on record a minute later, and that of an idle one is not."""
     idle, used = add_key(engine), add_key(engine)
     for key in (idle, used):
@@ -285,7 +285,7 @@ def test_record_of_use(engine: Engine, directory: KeyDirectory, clock: Clock) ->
 
 def test_database_away() -> None:
     """While the database is away the first look-up fails in time, the next ones at once."""
-    directory = KeyDirectory(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
+    directory = KeyCache(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
     with running(directory):
         assert isinstance(directory.look_up(generate_key()).exception(5), Unavailable)
         with pytest.raises(Unavailable):
@@ -295,7 +295,7 @@ def test_database_away() -> None:
 def test_hanging_query(engine: Engine) -> None:
     """A query that hangs is answered for and cut within three seconds, and the next one works."""
     link, key = Link(engine), add_key(engine)
-    directory = KeyDirectory(link)
+    directory = KeyCache(link)
     watchdog = Watchdog(directory.check)
     watchdog.start()
     with running(directory):
@@ -308,7 +308,7 @@ def test_hanging_query(engine: Engine) -> None:
     watchdog.stop()
 
 
-def finds(directory: KeyDirectory, key: str) -> bool:
+def finds(directory: KeyCache, key: str) -> bool:
     """Whether a look-up of this key is answered."""
     try:
         return bool(directory.look_up(key).result(5))
@@ -319,7 +319,7 @@ def finds(directory: KeyDirectory, key: str) -> bool:
 def test_cut_that_comes_late(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A query that ends in the very moment of its cut does not end look-ups for good."""
     link, key = Link(engine), add_key(engine)
-    with running(KeyDirectory(link)) as directory:
+    with running(KeyCache(link)) as directory:
         directory.look_up(key).result(5)
         with monkeypatch.context() as patch:
             patch.setattr(link, "cut_if_overdue", lambda: True)
@@ -328,7 +328,7 @@ def test_cut_that_comes_late(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_broken_table(
-    engine: Engine, directory: KeyDirectory, clock: Clock, queries: list[str]
+    engine: Engine, directory: KeyCache, clock: Clock, queries: list[str]
 ) -> None:
     """A refresh that fails for good is not tried again in a busy loop, and heals."""
     key = add_key(engine)
@@ -351,10 +351,10 @@ def test_secrecy(engine: Engine, clock: Clock, caplog: pytest.LogCaptureFixture)
         caplog.set_level(logging.DEBUG, logger)
     verbose = open_engine(engine.url.render_as_string(hide_password=False))
     keys = [add_key(verbose), generate_key(), generate_key()]
-    with running(KeyDirectory(Link(verbose), clock)) as directory:
+    with running(KeyCache(Link(verbose), clock)) as directory:
         for key in keys[:2]:
             directory.look_up(key).exception(5)
-    away = KeyDirectory(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
+    away = KeyCache(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
     with running(away):
         away.look_up(keys[2]).exception(5)
     assert "api_keys" in caplog.text

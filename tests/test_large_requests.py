@@ -18,7 +18,7 @@ from server.events.protobuf_codec import ProtobufCodec
 from server.events.schema import EVENT_SCHEMA
 from server.events.validation import MalformedEvent
 from server.ingest.group_commit import Writer
-from server.ingest.key_cache import KeyDirectory
+from server.ingest.key_cache import KeyCache
 from server.ingest.service import IngestService
 from tests.clients import encode_request, to_message
 
@@ -97,7 +97,7 @@ def ingestion(clock: Clock) -> IngestService:
     """A service without a database."""
     return IngestService(
         EVENT_SCHEMA,
-        cast(KeyDirectory, None),
+        cast(KeyCache, None),
         cast(Writer, Storage()),
         timeout_seconds=TIMEOUT_SECONDS,
         clock=clock,

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
-from server.ingest.request_record import Observation, Observer
+from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.telemetry.request_log import RequestLog
 from tests.clients import INGEST, Tenant, encode_request, send, to_message
 from tests.conftest import create_project
@@ -329,26 +329,26 @@ class Clock:
         return self.now
 
 
-def observe(observer: Observer, status: int | str) -> Observation:
+def finish_request(recorder: RequestRecorder, status: int | str) -> RequestRecord:
     """A request that ends at once."""
-    observation = observer.begin("http")
-    observation.finish(status)
-    return observation
+    record = recorder.begin("http")
+    record.finish(status)
+    return record
 
 
 def test_sampling(caplog: pytest.LogCaptureFixture) -> None:
     """A level gets its lines of each second; what it leaves out is counted in its next line."""
     clock = Clock()
-    observer = Observer((RequestLog(3),), clock)
+    recorder = RequestRecorder((RequestLog(3),), clock)
     with caplog.at_level(logging.INFO):
         for status in (202, 503, 202, "OK", 401, "UNAVAILABLE", 202):
-            observe(observer, status)
+            finish_request(recorder, status)
         clock.now = 0.99
-        observe(observer, 202)
+        finish_request(recorder, 202)
         clock.now = 1.0
-        observe(observer, 202)
-        observe(observer, 202)
-        observe(observer, 500)
+        finish_request(recorder, 202)
+        finish_request(recorder, 202)
+        finish_request(recorder, 500)
     fields = [
         (line.levelname, vars(line)["status"], vars(line).get("omitted")) for line in caplog.records
     ]
@@ -366,10 +366,10 @@ def test_sampling(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_level(caplog: pytest.LogCaptureFixture) -> None:
     """Where INFO is off, requests that went well are neither written nor counted."""
-    observer = Observer((RequestLog(1),), Clock())
+    recorder = RequestRecorder((RequestLog(1),), Clock())
     with caplog.at_level(logging.WARNING):
         for status in (202, "OK", 400, "INTERNAL"):
-            observe(observer, status)
+            finish_request(recorder, status)
     [line] = caplog.records
     assert vars(line)["status"] == "INTERNAL"
     assert "omitted" not in vars(line)
@@ -379,24 +379,24 @@ def test_broken_sink(caplog: pytest.LogCaptureFixture) -> None:
     """A sink that fails is logged, and takes nothing from the others."""
 
     class Broken:
-        def record(self, observation: Observation) -> None:
-            raise RuntimeError(observation.protocol)
+        def record(self, request: RequestRecord) -> None:
+            raise RuntimeError(request.protocol)
 
-    seen: list[Observation] = []
+    seen: list[RequestRecord] = []
 
     class Whole:
-        def record(self, observation: Observation) -> None:
-            seen.append(observation)
+        def record(self, request: RequestRecord) -> None:
+            seen.append(request)
 
-    observation = observe(Observer((Broken(), Whole())), 202)
-    assert seen == [observation]
+    record = finish_request(RequestRecorder((Broken(), Whole())), 202)
+    assert seen == [record]
     assert "a request could not be recorded" in caplog.text
 
 
 @given(st.text("azAZ09._-", max_size=130) | st.text("aZ09._-/ \n\0\xe4\u0661", max_size=9))
 def test_ids(sent: str) -> None:
     """An id is taken over if it is short and of harmless characters, and else replaced."""
-    got = Observer().begin("http", sent).request_id
+    got = RequestRecorder().begin("http", sent).request_id
     harmless = sent.isascii() and sent.replace(".", "").replace("_", "").replace("-", "")
     is_usable = 0 < len(sent) <= 128 and (harmless == "" or (harmless and harmless.isalnum()))
     assert (got == sent) == is_usable
@@ -406,7 +406,10 @@ def test_ids(sent: str) -> None:
 def test_durations() -> None:
     """The parts of a request follow each other; of what it did not come to, there is none."""
     clock = Clock()
-    whole, refused = Observer((), clock).begin("grpc"), Observer((), clock).begin("http")
+    whole, refused = (
+        RequestRecorder((), clock).begin("grpc"),
+        RequestRecorder((), clock).begin("http"),
+    )
     clock.now = 1.0
     whole.authenticated("p")
     clock.now = 3.0

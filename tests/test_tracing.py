@@ -323,10 +323,10 @@ def run_python(
 
 STOP_TRACING = """
 from server.telemetry import tracing
-from server.ingest.request_record import Observer
+from server.ingest.request_record import RequestRecorder
 tracing._STOP_SECONDS = 0.5
 traces = tracing.Tracing()
-Observer((traces.requests,)).begin("http").finish(401)
+RequestRecorder((traces.requests,)).begin("http").finish(401)
 traces.stop()
 """
 

@@ -20,11 +20,11 @@ from server.http.openapi import encode_description
 from server.http.server import HTTPServer
 from server.ingest.buckets import BucketTable
 from server.ingest.group_commit import Writer
-from server.ingest.key_cache import KeyDirectory
+from server.ingest.key_cache import KeyCache
 from server.ingest.limits import RateLimiter
-from server.ingest.rejection_writer import RejectionRecorder
+from server.ingest.rejection_writer import RejectionWriter
 from server.ingest.replay import Replay
-from server.ingest.request_record import Observer, Sink
+from server.ingest.request_record import RequestRecorder, Sink
 from server.ingest.service import IngestService
 from server.processes.lifeline import Lifeline
 from server.processes.ports import listen
@@ -48,7 +48,7 @@ class Worker:
         self._storage_metrics = metrics = StorageMetrics()
         self._request_metrics = RequestMetrics(field.wire_name for field in EVENT_SCHEMA.fields)
         self._readiness = Readiness(Link(engine))
-        self._keys = KeyDirectory(
+        self._keys = KeyCache(
             Link(engine, on_error=metrics.count_error), on_lookups=metrics.count_lookups
         )
         self._writer = Writer(
@@ -61,12 +61,12 @@ class Worker:
             max_waiting_bytes=settings.max_waiting_bytes,
             on_group=metrics.count_group,
         )
-        self._recorders = _open_recorders(settings, engine, metrics.count_dropped)
+        self._rejections = _open_rejection_writers(settings, engine, metrics.count_dropped)
         self._watchdog = Watchdog(
             self._writer.check,
             self._keys.check,
             self._readiness.check,
-            *(recorder.check for recorder in self._recorders),
+            *(writer.check for writer in self._rejections),
             self._write_metrics,
         )
         service = IngestService(
@@ -75,7 +75,7 @@ class Worker:
             self._writer,
             timeout_seconds=settings.request_timeout_seconds,
             keep_encoded=bool(settings.destinations),
-            on_rejected=next((recorder.record for recorder in self._recorders), None),
+            on_rejected=next((writer.record for writer in self._rejections), None),
             limiter=_build_limiter(settings),
         )
         self._tracing = open_tracing(settings)
@@ -84,12 +84,12 @@ class Worker:
             sinks.append(self._request_metrics)
         if self._tracing is not None:
             sinks.append(self._tracing.requests)
-        observer = Observer(tuple(sinks))
-        self._http = self._build_http(service, settings, observer)
-        self._grpc = self._build_grpc(service, settings, observer)
+        recorder = RequestRecorder(tuple(sinks))
+        self._http = self._build_http(service, settings, recorder)
+        self._grpc = self._build_grpc(service, settings, recorder)
 
     def _build_http(
-        self, service: IngestService, settings: Settings, observer: Observer
+        self, service: IngestService, settings: Settings, recorder: RequestRecorder
     ) -> HTTPServer:
         app = create_app(
             service,
@@ -97,7 +97,7 @@ class Worker:
             self._readiness.is_ready,
             description=encode_description(EVENT_SCHEMA, MAX_BODY_BYTES),
             allowed_origins=settings.cors_allowed_origins,
-            observer=observer,
+            recorder=recorder,
         )
         listener = listen(settings.host, settings.port)
         # What is a little too large is refused by the application, in its words; a body far over
@@ -105,11 +105,11 @@ class Worker:
         return HTTPServer(app, listener, threads=_HTTP_THREADS, max_body_bytes=2 * MAX_BODY_BYTES)
 
     def _build_grpc(
-        self, service: IngestService, settings: Settings, observer: Observer
+        self, service: IngestService, settings: Settings, recorder: RequestRecorder
     ) -> GrpcServer:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return GrpcServer(
-            IngestServicer(service, ProtobufCodec(EVENT_SCHEMA), observer),
+            IngestServicer(service, ProtobufCodec(EVENT_SCHEMA), recorder),
             self._readiness.is_ready,
             address=f"{host}:{settings.grpc_port}",
             offer_reflection=settings.grpc_reflection,
@@ -118,8 +118,8 @@ class Worker:
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Serves until `stop`, then answers what has been accepted."""
-        for recorder in self._recorders:
-            recorder.start()
+        for writer in self._rejections:
+            writer.start()
         for part in (self._watchdog, self._writer, self._keys, self._readiness, self._grpc):
             part.start()
         on_ready()
@@ -141,8 +141,8 @@ class Worker:
         self._http.drain(_DRAIN_SECONDS)
         grpc_drain.join()
         self._writer.stop()
-        for recorder in self._recorders:
-            recorder.stop()
+        for writer in self._rejections:
+            writer.stop()
         self._keys.stop()
         self._watchdog.stop()
         self._write_metrics()
@@ -150,14 +150,14 @@ class Worker:
             self._tracing.stop()
 
 
-def _open_recorders(
+def _open_rejection_writers(
     settings: Settings, engine: Engine, on_dropped: Callable[[int], None]
-) -> list[RejectionRecorder]:
+) -> list[RejectionWriter]:
     """One, or none where rejected events are not to be kept."""
     keep = settings.rejected_keep
     if keep is None:
         return []
-    return [RejectionRecorder(Link(transactional(engine)), keep, on_dropped=on_dropped)]
+    return [RejectionWriter(Link(transactional(engine)), keep, on_dropped=on_dropped)]
 
 
 def _build_limiter(settings: Settings) -> RateLimiter:
@@ -197,7 +197,7 @@ def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
     )
     service = IngestService(
         EVENT_SCHEMA,
-        KeyDirectory(Link(engine)),  # not started: an event's project is known here
+        KeyCache(Link(engine)),  # not started: an event's project is known here
         writer,
         timeout_seconds=settings.request_timeout_seconds,
         keep_encoded=bool(settings.destinations),

@@ -19,7 +19,7 @@ from server.caller import Caller
 from server.errors import IngestError, Internal, Unavailable
 from server.events.protobuf_codec import ProtobufCodec
 from server.grpc.certificates import Certificates, CertificateSource
-from server.ingest.request_record import Observation, Observer
+from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
 
 MAX_MESSAGE_BYTES = 10 * 1024 * 1024
@@ -44,11 +44,11 @@ class IngestServicer:
     """Answers IngestEvents. Takes the request's bytes, so that each event is parsed by itself."""
 
     def __init__(
-        self, service: IngestService, codec: ProtobufCodec, observer: Observer | None = None
+        self, service: IngestService, codec: ProtobufCodec, recorder: RequestRecorder | None = None
     ) -> None:
         self._service = service
         self._codec = codec
-        self._observer = observer or Observer()
+        self._recorder = recorder or RequestRecorder()
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, IngestEventsResponse]":
         """What a server is given to serve this method."""
@@ -60,40 +60,40 @@ class IngestServicer:
     async def ingest_events(self, request: bytes, context: Context) -> IngestEventsResponse:
         """Stores an encoded IngestEventsRequest; returns once it is committed."""
         metadata = dict(context.invocation_metadata() or ())
-        observation = self._observe(request, context, metadata)
+        record = self._begin_record(request, context, metadata)
         status = "CANCELLED"
         try:
             key = str(metadata.get(_API_KEY, ""))
-            response = await self._ingest(request, context, key, observation)
+            response = await self._ingest(request, context, key, record)
             status = "OK"
             return response
         except IngestError as error:
             status = error.code
-            return await _abort(context, observation, error)
+            return await _abort(context, record, error)
         except Exception:  # noqa: BLE001 - a fault is told without details
             status = Internal.code
-            _log.exception("a request failed", extra={"request_id": observation.request_id})
-            return await _abort(context, observation, Internal())
+            _log.exception("a request failed", extra={"request_id": record.request_id})
+            return await _abort(context, record, Internal())
         finally:
-            observation.finish(status)
+            record.finish(status)
 
-    def _observe(self, request: bytes, context: Context, metadata: Metadata) -> Observation:
+    def _begin_record(self, request: bytes, context: Context, metadata: Metadata) -> RequestRecord:
         request_id, traceparent = map(metadata.get, (_REQUEST_ID, "traceparent"))
-        observation = self._observer.begin("grpc", request_id, traceparent)
-        observation.size_bytes = len(request)
-        context.set_trailing_metadata(_trailers_of(observation))
-        return observation
+        record = self._recorder.begin("grpc", request_id, traceparent)
+        record.size_bytes = len(request)
+        context.set_trailing_metadata(_trailers_of(record))
+        return record
 
     async def _ingest(
-        self, request: bytes, context: Context, key: str, observation: Observation
+        self, request: bytes, context: Context, key: str, record: RequestRecord
     ) -> IngestEventsResponse:
         deadline = self._service.deadline_after(context.time_remaining())
         caller = await self._authenticate(key)
-        observation.authenticated(caller.project_id)
+        record.authenticated(caller.project_id)
         self._service.admit(caller, len(request))
         events = self._codec.parse_batch(request)
         response, stored = self._service.ingest(caller, events, deadline)
-        observation.decoded(response)
+        record.decoded(response)
         await asyncio.wrap_future(stored)
         return response
 
@@ -109,13 +109,13 @@ class IngestServicer:
             raise Unavailable("not answered in time") from None
 
 
-def _trailers_of(observation: Observation) -> tuple[tuple[str, str], ...]:
-    return ((_REQUEST_ID, observation.request_id),)
+def _trailers_of(record: RequestRecord) -> tuple[tuple[str, str], ...]:
+    return ((_REQUEST_ID, record.request_id),)
 
 
-async def _abort(context: Context, observation: Observation, error: IngestError) -> NoReturn:
+async def _abort(context: Context, record: RequestRecord, error: IngestError) -> NoReturn:
     trailers: tuple[tuple[str, str | bytes], ...] = (
-        *_trailers_of(observation),
+        *_trailers_of(record),
         *_details_of(error),
     )
     await context.abort(grpc.StatusCode[error.code], str(error), trailing_metadata=trailers)

@@ -14,8 +14,8 @@ from server.caller import Caller
 from server.errors import IngestError, Internal, InvalidArgument
 from server.events.json_codec import JsonCodec, encode_response
 from server.events.json_parser import estimate_seconds
-from server.ingest.limits import Quota
-from server.ingest.request_record import Observation, Observer
+from server.ingest.limits import Allowance
+from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
 
 MAX_BODY_BYTES = 10 * 1024 * 1024
@@ -41,7 +41,7 @@ _STATUS = {
 
 _EXPOSED_HEADERS = "RateLimit, RateLimit-Policy, Retry-After, X-Request-ID"
 # The names that the draft below has for what is counted; it has none for events.
-_QUOTA_UNITS = {"events": "events", "bytes": "content-bytes"}
+_UNIT_NAMES = {"events": "events", "bytes": "content-bytes"}
 
 _log = logging.getLogger("productgraph.http")
 
@@ -55,16 +55,16 @@ def create_app(
     *,
     description: bytes,
     allowed_origins: Collection[str],
-    observer: Observer | None = None,
+    recorder: RequestRecorder | None = None,
 ) -> App:
     """The WSGI application.
 
     `description` is its OpenAPI document as JSON; `allowed_origins` may hold `*` for any;
-    `observer` is told of every POST of events. Behind a server that cannot hold answers back, a
+    `recorder` is told of every POST of events. Behind a server that cannot hold answers back, a
     request waits for its commit.
     """
     app: App = falcon.App(middleware=[_CrossOrigin(allowed_origins), _UnknownMethods()])
-    app.add_route("/v1/events", _Events(service, codec, observer or Observer()))
+    app.add_route("/v1/events", _Events(service, codec, recorder or RequestRecorder()))
     app.add_route("/health", _Health())
     app.add_route("/ready", _Ready(is_ready))
     app.add_route("/openapi.json", _Description(description))
@@ -77,14 +77,14 @@ def create_app(
 class _Exchange:
     """One request until it is over, however often it has to be taken up."""
 
-    def __init__(self, observation: Observation) -> None:
-        self.observation = observation
+    def __init__(self, record: RequestRecord) -> None:
+        self.record = record
         self.stored: Future[None] | None = None
         self.refusal: int | None = None
 
     def close(self) -> None:
-        """Tells the observer how it ended."""
-        self.observation.finish(self.refusal or self._outcome())
+        """Tells the recorder how it ended."""
+        self.record.finish(self.refusal or self._outcome())
 
     def _outcome(self) -> int:
         if self.stored is None:
@@ -95,14 +95,14 @@ class _Exchange:
 
 
 class _Events:
-    def __init__(self, service: IngestService, codec: JsonCodec, observer: Observer) -> None:
+    def __init__(self, service: IngestService, codec: JsonCodec, recorder: RequestRecorder) -> None:
         self._service = service
         self._codec = codec
-        self._observer = observer
+        self._recorder = recorder
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         exchange = req.env.get(_KEPT) or self._open_exchange(req)
-        resp.set_header("X-Request-ID", exchange.observation.request_id)
+        resp.set_header("X-Request-ID", exchange.record.request_id)
         try:
             self._ingest(req, resp, exchange)
         except Exception as error:
@@ -114,7 +114,7 @@ class _Events:
 
     def _open_exchange(self, req: falcon.Request) -> _Exchange:
         request_id, traceparent = map(req.env.get, ("HTTP_X_REQUEST_ID", "HTTP_TRACEPARENT"))
-        exchange = _Exchange(self._observer.begin("http", request_id, traceparent))
+        exchange = _Exchange(self._recorder.begin("http", request_id, traceparent))
         if keep := req.env.get(_KEEP):
             keep(exchange)
         return exchange
@@ -126,12 +126,12 @@ class _Events:
         caller = self._authenticate(req, deadline)
         if caller is None:
             return
-        exchange.observation.authenticated(caller.project_id)
+        exchange.record.authenticated(caller.project_id)
         try:
             response = self._take(req, exchange, caller, deadline)
         finally:
-            if quotas := self._service.quotas_of(caller):
-                _describe_quotas(resp, quotas)
+            if allowances := self._service.allowances_of(caller):
+                _describe_allowances(resp, allowances)
         resp.status = falcon.HTTP_202
         resp.data = encode_response(response)
 
@@ -144,10 +144,10 @@ class _Events:
         body = _read_body(req)
         left = self._service.seconds_left(deadline)
         self._service.check_in_time(deadline, estimate_seconds(body, left))
-        exchange.observation.size_bytes = len(body)
+        exchange.record.size_bytes = len(body)
         events = self._codec.parse_batch(body)
         response, stored = self._service.ingest(caller, events, deadline)
-        exchange.observation.decoded(response)
+        exchange.record.decoded(response)
         exchange.stored = stored
         if hold := req.env.get(_HOLD):
             hold(stored)
@@ -239,10 +239,10 @@ class _UnknownMethods:
             req.method = "TRACE"
 
 
-def _describe_quotas(resp: falcon.Response, quotas: Sequence[Quota]) -> None:
+def _describe_allowances(resp: falcon.Response, allowances: Sequence[Allowance]) -> None:
     # https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-ratelimit-headers-10
-    policies = (f'"{q.unit}";q={q.rate};qu="{_QUOTA_UNITS[q.unit]}";w=1' for q in quotas)
-    limits = (f'"{q.unit}";r={q.remaining};t={q.seconds_to_full}' for q in quotas)
+    policies = (f'"{q.unit}";q={q.rate};qu="{_UNIT_NAMES[q.unit]}";w=1' for q in allowances)
+    limits = (f'"{q.unit}";r={q.remaining};t={q.seconds_to_full}' for q in allowances)
     resp.set_header("RateLimit-Policy", ", ".join(policies))
     resp.set_header("RateLimit", ", ".join(limits))
 

@@ -33,7 +33,7 @@ class _Entry(NamedTuple):
     confirmed_at: float
 
 
-class KeyDirectory:
+class KeyCache:
     """Tells whose a key is; one thread asks the database for all requests.
 
     `on_lookups` is told how many keys it was asked for with one of the results `LOOKUP_RESULTS`.

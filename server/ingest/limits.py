@@ -8,7 +8,7 @@ from server.errors import ResourceExhausted
 from server.ingest.buckets import SECOND, BucketTable
 
 
-class Quota(NamedTuple):
+class Allowance(NamedTuple):
     """What is left to a caller: `rate` is in units a second, and how many may be sent at once."""
 
     unit: str
@@ -35,14 +35,14 @@ class RateLimiter:
         if rate := self._byte_rate(caller):
             self._take(2 * caller.key_id + 1, rate, count, "bytes")
 
-    def quotas_of(self, caller: Caller) -> list[Quota]:
+    def allowances_of(self, caller: Caller) -> list[Allowance]:
         """Where a caller stands; empty where nothing limits it."""
-        quotas = []
+        allowances = []
         if rate := self._event_rate(caller):
-            quotas.append(self._measure(2 * caller.key_id, rate, "events"))
+            allowances.append(self._measure(2 * caller.key_id, rate, "events"))
         if rate := self._byte_rate(caller):
-            quotas.append(self._measure(2 * caller.key_id + 1, rate, "bytes"))
-        return quotas
+            allowances.append(self._measure(2 * caller.key_id + 1, rate, "bytes"))
+        return allowances
 
     def _event_rate(self, caller: Caller) -> int:
         own = caller.event_rate
@@ -57,6 +57,6 @@ class RateLimiter:
             seconds = max(1, ceil(self._buckets.seconds_to_full(bucket)))
             raise ResourceExhausted(f"rate limit exceeded: {rate} {unit}/s", seconds)
 
-    def _measure(self, bucket: int, rate: int, unit: str) -> Quota:
+    def _measure(self, bucket: int, rate: int, unit: str) -> Allowance:
         seconds = self._buckets.seconds_to_full(bucket)
-        return Quota(unit, rate, int(max(0.0, 1 - seconds) * rate), ceil(seconds))
+        return Allowance(unit, rate, int(max(0.0, 1 - seconds) * rate), ceil(seconds))

@@ -84,7 +84,7 @@ class _Backlog:
         self._count_of -= Counter(rejection.project_id for rejection in group)
 
 
-class RejectionRecorder:
+class RejectionWriter:
     """Writes what validation rejected to its table, and keeps that table short.
 
     `on_dropped` is told now and then how many were too many to be kept.

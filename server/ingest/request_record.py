@@ -14,27 +14,27 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # The gRPC codes that say what HTTP says with a status of 500 or more.
 _FAULTS = frozenset({"UNKNOWN", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
-_log = logging.getLogger("productgraph.observation")
+_log = logging.getLogger("productgraph.request_record")
 
 
 class Sink(Protocol):
     """Takes what has been observed; called in a thread that serves requests, it may not wait."""
 
-    def record(self, observation: "Observation") -> None:
+    def record(self, request: "RequestRecord") -> None:
         """Takes one finished request."""
 
 
-class Observation:
+class RequestRecord:
     """One ingest request. An edge notes what happens; a sink reads it once it is finished.
 
     What is not known, since the request did not come that far, is None. Moments are in seconds on
-    the observer's clock, `started_at` is in nanoseconds since 1970.
+    the recorder's clock, `started_at` is in nanoseconds since 1970.
     """
 
     __slots__ = (
         "_authenticated",
         "_decoded",
-        "_observer",
+        "_recorder",
         "_started",
         "ended",
         "project_id",
@@ -49,7 +49,7 @@ class Observation:
 
     def __init__(
         self,
-        observer: "Observer",
+        recorder: "RequestRecorder",
         protocol: Literal["http", "grpc"],
         request_id: str,
         traceparent: str | None,
@@ -63,27 +63,27 @@ class Observation:
         # HTTP's number or gRPC's name; 499 and CANCELLED: the client was gone before its answer.
         self.status: int | str = 0
         self.ended = 0.0
-        self._observer = observer
+        self._recorder = recorder
         self._authenticated: float | None = None
         self._decoded: float | None = None
         self.started_at = time.time_ns()
-        self._started = observer.clock()
+        self._started = recorder.clock()
 
     def authenticated(self, project_id: str) -> None:
         """The key is known; what follows is read and decoded."""
         self.project_id = project_id
-        self._authenticated = self._observer.clock()
+        self._authenticated = self._recorder.clock()
 
     def decoded(self, response: IngestEventsResponse) -> None:
         """The events have been validated and handed over to be stored."""
         self.response = response
-        self._decoded = self._observer.clock()
+        self._decoded = self._recorder.clock()
 
     def finish(self, status: int | str) -> None:
         """The request is over: to be called once."""
         self.status = status
-        self.ended = self._observer.clock()
-        self._observer.report(self)
+        self.ended = self._recorder.clock()
+        self._recorder.report(self)
 
     @property
     def seconds(self) -> float:
@@ -114,8 +114,8 @@ class Observation:
         return status >= 500 if isinstance(status, int) else status in _FAULTS
 
 
-class Observer:
-    """Makes the observations of one process, and gives them to its sinks."""
+class RequestRecorder:
+    """Makes the records of one process, and gives them to its sinks."""
 
     def __init__(
         self, sinks: tuple[Sink, ...] = (), clock: Callable[[], float] = time.monotonic
@@ -130,16 +130,16 @@ class Observer:
         protocol: Literal["http", "grpc"],
         request_id: str | None = None,
         traceparent: str | None = None,
-    ) -> Observation:
+    ) -> RequestRecord:
         """A request arrives; it gets an id where its client sent none that can be used."""
         if request_id is None or not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{self._prefix}-{next(self._numbers)}"
-        return Observation(self, protocol, request_id, traceparent)
+        return RequestRecord(self, protocol, request_id, traceparent)
 
-    def report(self, observation: Observation) -> None:
-        """Hands a finished observation to every sink; a sink that fails harms no request."""
+    def report(self, record: RequestRecord) -> None:
+        """Hands a finished record to every sink; a sink that fails harms no request."""
         for sink in self._sinks:
             try:
-                sink.record(observation)
+                sink.record(record)
             except Exception:  # noqa: BLE001 - as promised
                 _log.exception("a request could not be recorded")

@@ -14,8 +14,8 @@ from server.events.schema import Schema
 from server.events.timestamps import truncate_timestamp
 from server.events.validation import InvalidEvent, MalformedEvent, Validator
 from server.ingest.group_commit import Writer
-from server.ingest.key_cache import KeyDirectory
-from server.ingest.limits import Quota, RateLimiter
+from server.ingest.key_cache import KeyCache
+from server.ingest.limits import Allowance, RateLimiter
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class IngestService:
     def __init__(
         self,
         schema: Schema,
-        keys: KeyDirectory,
+        keys: KeyCache,
         writer: Writer,
         *,
         timeout_seconds: float,
@@ -87,7 +87,7 @@ class IngestService:
         return self._keys.known_caller(key)
 
     def look_up_key(self, key: str) -> "Future[Caller]":
-        """Whose a key is that is not known yet; see KeyDirectory.look_up."""
+        """Whose a key is that is not known yet; see KeyCache.look_up."""
         return self._keys.look_up(key)
 
     def admit(self, caller: Caller, size: int) -> None:
@@ -95,9 +95,9 @@ class IngestService:
         if self._limiter is not None:
             self._limiter.take_bytes(caller, size)
 
-    def quotas_of(self, caller: Caller) -> Sequence[Quota]:
+    def allowances_of(self, caller: Caller) -> Sequence[Allowance]:
         """What is left to a caller at this moment; empty where nothing limits it."""
-        return () if self._limiter is None else self._limiter.quotas_of(caller)
+        return () if self._limiter is None else self._limiter.allowances_of(caller)
 
     def wait(self, future: "Future[T]", deadline: float) -> T:
         """The result of a future, for callers who have a thread to wait with.

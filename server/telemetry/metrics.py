@@ -13,7 +13,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from server.events.validation import classify_problem
 from server.ingest.key_cache import LOOKUP_RESULTS
-from server.ingest.request_record import Observation
+from server.ingest.request_record import RequestRecord
 from server.storage.connection import ERROR_KINDS
 
 PREFIX = "productgraph"
@@ -51,14 +51,14 @@ def _histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> 
 
 
 class RequestMetrics:
-    """Counts requests and their events. A sink of observations; `flush` writes what it was given.
+    """Counts requests and their events: a sink; `flush` writes what it was given.
 
     `fields` are the names of fields that a problem may be of, if not of the event as a whole.
     """
 
     def __init__(self, fields: Iterable[str]) -> None:
         self._fields = frozenset(("event", *fields))
-        self._finished: deque[Observation] = deque()
+        self._finished: deque[RequestRecord] = deque()
         self._requests = _counter(
             "requests", "Requests answered, by HTTP status or gRPC code.", "protocol", "status"
         )
@@ -89,17 +89,17 @@ class RequestMetrics:
         for protocol, status in _SUCCESS_OF.items():
             self._requests.labels(protocol, status)
 
-    def record(self, observation: Observation) -> None:
+    def record(self, request: RequestRecord) -> None:
         """Takes note of a finished request; from any thread."""
-        self._finished.append(observation)
+        self._finished.append(request)
 
     def flush(self) -> None:
         """Counts what was recorded since the last time; in one thread at a time."""
         finished = [self._finished.popleft() for _ in range(len(self._finished))]
-        for protocol in {observation.protocol for observation in finished}:
+        for protocol in {request.protocol for request in finished}:
             self._count(protocol, [each for each in finished if each.protocol == protocol])
 
-    def _count(self, protocol: str, finished: Sequence[Observation]) -> None:
+    def _count(self, protocol: str, finished: Sequence[RequestRecord]) -> None:
         for status, count in Tally(each.status for each in finished).items():
             self._requests.labels(protocol, status).inc(count)
         total, decoding, storing = self._durations[protocol]

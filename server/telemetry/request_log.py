@@ -3,7 +3,7 @@
 import logging
 import threading
 
-from server.ingest.request_record import Observation
+from server.ingest.request_record import RequestRecord
 
 _LINES_A_SECOND = 100
 
@@ -22,14 +22,14 @@ class RequestLog:
             level: _Budget(lines_a_second) for level in (logging.INFO, logging.WARNING)
         }
 
-    def record(self, observation: Observation) -> None:
+    def record(self, request: RequestRecord) -> None:
         """Logs one request, or counts it."""
-        level = logging.WARNING if observation.is_fault else logging.INFO
+        level = logging.WARNING if request.is_fault else logging.INFO
         if not _log.isEnabledFor(level):
             return
-        omitted = self._budgets[level].draw(observation.ended)
+        omitted = self._budgets[level].draw(request.ended)
         if omitted is not None:
-            _log.log(level, "request", extra=_describe(observation, omitted))
+            _log.log(level, "request", extra=_describe(request, omitted))
 
 
 class _Budget:
@@ -54,17 +54,17 @@ class _Budget:
             return omitted
 
 
-def _describe(observation: Observation, omitted: int) -> dict[str, object]:
-    response = observation.response
+def _describe(request: RequestRecord, omitted: int) -> dict[str, object]:
+    response = request.response
     fields = {
-        "request_id": observation.request_id,
-        "protocol": observation.protocol,
-        "status": observation.status,
-        "project": observation.project_id,
+        "request_id": request.request_id,
+        "protocol": request.protocol,
+        "status": request.status,
+        "project": request.project_id,
         "accepted": response.accepted if response else None,
         "rejected": response.rejected if response else None,
-        "bytes": observation.size_bytes,
-        "duration_ms": round(observation.seconds * 1000, 3),
+        "bytes": request.size_bytes,
+        "duration_ms": round(request.seconds * 1000, 3),
         "omitted": omitted or None,
     }
     return {name: value for name, value in fields.items() if value is not None}

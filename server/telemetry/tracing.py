@@ -19,7 +19,7 @@ from opentelemetry.util.types import AttributeValue
 
 from server.forwarding.http_client import Transport
 from server.forwarding.providers.provider import Answer, Request
-from server.ingest.request_record import Observation
+from server.ingest.request_record import RequestRecord
 
 _SERVICE = "productgraph-ingestion"
 _METHOD = "productgraph.v1.EventIngestionService/IngestEvents"
@@ -70,27 +70,27 @@ class RequestTraces:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
-    def record(self, observation: Observation) -> None:
+    def record(self, request: RequestRecord) -> None:
         """Makes the spans of a finished request, beneath the one that its client named."""
-        name, attributes = _SPANS[observation.protocol]
-        start = observation.started_at
+        name, attributes = _SPANS[request.protocol]
+        start = request.started_at
         span = self._tracer.start_span(
-            name, _find_parent(observation.traceparent), SpanKind.SERVER, attributes, None, start
+            name, _find_parent(request.traceparent), SpanKind.SERVER, attributes, None, start
         )
         if not span.is_recording():
             return
-        span.set_attributes(_describe(observation))
-        if observation.is_fault:
+        span.set_attributes(_describe(request))
+        if request.is_fault:
             span.set_status(StatusCode.ERROR)
-        self._add_steps(observation, set_span_in_context(span, Context()))
-        span.end(start + _nanoseconds(observation.seconds))
+        self._add_steps(request, set_span_in_context(span, Context()))
+        span.end(start + _nanoseconds(request.seconds))
 
-    def _add_steps(self, observation: Observation, context: Context) -> None:
-        authenticating, decoding = observation.seconds_authenticating, observation.seconds_decoding
+    def _add_steps(self, request: RequestRecord, context: Context) -> None:
+        authenticating, decoding = request.seconds_authenticating, request.seconds_decoding
         if authenticating is None or decoding is None:
             return
-        start = observation.started_at
-        marks = (authenticating, authenticating + decoding, observation.seconds)
+        start = request.started_at
+        marks = (authenticating, authenticating + decoding, request.seconds)
         began, handed_over, ended = (start + _nanoseconds(mark) for mark in marks)
         self._tracer.start_span("decode", context, start_time=began).end(handed_over)
         self._tracer.start_span("store", context, start_time=handed_over).end(ended)
@@ -102,15 +102,15 @@ def _find_parent(traceparent: str | None) -> Context:
     return _PROPAGATOR.extract(carrier, Context())
 
 
-def _describe(observation: Observation) -> dict[str, AttributeValue]:
-    response, status = observation.response, observation.status
-    prefix = "http" if observation.protocol == "http" else "rpc"
+def _describe(request: RequestRecord) -> dict[str, AttributeValue]:
+    response, status = request.response, request.status
+    prefix = "http" if request.protocol == "http" else "rpc"
     values: dict[str, AttributeValue | None] = {
         f"{prefix}.response.status_code": status,
-        "error.type": str(status) if observation.is_fault else None,
-        "productgraph.request.id": observation.request_id,
-        "productgraph.request.bytes": observation.size_bytes,
-        "productgraph.project.id": observation.project_id,
+        "error.type": str(status) if request.is_fault else None,
+        "productgraph.request.id": request.request_id,
+        "productgraph.request.bytes": request.size_bytes,
+        "productgraph.project.id": request.project_id,
         "productgraph.events.accepted": response.accepted if response else None,
         "productgraph.events.rejected": response.rejected if response else None,
     }

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from productgraph.v1.event_ingestion_service_pb2 import EventError
 from server.config import RejectedKeep
 from server.events.parsed import ParsedBatch
-from server.ingest.rejection_writer import MAX_WAITING, RejectionRecorder
+from server.ingest.rejection_writer import MAX_WAITING, RejectionWriter
 from server.storage.connection import Engine, Link, Watchdog, connected, open_engine, transactional
 from server.storage.rejected_events import Rejection, insert_rejections
 from tests.services import for_sqlalchemy, query, wait_until
@@ -34,29 +34,27 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"server.ingest.rejection_writer.{name}", value)
 
 
-def make_recorder(engine: Engine, keep: RejectedKeep = KEEP) -> RejectionRecorder:
-    """A recorder that is not started yet."""
-    return RejectionRecorder(Link(transactional(engine)), keep)
+def make_writer(engine: Engine, keep: RejectedKeep = KEEP) -> RejectionWriter:
+    """A writer that is not started yet."""
+    return RejectionWriter(Link(transactional(engine)), keep)
 
 
 @contextmanager
-def running(recorder: RejectionRecorder) -> Iterator[None]:
-    """The recorder works while the context lasts."""
-    watchdog = Watchdog(recorder.check)
+def running(writer: RejectionWriter) -> Iterator[None]:
+    """The writer works while the context lasts."""
+    watchdog = Watchdog(writer.check)
     watchdog.start()
-    recorder.start()
+    writer.start()
     yield
-    recorder.stop()
+    writer.stop()
     watchdog.stop()
 
 
-def record(recorder: RejectionRecorder, project_id: str, count: int, first: int = 0) -> None:
+def record(writer: RejectionWriter, project_id: str, count: int, first: int = 0) -> None:
     """Hands over so many events, numbered in their content."""
     contents = [str(number).encode() for number in range(first, first + count)]
     errors = [EventError(index=index, error="wrong") for index in range(count)]
-    recorder.record(
-        project_id, ParsedBatch("http", count, 0, iter(()), contents.__getitem__), errors
-    )
+    writer.record(project_id, ParsedBatch("http", count, 0, iter(()), contents.__getitem__), errors)
 
 
 def insert(engine: Engine, project_id: str, count: int, age: timedelta = timedelta(0)) -> None:
@@ -69,12 +67,12 @@ def insert(engine: Engine, project_id: str, count: int, age: timedelta = timedel
 
 def test_newest(engine: Engine) -> None:
     """Of each project the newest are kept, as many as allowed, whatever others have."""
-    recorder = make_recorder(engine, RejectedKeep(20, 3600.0))
-    with running(recorder):
-        record(recorder, "a", 1200)
-        record(recorder, "b", 7)
+    writer = make_writer(engine, RejectedKeep(20, 3600.0))
+    with running(writer):
+        record(writer, "a", 1200)
+        record(writer, "b", 7)
         wait_until(lambda: query(engine, COUNT) == [("a", 20), ("b", 7)])
-        record(recorder, "a", 5, first=1200)
+        record(writer, "a", 5, first=1200)
         kept = "SELECT convert_from(event, 'UTF8')::int FROM rejected_events WHERE project_id = 'a'"
         wanted = [(number,) for number in range(1185, 1205)]
         wait_until(lambda: query(engine, f"{kept} ORDER BY id") == wanted)
@@ -83,7 +81,7 @@ def test_newest(engine: Engine) -> None:
 def test_smaller_setting(engine: Engine) -> None:
     """A service that is to keep less than before trims projects that send nothing any more."""
     insert(engine, "a", 2500)
-    with running(make_recorder(engine, RejectedKeep(20, 3600.0))):
+    with running(make_writer(engine, RejectedKeep(20, 3600.0))):
         wait_until(lambda: query(engine, COUNT) == [("a", 20)])
 
 
@@ -91,32 +89,32 @@ def test_age(engine: Engine) -> None:
     """What is older than allowed goes, also without anything new."""
     insert(engine, "a", 1500, timedelta(seconds=3601))
     insert(engine, "a", 3)
-    with running(make_recorder(engine)):
+    with running(make_writer(engine)):
         wait_until(lambda: query(engine, COUNT) == [("a", 3)])
 
 
 def test_trimming_at_once(engine: Engine) -> None:
     """Several services that write and trim at the same moment do not get in each other's way."""
     insert(engine, "a", 5000)
-    recorders = [make_recorder(engine, RejectedKeep(10, 3600.0)) for _ in range(3)]
-    with running(recorders[0]), running(recorders[1]), running(recorders[2]):
-        for number, recorder in enumerate(recorders):
-            record(recorder, "a", 1000)
-            record(recorder, f"b{number}", 10)
+    writers = [make_writer(engine, RejectedKeep(10, 3600.0)) for _ in range(3)]
+    with running(writers[0]), running(writers[1]), running(writers[2]):
+        for number, writer in enumerate(writers):
+            record(writer, "a", 1000)
+            record(writer, f"b{number}", 10)
         counts = [("a", 10), ("b0", 10), ("b1", 10), ("b2", 10)]
         wait_until(lambda: query(engine, COUNT) == counts)
 
 
 def test_too_many(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """A project that floods the queue leaves room for others, and what is dropped is counted."""
-    recorder = make_recorder(engine)
+    writer = make_writer(engine)
     for _ in range(0, MAX_WAITING, 1000):
-        record(recorder, "flood", 1000)
-    record(recorder, "other", 10)
-    with running(recorder):
+        record(writer, "flood", 1000)
+    record(writer, "other", 10)
+    with running(writer):
         counts = [("flood", MAX_WAITING // 2), ("other", 10)]
         wait_until(lambda: query(engine, COUNT) == counts)
-        record(recorder, "flood", 1)
+        record(writer, "flood", 1)
         wait_until(lambda: query(engine, COUNT)[0] == ("flood", MAX_WAITING // 2 + 1))
     [line] = [line for line in caplog.records if "too many" in line.message]
     assert (line.levelno, vars(line)["count"]) == (logging.WARNING, MAX_WAITING // 2)
@@ -124,24 +122,24 @@ def test_too_many(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_too_large(engine: Engine) -> None:
     """What waits is limited in bytes too."""
-    recorder = make_recorder(engine)
+    writer = make_writer(engine)
     errors = [EventError(index=index, error="wrong") for index in range(1000)]
     batch = ParsedBatch("http", 1, 0, iter(()), lambda _: b"x" * 110_000)
-    recorder.record("a", batch, errors)
-    with running(recorder):
+    writer.record("a", batch, errors)
+    with running(writer):
         wait_until(lambda: query(engine, COUNT) == [("a", (16 << 20) // 102_400 + 1)])
 
 
 def test_hanging_database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the table cannot be written, events wait; they are kept once it can be."""
     monkeypatch.setattr("server.ingest.rejection_writer._QUERY_SECONDS", 0.3)
-    recorder = make_recorder(engine)
-    with running(recorder):
+    writer = make_writer(engine)
+    with running(writer):
         with connected(transactional(engine)) as other, other.begin():
             other.execute(text("LOCK TABLE rejected_events IN ACCESS EXCLUSIVE MODE"))
-            record(recorder, "a", 700)
+            record(writer, "a", 700)
             began = time.monotonic()
-            record(recorder, "b", 1)
+            record(writer, "b", 1)
             assert time.monotonic() - began < 0.25
             wait_until(lambda: query(engine, "SELECT 1 FROM pg_locks WHERE NOT granted"))
             time.sleep(0.5)
@@ -150,9 +148,9 @@ def test_hanging_database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_faulty_batch(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """What the database refuses is logged and given up, and what follows is kept."""
-    recorder = make_recorder(engine)
-    record(recorder, "a\0b", 1)
-    with running(recorder):
+    writer = make_writer(engine)
+    record(writer, "a\0b", 1)
+    with running(writer):
         wait_until(lambda: "rejected events were not kept" in caplog.text)
-        record(recorder, "c", 1)
+        record(writer, "c", 1)
         wait_until(lambda: query(engine, COUNT) == [("c", 1)])
