@@ -1,19 +1,22 @@
 """What is measured: the loads, each with a name to choose it by."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.choice import choose_matching
 
 _SIZES = (1, 20, 50, 1000)
 _WORKERS = (1, 2)
-# Fewer than four, and one worker may get none.
-_GRPC_CONNECTIONS_PER_WORKER = 4
+_GRPC_CONNECTIONS = 4
+_MANY_CONNECTIONS = 128
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One load: `streams` are gRPC calls at a time, over all connections."""
+    """One load: `streams` are gRPC calls at a time, over all connections.
+
+    `events` names the kind of its events, one of those in `events.KINDS`.
+    """
 
     name: str
     server: str  # "service" or "baseline"
@@ -22,7 +25,7 @@ class Cell:
     workers: int
     connections: int
     streams: int = 0
-    long_events: bool = False
+    events: str = "usual"
 
 
 def _http(events_per_request: int, workers: int) -> Cell:
@@ -33,20 +36,24 @@ def _http(events_per_request: int, workers: int) -> Cell:
 
 def _grpc(events_per_request: int, workers: int) -> Cell:
     name = f"grpc-{events_per_request}-{workers}"
-    connections = _GRPC_CONNECTIONS_PER_WORKER * workers
     streams = {1: 64, 1000: 8}.get(events_per_request, 16)
-    return Cell(name, "service", "grpc", events_per_request, workers, connections, streams)
+    return Cell(name, "service", "grpc", events_per_request, workers, _GRPC_CONNECTIONS, streams)
 
 
-def _baseline(events_per_request: int) -> Cell:
-    connections = _http(events_per_request, 1).connections
-    name = f"baseline-{events_per_request}"
-    return Cell(name, "baseline", "http", events_per_request, 1, connections)
+def name_twin(cell_name: str) -> str:
+    """Return the name of the baseline's load of the same events and workers."""
+    return "-".join(["baseline", *cell_name.split("-")[1:]])
 
 
-BASELINE = tuple(_baseline(size) for size in _SIZES)
-MATRIX = tuple(
-    kind(size, workers) for workers in _WORKERS for kind in (_http, _grpc) for size in _SIZES
+MATRIX = (
+    *(kind(size, workers) for workers in _WORKERS for kind in (_http, _grpc) for size in _SIZES),
+    replace(_http(1, 2), name="http-1-2-many", connections=_MANY_CONNECTIONS),
+    replace(_http(1000, 2), name="http-1000-2-dirty", events="dirty"),
+)
+BASELINE = tuple(
+    replace(cell, name=name_twin(cell.name), server="baseline")
+    for cell in MATRIX
+    if cell.protocol == "http"
 )
 # One client that waits for each answer before it sends the next event.
 LATENCY = (
@@ -54,14 +61,14 @@ LATENCY = (
     Cell("latency-grpc", "service", "grpc", 1, 2, connections=1, streams=1),
 )
 # Eight bodies of 10 MB at once, all for one worker.
-MEMORY = Cell("memory", "service", "http", 1000, 1, connections=8, long_events=True)
+MEMORY = Cell("memory", "service", "http", 1000, 1, connections=8, events="long")
 # The same load on an empty table and on a large one.
 EMPTY_TABLE = Cell("empty-table", "service", "http", 1000, 2, connections=8)
 LARGE_TABLE = Cell("large-table", "service", "http", 1000, 2, connections=8)
 
 ALL = (*BASELINE, *MATRIX, *LATENCY, MEMORY)
 QUICK = (
-    "baseline-1000",
+    *("baseline-1-2", "baseline-50-2", "baseline-1000-2"),
     *("http-1-2", "http-50-2", "http-1000-2", "grpc-1-2", "grpc-1000-2"),
     "latency-http",
 )

@@ -1,5 +1,6 @@
 """The database of a run: PostgreSQL as `scripts/serve` embeds it, and what only it can do."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -9,16 +10,14 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import psycopg2
-from google.protobuf.json_format import ParseDict
 from psycopg2.extensions import connection as Connection
 
-from productgraph.v1.event_pb2 import Event
 from server.storage.connection import connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.keys import create_key
 from server.storage.migrate import migrate
 from server.storage.partitions import add_months
-from tests.bench.baseline import EventTable
+from tests.bench import baseline
 from tests.bench.events import PROJECT, NumberedRequest, encode_rows, make_events
 
 COPY_ROWS = 1000
@@ -39,9 +38,8 @@ class BenchDatabase:
 
     def _prepare_rows(self) -> tuple[NumberedRequest, str]:
         """COPY's own lines of the events, and its statement."""
-        events = [ParseDict(event, Event()) for event in make_events(COPY_ROWS)]
-        EventTable(open_engine(self.url)).store(events)
-        columns = ", ".join(field.name for field in Event.DESCRIPTOR.fields)
+        asyncio.run(baseline.store(self.plain_url, make_events(COPY_ROWS)))
+        columns = ", ".join(baseline.COLUMNS)
         lines = BytesIO()
         with self._connected() as connection, connection.cursor() as cursor:
             query = f"SELECT {columns} FROM events ORDER BY event_sequence"
@@ -52,10 +50,15 @@ class BenchDatabase:
 
     @contextmanager
     def _connected(self) -> Iterator[Connection]:
-        with closing(psycopg2.connect(self.url.replace("+psycopg2", ""))) as connection:
+        with closing(psycopg2.connect(self.plain_url)) as connection:
             connection.autocommit = True
             connection.cursor().execute("SET TimeZone TO 'UTC'")
             yield connection
+
+    @property
+    def plain_url(self) -> str:
+        """The database's URL as libpq takes it."""
+        return self.url.replace("+psycopg2", "")
 
     def execute(self, statement: str, *parameters: object) -> None:
         """Runs a statement, and commits it."""

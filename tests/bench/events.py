@@ -7,7 +7,7 @@ what sends them spends its time on the sockets.
 
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,20 @@ _TIME_MARK = datetime(2001, 1, 1, tzinfo=UTC)
 _REQUESTS_PER_SECOND = 10
 _LONG_EVENT_BYTES = 10_600
 
+# What SDKs add to each event. U+2028 is escaped by many of them, quotes and newlines by all.
+_DIRT: dict[str, Any] = {
+    "user.id": None,
+    "user.anonymous_id": "anon-5f2b6c0e",
+    "page.referrer": None,
+    "page.title": 'Espresso "Crema"\nmachines',
+    "ui.viewport": {"width": 1440, "height": 900},
+    "ui.scroll.position": 1280,
+    "org.id": "org_42",
+    "error.type": None,
+    "error.message": None,
+    "gen_ai.journey.id": None,
+}
+
 EncodeTime = Callable[[datetime], bytes]
 
 
@@ -34,6 +48,11 @@ def make_events(count: int) -> list[dict[str, Any]]:
 def make_long_events(count: int) -> list[dict[str, Any]]:
     """Such events of about 10 kB each, most of them a stack trace and metadata."""
     return [_lengthen(event) for event in make_events(count)]
+
+
+def make_dirty_events(count: int) -> list[dict[str, Any]]:
+    """Return such events as real SDKs send them: with nulls, unnamed fields and escapes."""
+    return [event | _DIRT for event in make_events(count)]
 
 
 def _make_event(index: int, count: int) -> dict[str, Any]:
@@ -76,6 +95,13 @@ def _lengthen(event: dict[str, Any]) -> dict[str, Any]:
         f"GET /api/products/{number}?expand=prices 200" for number in range(missing // 46)
     ]
     return event | longer | {"metadata": event["metadata"] | {"breadcrumbs": breadcrumbs}}
+
+
+KINDS: Mapping[str, Callable[[int], list[dict[str, Any]]]] = {
+    "usual": make_events,
+    "dirty": make_dirty_events,
+    "long": make_long_events,
+}
 
 
 class NumberedRequest:

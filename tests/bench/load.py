@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from tests.bench.events import encode_http, encode_protobuf, make_events, make_long_events
+from tests.bench.events import KINDS, encode_http, encode_protobuf
 from tests.bench.grpc_load import GrpcConnection, GrpcLoad
 from tests.bench.http_load import HttpConnection, HttpLoad
 from tests.bench.meter import Meter
@@ -31,7 +31,7 @@ class LoadPlan:
     workers: Sequence[int]
     # The processes whose CPU time, with that of their descendants, is read, by name.
     families: Mapping[str, int]
-    long_events: bool = False
+    kind: str = "usual"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _read_cpu(plan: LoadPlan) -> dict[str, float]:
 
 def _open(plan: LoadPlan) -> tuple[HttpLoad | GrpcLoad, Shares]:
     count, first = plan.events_per_request, plan.first_number
-    events = make_long_events(count) if plan.long_events else make_events(count)
+    events = KINDS[plan.kind](count)
 
     def open_http() -> HttpConnection:
         return HttpConnection(plan.port, encode_http(events, plan.key))

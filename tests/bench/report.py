@@ -10,13 +10,10 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from tests.bench.cells import BASELINE, MATRIX
+from tests.bench.cells import name_twin
 from tests.bench.run import Measurement, Plan, Results
 
 Document = dict[str, Any]
-
-# Those with as many clients and the same events as the baseline's loads.
-_COMPARABLE = frozenset(cell.name for cell in (*BASELINE, *MATRIX))
 
 
 def describe(measurement: Measurement) -> Document:
@@ -52,11 +49,7 @@ def build_document(plan: Plan, results: Results) -> Document:
     """All figures of a run, with what each is compared to, and where they were measured."""
     copy = statistics.median(results.copies)
     described = [describe(measurement) for measurement in results.measurements]
-    baseline = {
-        figures["events_per_request"]: figures["events_per_second"]
-        for figures in described
-        if figures["server"] == "baseline"
-    }
+    speeds = {figures["name"]: figures["events_per_second"] for figures in described}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _describe_machine(),
@@ -65,17 +58,16 @@ def build_document(plan: Plan, results: Results) -> Document:
         "seconds": plan.seconds,
         "warm_up_seconds": plan.warm_up_seconds,
         "copy": {"rows_per_second": copy, "each_time": results.copies},
-        "measurements": [_compare(figures, copy, baseline) for figures in described],
+        "measurements": [_compare(figures, copy, speeds) for figures in described],
         "large_table": _compare_tables(plan, described),
     }
 
 
-def _compare(figures: Document, copy: float, baseline: Mapping[int, float]) -> Document:
-    speed, size = figures["events_per_second"], figures["events_per_request"]
-    is_alike = size in baseline and figures["name"] in _COMPARABLE
+def _compare(figures: Document, copy: float, speeds: Mapping[str, float]) -> Document:
+    speed, twin = figures["events_per_second"], speeds.get(name_twin(figures["name"]))
     return figures | {
         "ratio_to_copy": speed / copy,
-        "ratio_to_baseline": speed / baseline[size] if is_alike else None,
+        "ratio_to_baseline": speed / twin if twin else None,
     }
 
 

@@ -72,10 +72,10 @@ class Bench:
         self._on_step = on_step
         self._number = 1  # of the next request
 
-    def running_baseline(self) -> AbstractContextManager[Server]:
-        """The baseline, on the database of the run."""
-        self._on_step("starting the baseline")
-        return running_baseline(self._database)
+    def running_baseline(self, workers: int) -> AbstractContextManager[Server]:
+        """Run the baseline, on the database of the run."""
+        self._on_step(f"starting the baseline, workers: {workers}")
+        return running_baseline(self._database, workers)
 
     def running_service(self, workers: int) -> AbstractContextManager[Server]:
         """The service, on the database of the run."""
@@ -137,7 +137,7 @@ class Bench:
             first_number=self._number,
             workers=server.workers,
             families={"service": server.process, "database": self._database.find_postmaster()},
-            long_events=cell.long_events,
+            kind=cell.events,
         )
         finished = subprocess.run(
             [sys.executable, "-m", "tests.bench.load"],
@@ -176,14 +176,14 @@ def run_bench(plan: Plan, on_step: OnStep, on_measured: OnMeasured) -> Results:
 
 
 def _run_baseline(bench: Bench, plan: Plan) -> Iterator[Measurement]:
-    chosen = [cell for cell in plan.cells if cell.server == "baseline"]
-    if chosen:
-        with bench.running_baseline() as server:
-            yield from (bench.measure(server, cell) for cell in chosen)
+    for workers in (1, 2):
+        if chosen := _choose(plan, "baseline", workers):
+            with bench.running_baseline(workers) as server:
+                yield from (bench.measure(server, cell) for cell in chosen)
 
 
 def _run_one_worker(bench: Bench, plan: Plan) -> Iterator[Measurement]:
-    chosen = [cell for cell in _choose_service(plan, workers=1) if cell is not cells.MEMORY]
+    chosen = [cell for cell in _choose(plan, "service", 1) if cell is not cells.MEMORY]
     if chosen:
         with bench.running_service(1) as server:
             yield from (bench.measure(server, cell) for cell in chosen)
@@ -193,7 +193,7 @@ def _run_one_worker(bench: Bench, plan: Plan) -> Iterator[Measurement]:
 
 
 def _run_two_workers(bench: Bench, plan: Plan) -> Iterator[Measurement]:
-    chosen = _choose_service(plan, workers=2)
+    chosen = _choose(plan, "service", 2)
     if not chosen and not plan.large_rows:
         return
     with bench.running_service(2) as server:
@@ -204,5 +204,5 @@ def _run_two_workers(bench: Bench, plan: Plan) -> Iterator[Measurement]:
             yield bench.measure_on_top(server, cells.LARGE_TABLE)
 
 
-def _choose_service(plan: Plan, workers: int) -> list[Cell]:
-    return [c for c in plan.cells if c.server == "service" and c.workers == workers]
+def _choose(plan: Plan, server: str, workers: int) -> list[Cell]:
+    return [c for c in plan.cells if c.server == server and c.workers == workers]

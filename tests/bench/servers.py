@@ -1,5 +1,6 @@
 """The servers that are measured, each in processes of its own."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,18 +35,19 @@ def running_workers(
 
 
 @contextmanager
-def running_baseline(database: BenchDatabase) -> Iterator[Server]:
-    """The straightforward program of `baseline.py`."""
+def running_baseline(database: BenchDatabase, workers: int) -> Iterator[Server]:
+    """Run the program of `baseline.py` with this many workers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.baseline", database.url],
+        [sys.executable, "-m", "tests.bench.baseline", database.plain_url, str(port), str(workers)],
         env=clean_environment({}),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # waitress tells of every request that waits
     )
     with process:
         try:
             assert process.stdout is not None
-            port = int(process.stdout.readline())
-            yield Server({"http": port}, process.pid, [process.pid])
+            pids = [int(process.stdout.readline()) for _ in range(workers)]
+            yield Server({"http": port}, process.pid, pids)
         finally:
-            process.kill()
+            process.terminate()
