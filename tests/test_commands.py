@@ -68,14 +68,15 @@ def find_command(name: str, printed: str) -> str:
 
 
 def translate_grpcurl(command: str) -> str:
-    """The same for `buf curl`, where grpcurl is not installed."""
+    """Return the command for `buf curl` if grpcurl is not installed."""
     if shutil.which("grpcurl"):
         return command
-    _, plaintext, *options, address, method = shlex.split(command)
-    assert plaintext == "-plaintext"
-    buf = [str(Path(sys.executable).with_name("buf")), "curl"]
-    how = ["--protocol", "grpc", "--http2-prior-knowledge"]
-    return shlex.join([*buf, *how, *options, f"http://{address}/{method}"])
+    command, address, method = command.rsplit(maxsplit=2)
+    buf = shlex.quote(str(Path(sys.executable).with_name("buf")))
+    how = f"{buf} curl --protocol grpc --http2-prior-knowledge"
+    translated = re.sub(r"^ *grpcurl -plaintext", how, command)
+    assert translated != command
+    return f"{translated} http://{address}/{method}"
 
 
 def run_in_shell(command: str) -> str:
@@ -209,7 +210,7 @@ def test_help(command: str) -> None:
     done = run_command(*command.split(), "--help", settings={"PORT": "bad"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: productgraph {command}".strip())
-    assert "README.md" in done.stdout
+    assert "OPERATIONS.md" in done.stdout
 
 
 @pytest.mark.parametrize(

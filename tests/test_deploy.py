@@ -23,7 +23,7 @@ Node = Any
 
 IMAGE = "productgraph-ingestion"
 MANIFESTS = ROOT / "scripts/deploy/kubernetes"
-DRAIN_SECONDS = 30  # README: SIGTERM drains everything within these
+DRAIN_SECONDS = 30  # OPERATIONS.md: SIGTERM drains everything within these
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: Node = yaml.safe_load((ROOT / "compose.yaml").read_text())

@@ -13,7 +13,7 @@ from server.storage.migrate import check_migrated
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run = Callable[[Settings, argparse.Namespace], int]
 
-SETTINGS = "Settings come from environment variables; README.md lists them all."
+SETTINGS = "Settings come from environment variables; OPERATIONS.md lists them all."
 
 
 def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
