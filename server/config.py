@@ -16,10 +16,12 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-# Each provider's credential variable and usual endpoint.
+# The names of the analytics providers, as settings, tables and metrics have them.
+AMPLITUDE, MIXPANEL = "amplitude", "mixpanel"
+# Each provider's credential variable and default endpoint.
 _PROVIDERS = {
-    "amplitude": ("AMPLITUDE_API_KEY", "https://api2.amplitude.com/batch"),
-    "mixpanel": ("MIXPANEL_TOKEN", "https://api.mixpanel.com/import"),
+    AMPLITUDE: ("AMPLITUDE_API_KEY", "https://api2.amplitude.com/batch"),
+    MIXPANEL: ("MIXPANEL_TOKEN", "https://api.mixpanel.com/import"),
 }
 # Certificate, its key, and what clients' certificates are checked by.
 TLS_VARIABLES = ("GRPC_TLS_CERT_FILE", "GRPC_TLS_KEY_FILE", "GRPC_TLS_CLIENT_CA_FILE")

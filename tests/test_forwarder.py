@@ -28,7 +28,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from productgraph.internal.v1.frames_pb2 import EventFrames
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
 from server.forwarding import http_client as transport
 from server.forwarding import lane as forwarder
@@ -113,7 +113,7 @@ class Bench:
         rows = [encode_event(event) for event in events]
         outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
         with connected(open_engine(for_sqlalchemy(self.url))) as c:
-            EventStore(ENCODER.columns, outbox.compose).save(c, rows, 10)
+            EventStore(ENCODER.columns, outbox.statements_for).save(c, rows, 10)
 
     def build_lane(self, name: str, max_age: timedelta, sender: Transport) -> tuple[Lane, Link]:
         """A lane to one of the servers, and its link to the database."""
@@ -192,7 +192,7 @@ class Bench:
         """The insert ids of what a provider still has to get."""
         pending = set()
         for positions, payload in self.query(PENDING, name):
-            frames = EventFrames.FromString(bytes(payload)).events
+            frames = EncodedEvents.FromString(bytes(payload)).events
             chosen = range(len(frames)) if positions is None else positions
             pending |= {map_event(Event.FromString(frames[p])).insert_id for p in chosen}
         return pending

@@ -79,6 +79,8 @@ class Clock:
 class Storage:
     """Stands in for the writer: all is stored at once."""
 
+    needs_encoded = False
+
     def submit(self, *_: object) -> "Future[None]":
         """A future that is done."""
         stored: Future[None] = Future()

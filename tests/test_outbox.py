@@ -11,26 +11,23 @@ from uuid import UUID, uuid4
 import psycopg2
 import pytest
 
-from productgraph.internal.v1.frames_pb2 import EventFrames
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
 from server.events.copy_rows import Row
 from server.events.timestamps import END_SECOND, FIRST_SECOND
 from server.storage.connection import Conflict, Connection, Engine, Refused, connected
 from server.storage.connection import transactional as make_transactional
+from server.storage.dead_events import DeadEvent, list_dead, purge_dead, retry_dead
 from server.storage.events import EventStore
 from server.storage.outbox import (
     _FIND_DUE,
-    DeadEvent,
     Death,
     Delivery,
     Outbox,
     Outcome,
     claim_batch,
-    list_dead,
-    purge_dead,
     read_status,
     record_outcomes,
-    retry_dead,
     set_stopped,
 )
 from tests.clients import Tenant
@@ -85,7 +82,7 @@ Save = Callable[[Sequence[Row]], None]
 
 def make_store(*providers: str) -> EventStore:
     """A store that keeps what is new for these providers."""
-    return EventStore(ENCODER.columns, Outbox(providers, 1).compose)
+    return EventStore(ENCODER.columns, Outbox(providers, 1).statements_for)
 
 
 def make_rows(project: str, count: int) -> list[Row]:
@@ -101,7 +98,7 @@ def read_queued(query: Query) -> list[list[tuple[str, str]]]:
 
 def read_frames(payload: bytes) -> list[Event]:
     """The events of a payload."""
-    return [Event.FromString(event) for event in EventFrames.FromString(bytes(payload)).events]
+    return [Event.FromString(event) for event in EncodedEvents.FromString(bytes(payload)).events]
 
 
 def read_ids(letters: Sequence[DeadEvent]) -> list[str]:
@@ -226,6 +223,21 @@ def test_analytics_off(service: Service, project: Project, database: Any) -> Non
         for table in TABLES:
             cursor.execute(f"SELECT count(*) FROM {table}")
             assert cursor.fetchone() == (0,)
+
+
+def test_stored_payloads_stay_readable(query: Query, connection: Connection) -> None:
+    """A payload of the first release is read for ever: these bytes, events in field 1."""
+    events = [Event(event_id=event_id).SerializeToString() for event_id in ("e1", "e2")]
+    payload = b"".join(b"\x0a" + bytes([len(event)]) + event for event in events)
+    query(
+        "WITH kept AS (INSERT INTO outbox_payloads (project_id, mapping_version, event_count,"
+        " events) VALUES ('p', 1, 2, %s) RETURNING id)"
+        " INSERT INTO outbox_deliveries (payload_id, provider, event_count)"
+        " SELECT id, 'a', 2 FROM kept",
+        payload,
+    )
+    [delivery] = claim(connection)[1]
+    assert delivery.events == dict(enumerate(events))
 
 
 def test_payload_storage(query: Query) -> None:

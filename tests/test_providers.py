@@ -48,7 +48,9 @@ from tests.provider_servers import (
 from tests.services import wait_until
 
 SECRET = "s3cret"
-AMPLITUDE, MIXPANEL = Amplitude(SECRET), Mixpanel(SECRET)
+MIXPANEL_URL = "https://api.mixpanel.com/import"
+AMPLITUDE = Amplitude(SECRET, "https://api2.amplitude.com/batch")
+MIXPANEL = Mixpanel(SECRET, MIXPANEL_URL)
 PROVIDERS: list[Provider] = [AMPLITUDE, MIXPANEL]
 both = pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.name)
 
@@ -484,9 +486,9 @@ def test_requests() -> None:
         "http://127.0.0.1:1/batch",
         {"Content-Type": "application/json"},
     )
-    request = Mixpanel("tok").build_request(payloads)
+    request = Mixpanel("tok", MIXPANEL_URL).build_request(payloads)
     assert gzip.decompress(request.body) == b"[" + b",".join(payloads) + b"]"
-    assert request == Mixpanel("tok").build_request(payloads)
+    assert request == Mixpanel("tok", MIXPANEL_URL).build_request(payloads)
     assert request.url == "https://api.mixpanel.com/import?strict=1"
     assert dict(request.headers) == {
         "Authorization": f"Basic {b64encode(b'tok:').decode()}",

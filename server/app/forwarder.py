@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from server.telemetry.tracing import Tracing
 
 _NICENESS = 10
+_PROVIDERS = {provider.name: provider for provider in (Amplitude, Mixpanel)}
 
 _log = logging.getLogger("productgraph")
 
@@ -57,9 +58,8 @@ async def _forward(settings: Settings, engine: Engine) -> None:
 
 
 def _build_providers(settings: Settings) -> list[Provider]:
-    types: dict[str, type[Amplitude | Mixpanel]] = {"amplitude": Amplitude, "mixpanel": Mixpanel}
     return [
-        types[name](destination.credential, destination.endpoint)
+        _PROVIDERS[name](destination.credential, destination.endpoint)
         for name, destination in settings.destinations.items()
     ]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from server.config import Settings
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.storage.embedded import EmbeddedPostgres
-from server.storage.events import OnStored
+from server.storage.events import AlsoStore
 from server.storage.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def opened_database(settings: Settings, *, create: bool = False) -> Iterator[str
             yield embedded.url
 
 
-def open_outbox(settings: Settings) -> OnStored | None:
+def open_outbox(settings: Settings) -> AlsoStore | None:
     """What keeps stored events for the enabled providers; None where there is none."""
     if not settings.destinations:
         return None
-    return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).compose
+    return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).statements_for
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":

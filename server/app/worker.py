@@ -74,7 +74,6 @@ class Worker:
             self._keys,
             self._writer,
             timeout_seconds=settings.request_timeout_seconds,
-            keep_encoded=bool(settings.destinations),
             on_rejected=next((writer.record for writer in self._rejections), None),
             limiter=_build_limiter(settings),
         )
@@ -200,7 +199,6 @@ def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
         KeyCache(Link(engine)),  # not started: an event's project is known here
         writer,
         timeout_seconds=settings.request_timeout_seconds,
-        keep_encoded=bool(settings.destinations),
     )
     watchdog = Watchdog(writer.check)
     for part in (watchdog, writer):

@@ -7,7 +7,8 @@ from productgraph.v1.event_pb2 import Event
 from server import app
 from server.cli.command import Commands, add_command, add_group, opened_tables
 from server.config import Settings
-from server.storage import outbox
+from server.storage.dead_events import list_dead, purge_dead, retry_dead
+from server.storage.outbox import read_status
 
 
 def add_forward_commands(commands: Commands) -> None:
@@ -45,7 +46,7 @@ def _forward(settings: Settings, _options: argparse.Namespace) -> int:
 
 def _show_forwarding(settings: Settings, _options: argparse.Namespace) -> int:
     with opened_tables(settings) as connection:
-        lanes = outbox.read_status(connection)
+        lanes = read_status(connection)
     print(f"{'PROVIDER':10}  {'PENDING':>9}  {'OLDEST':>9}  {'DELIVERED':>11}  {'DEAD':>7}  STATE")
     for lane in lanes:
         age = (
@@ -61,7 +62,7 @@ def _show_forwarding(settings: Settings, _options: argparse.Namespace) -> int:
 
 def _list_dead(settings: Settings, options: argparse.Namespace) -> int:
     with opened_tables(settings) as connection:
-        for letter in outbox.list_dead(connection, options.provider, options.limit):
+        for letter in list_dead(connection, options.provider, options.limit):
             event = Event.FromString(letter.event)
             print(
                 f"{letter.id}  {letter.died_at:%Y-%m-%d %H:%M}  {letter.provider}"
@@ -72,13 +73,13 @@ def _list_dead(settings: Settings, options: argparse.Namespace) -> int:
 
 def _retry_dead(settings: Settings, options: argparse.Namespace) -> int:
     with opened_tables(settings) as connection:
-        count = outbox.retry_dead(connection, options.provider, options.ids)
+        count = retry_dead(connection, options.provider, options.ids)
     print(f"{count} put back into the queue")
     return 0
 
 
 def _purge_dead(settings: Settings, options: argparse.Namespace) -> int:
     with opened_tables(settings) as connection:
-        count = outbox.purge_dead(connection, options.provider, options.ids)
+        count = purge_dead(connection, options.provider, options.ids)
     print(f"{count} deleted")
     return 0

@@ -12,7 +12,7 @@ from functools import partial
 from server.cli.command import Commands, add_command, opened_engine
 from server.config import Settings
 from server.storage.connection import Conflict, Connection, connected, transactional
-from server.storage.outbox import count_old_dead, delete_old_dead
+from server.storage.dead_events import count_old_dead, delete_old_dead
 from server.storage.rejected_events import count_expired, delete_expired
 from server.storage.retention import (
     Partition,

@@ -5,7 +5,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
-from productgraph.internal.v1.frames_pb2 import EventFrames
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
 from server.errors import InvalidArgument
 from server.events.free_form import REPLACEMENT, replace_nul
@@ -44,7 +44,7 @@ class ProtobufCodec:
         Raises InvalidArgument where the request is not readable, or holds too many events.
         """
         try:
-            frames = EventFrames.FromString(request).events
+            frames = EncodedEvents.FromString(request).events
         except DecodeError:
             raise InvalidArgument("request: not an IngestEventsRequest") from None
         if len(frames) > MAX_BATCH_SIZE:

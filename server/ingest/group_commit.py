@@ -94,6 +94,7 @@ class Writer:
     ) -> None:
         self._link = link
         self._store = store
+        self.needs_encoded = store.needs_encoded
         self._max_waiting_bytes = max_waiting_bytes
         self._clock = clock
         self._on_group = on_group

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from productgraph.internal.v1.frames_pb2 import EventFrames
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from server.caller import Caller
 from server.errors import IngestError
 from server.events.json_codec import HTTP, JsonCodec
@@ -71,7 +71,7 @@ class Replay:
         events = [rejection.event for rejection in rejections]
         if protocol == HTTP:
             return self._json.parse_batch(b'{"events":[' + b",".join(events) + b"]}")
-        return self._protobuf.parse_batch(EventFrames(events=events).SerializeToString())
+        return self._protobuf.parse_batch(EncodedEvents(events=events).SerializeToString())
 
 
 def _source(rejection: StoredRejection) -> tuple[str, str]:

@@ -43,7 +43,6 @@ class IngestService:
         writer: Writer,
         *,
         timeout_seconds: float,
-        keep_encoded: bool = False,
         on_rejected: OnRejected | None = None,
         limiter: RateLimiter | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -53,7 +52,6 @@ class IngestService:
         self._validator = Validator(schema)
         self._rows = RowEncoder(schema)
         self.timeout_seconds = timeout_seconds
-        self._keep_encoded = keep_encoded
         self._on_rejected = on_rejected
         self._limiter = limiter
         self._clock = clock
@@ -147,7 +145,10 @@ class IngestService:
             raise InvalidEvent(self._validator.explain_malformed(parsed, project_id))
         self._validator.check_event(parsed.event, parsed.columns, project_id)
         row = self._rows.encode(parsed)
-        if self._validator.surely_fits(parsed.size, len(row.text)) and not self._keep_encoded:
+        if (
+            self._validator.surely_fits(parsed.size, len(row.text))
+            and not self._writer.needs_encoded
+        ):
             return row
         truncate_timestamp(parsed.event.event_timestamp)  # as the row does
         encoded = parsed.complete().SerializeToString()

@@ -40,7 +40,7 @@ RETURNING project_id, to_char(event_timestamp AT TIME ZONE 'UTC', 'YYYY-MM-DD HH
 
 # Called in the transaction, with what it has stored, sorted by key; returns the SQL that belongs to
 # it as well.
-OnStored = Callable[[Cursor, Sequence[Row]], bytes]
+AlsoStore = Callable[[Cursor, Sequence[Row]], bytes]
 
 
 class EventStore:
@@ -49,15 +49,17 @@ class EventStore:
     def __init__(
         self,
         columns: Sequence[str],
-        on_stored: OnStored | None = None,
+        also_store: AlsoStore | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_duplicates: Callable[[int], None] | None = None,
     ) -> None:
         names = ", ".join(columns)
         self._copy = _COPY.format(table="events", columns=names)
         self._stage = _CREATE_STAGING + _COPY.format(table="staged_events", columns=names)
-        self._move = _MOVE_STAGED.format(columns=names) + (_RETURN_KEYS if on_stored else "")
-        self._on_stored = on_stored
+        self._move = _MOVE_STAGED.format(columns=names) + (_RETURN_KEYS if also_store else "")
+        self._also_store = also_store
+        # Whether the rows must come with their protobuf.
+        self.needs_encoded = also_store is not None
         self._on_duplicates = on_duplicates
         self._clock = clock
         self._stage_until = clock()
@@ -97,14 +99,14 @@ class EventStore:
         _copy(cursor, begin + self._stage, rows)
         cursor.execute(self._move)
         count = cursor.rowcount
-        if self._on_stored is not None:
+        if self._also_store is not None:
             stored = {"\0".join(parts) for parts in cursor.fetchall()}
             rows = [row for row in rows if row.key in stored]
         self._commit(cursor, rows)
         return count
 
     def _commit(self, cursor: Cursor, stored: list[Row]) -> None:
-        more = self._on_stored(cursor, stored) if self._on_stored is not None and stored else b""
+        more = self._also_store(cursor, stored) if self._also_store is not None and stored else b""
         failpoints.reach(failpoints.BEFORE_COMMIT)
         cursor.execute(more + b"COMMIT")  # in one round trip
         failpoints.reach(failpoints.AFTER_COMMIT)

@@ -1,6 +1,6 @@
 """The outbox's tables, and all SQL on them.
 
-`Outbox.compose` is for the transaction that stores the events; all else is for forwarding. A
+`Outbox.statements_for` is for the transaction that stores the events; all else is for forwarding. A
 delivery is what one provider still has to get of one payload: the events of one project that one
 commit stored.
 """
@@ -12,14 +12,14 @@ from itertools import groupby
 from uuid import UUID
 
 from psycopg2.extensions import cursor as Cursor
-from sqlalchemy import Connection, RowMapping, TextClause, text
+from sqlalchemy import Connection, RowMapping, text
 
-from productgraph.internal.v1.frames_pb2 import EventFrames
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from server.events.copy_rows import Row
+from server.storage.dead_events import bury_events
 
 _MAX_PAYLOAD_EVENTS = 1000
 _MAX_DELIVERIES = 1000
-_DELETED_AT_ONCE = 1000
 _READ_AT_ONCE = 64
 
 # Most groups have one payload, for which two statements cost less than a common table expression.
@@ -59,11 +59,6 @@ INSERT INTO outbox_deliveries (payload_id, provider, attempts, event_count, posi
 VALUES (:payload_id, :provider, :attempts, :event_count, :positions,
         now() + make_interval(secs => :delay))
 """)
-_BURY = text("""
-INSERT INTO dead_events
-       (provider, project_id, reason, answer, mapping_version, event, received_at)
-VALUES (:provider, :project_id, :reason, :answer, :mapping_version, :event, :received_at)
-""")
 _COUNT_DELIVERED = text("""
 INSERT INTO forward_lanes (provider, delivered) VALUES (:provider, :count)
     ON CONFLICT (provider) DO UPDATE SET delivered = forward_lanes.delivered + :count
@@ -85,30 +80,6 @@ SELECT provider, coalesce(pending.events, 0) AS pending, pending.oldest_at,
   FROM forward_lanes FULL JOIN pending USING (provider) FULL JOIN dead USING (provider)
  ORDER BY provider
 """)
-_LIST_DEAD = text("""
-SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
- WHERE CAST(:provider AS text) IS NULL OR provider = :provider ORDER BY id DESC LIMIT :limit
-""")
-_TAKE_DEAD = text("""
-DELETE FROM dead_events
- WHERE (CAST(:provider AS text) IS NULL OR provider = :provider)
-   AND (cardinality(CAST(:ids AS bigint[])) = 0 OR id = ANY(:ids))
-RETURNING provider, project_id, mapping_version, event
-""")
-_COUNT_OLD_DEAD = text("SELECT count(*) FROM dead_events WHERE received_at < :cut")
-_DELETE_OLD_DEAD = text("""
-DELETE FROM dead_events WHERE id = ANY (ARRAY(
-    SELECT id FROM dead_events WHERE received_at < :cut
-     ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
-))
-""")
-_REVIVE = text("""
-WITH kept AS (
-    INSERT INTO outbox_payloads (project_id, mapping_version, event_count, events)
-    VALUES (:project_id, :mapping_version, 1, :events) RETURNING id
-) INSERT INTO outbox_deliveries (payload_id, provider, event_count)
-  SELECT id, :provider, 1 FROM kept
-""")
 
 
 class Outbox:
@@ -119,7 +90,7 @@ class Outbox:
         self._providers = providers
         self._mapping_version = mapping_version
 
-    def compose(self, cursor: Cursor, rows: Sequence[Row]) -> bytes:
+    def statements_for(self, cursor: Cursor, rows: Sequence[Row]) -> bytes:
         """The statements that add rows, sorted by key, to the outbox."""
         return b"".join(
             cursor.mogrify(self._keep, self._describe_payload(project, part))
@@ -128,7 +99,7 @@ class Outbox:
         )
 
     def _describe_payload(self, project: str, events: list[bytes]) -> list[object]:
-        payload = EventFrames(events=events).SerializeToString()
+        payload = EncodedEvents(events=events).SerializeToString()
         deliveries = [value for name in self._providers for value in (name, len(events))]
         return [project, self._mapping_version, len(events), payload, *deliveries]
 
@@ -218,7 +189,7 @@ def _take_first(due: Iterable[RowMapping], max_events: int) -> list[RowMapping]:
 
 
 def _make_delivery(row: RowMapping, payload: RowMapping) -> Delivery:
-    events = EventFrames.FromString(payload["events"]).events
+    events = EncodedEvents.FromString(payload["events"]).events
     positions = range(len(events)) if row["positions"] is None else row["positions"]
     return Delivery(
         id=row["id"],
@@ -248,18 +219,12 @@ def record_outcomes(
         # Lanes that end the same payload at once must see each other's deliveries go.
         connection.execute(_LOCK_PAYLOADS, {"ids": payload_ids})
         connection.execute(_DELETE_DELIVERIES, {"ids": list(owned)})
-        _execute_many(connection, _REQUEUE, [r for o in settled for r in _requeued(o, provider)])
-        _execute_many(connection, _BURY, [r for o in settled for r in _buried(o, provider)])
+        if requeued := [row for o in settled for row in _requeued(o, provider)]:
+            connection.execute(_REQUEUE, requeued)
+        bury_events(connection, [row for o in settled for row in _buried(o, provider)])
         connection.execute(_DELETE_PAYLOADS, {"ids": payload_ids})
         delivered = sum(len(outcome.done) for outcome in settled)
         connection.execute(_COUNT_DELIVERED, {"provider": provider, "count": delivered})
-
-
-def _execute_many(
-    connection: Connection, statement: TextClause, rows: list[dict[str, object]]
-) -> None:
-    if rows:
-        connection.execute(statement, rows)
 
 
 def _requeued(outcome: Outcome, provider: str) -> Iterator[dict[str, object]]:
@@ -312,61 +277,3 @@ def read_status(connection: Connection) -> list[LaneStatus]:
     """The lanes that have, or had, anything to do, by their providers' names."""
     rows = connection.execute(_READ_STATUS).mappings()
     return [LaneStatus(**row) for row in rows]
-
-
-@dataclass(frozen=True)
-class DeadEvent:
-    """A dead letter: an event that a provider refused for good."""
-
-    id: int
-    provider: str
-    project_id: str
-    reason: str
-    answer: str
-    event: bytes
-    died_at: datetime
-
-
-def list_dead(connection: Connection, provider: str | None, limit: int) -> list[DeadEvent]:
-    """The newest dead letters of a provider, or of all."""
-    rows = connection.execute(_LIST_DEAD, {"provider": provider, "limit": limit}).mappings()
-    return [DeadEvent(**row | {"event": bytes(row["event"])}) for row in map(dict, rows)]
-
-
-def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
-    """Puts dead letters back into the outbox, all where `ids` is empty; returns how many.
-
-    In the transaction of the connection, as `purge_dead`.
-    """
-    taken = _take_dead(connection, provider, ids)
-    for row in taken:
-        events = EventFrames(events=[bytes(row["event"])]).SerializeToString()
-        connection.execute(_REVIVE, {**row, "events": events})
-    return len(taken)
-
-
-def purge_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
-    """Deletes dead letters, all where `ids` is empty; returns how many."""
-    return len(_take_dead(connection, provider, ids))
-
-
-def count_old_dead(connection: Connection, cut: datetime) -> int:
-    """How many dead letters are of events that were received before `cut`."""
-    return int(connection.scalar(_COUNT_OLD_DEAD, {"cut": cut}) or 0)
-
-
-def delete_old_dead(connection: Connection, cut: datetime) -> int:
-    """Deletes dead letters of events received before `cut`, a thousand at the most.
-
-    Returns how many: where it is none, there are no more.
-    """
-    with connection.begin():
-        values = {"cut": cut, "limit": _DELETED_AT_ONCE}
-        return connection.execute(_DELETE_OLD_DEAD, values).rowcount
-
-
-def _take_dead(
-    connection: Connection, provider: str | None, ids: Sequence[int]
-) -> Sequence[RowMapping]:
-    chosen = {"provider": provider, "ids": list(ids)}
-    return connection.execute(_TAKE_DEAD, chosen).mappings().all()

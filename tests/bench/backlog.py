@@ -12,7 +12,7 @@ from uuid import uuid4
 from google.protobuf.json_format import ParseDict
 from sqlalchemy import text
 
-from productgraph.internal.v1.frames_pb2 import EventFrames
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.storage.connection import connected, open_engine, transactional
@@ -92,7 +92,7 @@ def measure_backlog(
 def pile_up(database: BenchDatabase, payloads: int) -> None:
     """Leaves so many payloads, and nothing else, in the outbox, due for both providers."""
     events = [ParseDict(event, Event()) for event in make_events(_EVENTS_PER_PAYLOAD)]
-    encoded = EventFrames(events=[event.SerializeToString() for event in events])
+    encoded = EncodedEvents(events=[event.SerializeToString() for event in events])
     database.execute("TRUNCATE outbox_payloads, outbox_deliveries")
     database.execute(
         _PILE_UP,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from productgraph.internal.v1.frames_pb2 import EventFrames
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
 from tests.faults.cluster import Cluster
 from tests.faults.events import PROJECT, Batch
@@ -136,7 +136,7 @@ def _read_tables(
             dead={name: {} for name in cluster.providers},
         )
         for name, positions, payload in find(_FIND_PENDING):
-            events = EventFrames.FromString(bytes(payload)).events
+            events = EncodedEvents.FromString(bytes(payload)).events
             chosen = events if positions is None else [events[at] for at in positions]
             tables.pending[name] |= {Event.FromString(event).event_id for event in chosen}
         for name, event, reason in find(_FIND_DEAD):

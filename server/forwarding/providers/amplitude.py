@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from productgraph.v1.event_pb2 import Event
+from server.config import AMPLITUDE
 from server.forwarding.providers.mapping import Limits, fit_id, fit_items, map_event
 from server.forwarding.providers.provider import (
     Answer,
@@ -21,8 +22,6 @@ from server.forwarding.providers.provider import (
     read_text,
     retry_all,
 )
-
-ENDPOINT = "https://api2.amplitude.com/batch"
 
 _LIMITS = Limits(max_text=1024, max_items=None, max_depth=40)
 _MAX_ID_BYTES = 1024
@@ -40,12 +39,12 @@ _NAMED_BY_FIELD = {
 class Amplitude:
     """Sends to the project of `api_key`."""
 
-    name = "amplitude"
+    name = AMPLITUDE
     # 2,000 events and 20 MB are the documented limits of a request.
     max_events = 2000
     max_bytes = 19_000_000
 
-    def __init__(self, api_key: str, endpoint: str = ENDPOINT) -> None:
+    def __init__(self, api_key: str, endpoint: str) -> None:
         self._endpoint = endpoint
         self._head = b'{"api_key":%s,%s,"events":[' % (orjson.dumps(api_key), _OPTIONS)
 

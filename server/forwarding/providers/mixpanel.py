@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from productgraph.v1.event_pb2 import Event
+from server.config import MIXPANEL
 from server.forwarding.providers.mapping import Limits, fit_id, fit_items, map_event
 from server.forwarding.providers.provider import (
     Answer,
@@ -27,8 +28,6 @@ from server.forwarding.providers.provider import (
     read_text,
     retry_all,
 )
-
-ENDPOINT = "https://api.mixpanel.com/import"
 
 # The limit of three levels is read as strictly as it can be: `properties` is the first of them.
 _LIMITS = Limits(max_text=255, max_items=254, max_depth=3)
@@ -43,12 +42,12 @@ _GZIP_LEVEL = 1
 class Mixpanel:
     """Sends to the project of `token`."""
 
-    name = "mixpanel"
+    name = MIXPANEL
     # 2,000 events are the documented limit of a request, and 2 MB the smaller one that is told.
     max_events = 2000
     max_bytes = 1_900_000
 
-    def __init__(self, token: str, endpoint: str = ENDPOINT) -> None:
+    def __init__(self, token: str, endpoint: str) -> None:
         self._url = f"{endpoint}{'&' if '?' in endpoint else '?'}strict=1"
         self._headers = {
             "Authorization": f"Basic {b64encode(f'{token}:'.encode()).decode()}",

@@ -5,8 +5,8 @@ from alembic import op
 revision = "0002"
 down_revision = "0001"
 
-# The events of one project and one commit, as an encoded EventFrames: few large rows instead of one
-# for each event. Already dense, they are not worth compressing.
+# The events of one project and one commit, as EncodedEvents: few large rows instead of one for each
+# event. Already dense, they are not worth compressing.
 PAYLOADS = """
 CREATE TABLE outbox_payloads (
     id              bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

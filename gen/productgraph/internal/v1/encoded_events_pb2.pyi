@@ -19,7 +19,7 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class EventFrames(_message.Message):
+class EncodedEvents(_message.Message):
     """An IngestEventsRequest whose events are left encoded: the same bytes on the wire. Each event is
     parsed by itself, so that an unreadable one does not take its neighbours with it.
     """
@@ -40,4 +40,4 @@ class EventFrames(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EventFrames: _TypeAlias = EventFrames  # noqa: Y015
+Global___EncodedEvents: _TypeAlias = EncodedEvents  # noqa: Y015

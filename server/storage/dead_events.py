@@ -1,0 +1,103 @@
+"""The dead events' table, and all SQL on it: events that a provider will never get.
+
+A dead event keeps its encoded bytes, the reason and the provider's last answer. It can be put back
+into the outbox, or purged.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, text
+
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
+
+_DELETED_AT_ONCE = 1000
+
+_BURY = text("""
+INSERT INTO dead_events
+       (provider, project_id, reason, answer, mapping_version, event, received_at)
+VALUES (:provider, :project_id, :reason, :answer, :mapping_version, :event, :received_at)
+""")
+_LIST = text("""
+SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
+ WHERE CAST(:provider AS text) IS NULL OR provider = :provider ORDER BY id DESC LIMIT :limit
+""")
+_DELETE = """
+DELETE FROM dead_events
+ WHERE (CAST(:provider AS text) IS NULL OR provider = :provider)
+   AND (cardinality(CAST(:ids AS bigint[])) = 0 OR id = ANY(:ids))
+"""
+_PURGE = text(_DELETE)
+_TAKE = text(f"{_DELETE} RETURNING provider, project_id, mapping_version, event")
+_REVIVE = text("""
+WITH kept AS (
+    INSERT INTO outbox_payloads (project_id, mapping_version, event_count, events)
+    VALUES (:project_id, :mapping_version, 1, :events) RETURNING id
+) INSERT INTO outbox_deliveries (payload_id, provider, event_count)
+  SELECT id, :provider, 1 FROM kept
+""")
+_COUNT_OLD = text("SELECT count(*) FROM dead_events WHERE received_at < :cut")
+_DELETE_OLD = text("""
+DELETE FROM dead_events WHERE id = ANY (ARRAY(
+    SELECT id FROM dead_events WHERE received_at < :cut
+     ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+))
+""")
+
+
+@dataclass(frozen=True)
+class DeadEvent:
+    """An event that a provider refused for good, or could not be given in time."""
+
+    id: int
+    provider: str
+    project_id: str
+    reason: str
+    answer: str
+    event: bytes
+    died_at: datetime
+
+
+def bury_events(connection: Connection, rows: Sequence[Mapping[str, object]]) -> None:
+    """Add dead events, given by the names of their columns, in the connection's transaction."""
+    if rows:
+        connection.execute(_BURY, rows)
+
+
+def list_dead(connection: Connection, provider: str | None, limit: int) -> list[DeadEvent]:
+    """Return the newest dead events of a provider, or of all if it is None."""
+    rows = connection.execute(_LIST, {"provider": provider, "limit": limit}).mappings()
+    return [DeadEvent(**row | {"event": bytes(row["event"])}) for row in map(dict, rows)]
+
+
+def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
+    """Put dead events back into the outbox, all if `ids` is empty, and return their number.
+
+    Runs in the connection's transaction, as `purge_dead` does.
+    """
+    chosen = {"provider": provider, "ids": list(ids)}
+    taken = connection.execute(_TAKE, chosen).mappings().all()
+    for row in taken:
+        events = EncodedEvents(events=[bytes(row["event"])]).SerializeToString()
+        connection.execute(_REVIVE, {**row, "events": events})
+    return len(taken)
+
+
+def purge_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
+    """Delete dead events, all if `ids` is empty, and return their number."""
+    return connection.execute(_PURGE, {"provider": provider, "ids": list(ids)}).rowcount
+
+
+def count_old_dead(connection: Connection, cut: datetime) -> int:
+    """Count the dead events that were received before `cut`."""
+    return int(connection.scalar(_COUNT_OLD, {"cut": cut}) or 0)
+
+
+def delete_old_dead(connection: Connection, cut: datetime) -> int:
+    """Delete at most a thousand dead events received before `cut`, and return their number.
+
+    0 means that none are left.
+    """
+    with connection.begin():
+        return connection.execute(_DELETE_OLD, {"cut": cut, "limit": _DELETED_AT_ONCE}).rowcount
