@@ -1,1 +1,1 @@
-"""Tests, one file per module and some across them."""
+"""Tests: of the parts, of a running service, and of its speed and firmness."""

@@ -16,7 +16,7 @@ from server.storage.connection import Engine, connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.keys import create_key
 from server.storage.migrate import migrate
-from tests.services import Service, for_sqlalchemy, running_service
+from tests.support.services import Service, for_sqlalchemy, running_service
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from tests.bench.side import (
     describe,
     running_side,
 )
-from tests.services import ROOT, clean_environment
+from tests.support.services import ROOT, clean_environment
 
 _EVENTS_PER_PAYLOAD = 100
 _BACKLOG_PAYLOADS = 10_000

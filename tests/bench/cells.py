@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tests.choice import choose_matching
+from tests.support.choice import choose_matching
 
 _SIZES = (1, 20, 50, 1000)
 _WORKERS = (1, 2)

@@ -21,7 +21,7 @@ from tests.bench.events import NumberedRequest, encode_http, make_events
 from tests.bench.http_load import HttpConnection
 from tests.bench.meter import Meter
 from tests.bench.spread import open_evenly
-from tests.services import ROOT, clean_environment
+from tests.support.services import ROOT, clean_environment
 
 _CONNECTIONS = 8
 _ANSWER_SECONDS = 30.0

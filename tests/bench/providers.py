@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from server.processes.priority import lower_priority
-from tests.provider_servers import (
+from tests.support.provider_servers import (
     AmplitudeServer,
     Fault,
     MixpanelServer,
@@ -20,7 +20,7 @@ from tests.provider_servers import (
     Reply,
     Script,
 )
-from tests.services import ROOT, clean_environment
+from tests.support.services import ROOT, clean_environment
 
 NAMES = ("amplitude", "mixpanel")
 _SECRET = "s3cret"

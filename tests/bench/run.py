@@ -16,7 +16,7 @@ from tests.bench.database import BenchDatabase, running_database
 from tests.bench.load import LoadPlan, LoadResult
 from tests.bench.processes import read_memory, read_peak_memory, reset_peak_memory
 from tests.bench.servers import Server, running_baseline, running_workers
-from tests.services import ROOT, clean_environment
+from tests.support.services import ROOT, clean_environment
 
 # How long a worker has to give memory back.
 _REST_SECONDS = 5.0

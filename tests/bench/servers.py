@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.database import BenchDatabase
-from tests.services import clean_environment, running_service
+from tests.support.services import clean_environment, running_service
 
 
 @dataclass(frozen=True)

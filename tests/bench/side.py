@@ -13,7 +13,7 @@ from tests.bench.paced_load import PacedPlan, PacedResult, send_paced
 from tests.bench.report import Document
 from tests.bench.run import BenchFailed
 from tests.bench.servers import Server, running_workers
-from tests.services import run_command
+from tests.support.services import run_command
 
 WORKERS = 2
 # Requests a second: a moderate rate.

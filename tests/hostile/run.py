@@ -7,7 +7,7 @@ from typing import NamedTuple
 from tests.hostile import bombs, drip, frozen, overload, volume
 from tests.hostile.record import Record
 from tests.hostile.target import Target, running_target
-from tests.services import ROOT
+from tests.support.services import ROOT
 
 # Given the target, where to note what it does, how much to do, and the seed.
 Attack = Callable[[Target, Record, "int", int], None]

@@ -11,7 +11,7 @@ import psycopg2
 
 from tests.bench.processes import read_memory, read_peak_memory, reset_peak_memory
 from tests.conftest import Project, create_project
-from tests.services import ROOT, Service, running_service
+from tests.support.services import ROOT, Service, running_service
 
 _WORKERS = 2
 _ENDED = "a worker has ended"

@@ -10,12 +10,12 @@ from random import Random
 import grpc
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
-from tests.clients import INGEST
 from tests.hostile import bodies, messages, streams
 from tests.hostile.background import repeating
 from tests.hostile.connection import Connection, NoAnswer
 from tests.hostile.record import LIMIT_SECONDS, Record
 from tests.hostile.target import Target
+from tests.support.clients import INGEST
 
 _CLIENTS = 8
 # Numbers of events, so far apart that no two clients share one.

@@ -1,0 +1,89 @@
+"""scripts/hostile: the service stands it, and what would not is caught."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.conftest import Project
+from tests.hostile.bodies import BodyGrammar
+from tests.hostile.messages import MessageGrammar
+from tests.hostile.record import Record
+from tests.hostile.run import CAMPAIGNS, choose_campaigns, run_campaigns
+from tests.hostile.streams import StreamGrammar
+from tests.support.services import break_build, run_program
+
+PROJECTS = Project("proj_1", "key_1"), Project("proj_2", "key_2")
+GRAMMARS: list[Callable[[int], Callable[[], object]]] = [
+    lambda seed: BodyGrammar(Random(seed), 0, *PROJECTS),
+    lambda seed: MessageGrammar(Random(seed), 0, *PROJECTS),
+    lambda seed: StreamGrammar(Random(seed)),
+]
+# A file of the service, a line of it, and what the line is in a build that has to be caught.
+SABOTAGE = {
+    "one fault in a hundred": (
+        "server/http/api.py",
+        "        return exchange\n",
+        '        assert __import__("time").time_ns() // 1000 % 100\n        return exchange\n',
+    ),
+    "a neighbour rejected": (
+        "server/events/json_codec.py",
+        "        for index, item in enumerate(items.quick):\n",
+        "        for index, item in enumerate(items.quick):\n"
+        '            item = item if not index or "event_id" in items.quick[index - 1] else None\n',
+    ),
+    "not stored": (
+        "server/storage/events.py",
+        'cursor.execute(more + b"COMMIT")',
+        'cursor.execute(b"ROLLBACK" if len(stored) == 3 else more + b"COMMIT")',
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def finished() -> "subprocess.CompletedProcess[str]":
+    """A quick run of all that is not about time."""
+    chosen = ["bodies", "messages", "port", "gzip", "depth", "positions", "database", "overload"]
+    words = ("--quick", "--seed=7", *(f"--campaign={name}" for name in chosen))
+    return run_program("tests.hostile", *words, timeout=180)
+
+
+def test_the_service_stands_it(finished: "subprocess.CompletedProcess[str]") -> None:
+    """A quick run finds no violation, and exits with 0."""
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "--seed 7" in finished.stdout
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_broken_build_is_caught(name: str, tmp_path: Path) -> None:
+    """A service with one line broken does not pass."""
+    break_build(tmp_path, *SABOTAGE[name])
+    [record] = run_campaigns(choose_campaigns(["bodies"]), quick=True, seed=1, root=tmp_path)
+    assert record.violation_count > 0
+
+
+def test_a_late_answer_is_a_violation() -> None:
+    """No answer may take more than five seconds."""
+    record = Record("bodies", "2 bodies")
+    record.add(202, 4.9)
+    assert record.violation_count == 0
+    record.add(202, 5.1)
+    assert record.violation_count == 1
+
+
+@pytest.mark.parametrize("make_grammar", GRAMMARS, ids=["bodies", "messages", "streams"])
+def test_a_seed_repeats_the_inputs(make_grammar: Callable[[int], Callable[[], object]]) -> None:
+    """The same seed gives the same inputs, another one others."""
+    first, again, other = make_grammar(1), make_grammar(1), make_grammar(2)
+    inputs = [first() for _ in range(50)]
+    assert inputs == [again() for _ in range(50)]
+    assert inputs != [other() for _ in range(50)]
+
+
+def test_an_unknown_campaign_is_refused() -> None:
+    """A misspelt name is answered with those there are."""
+    with pytest.raises(ValueError, match="bodies"):
+        choose_campaigns(["bodys"])
+    assert choose_campaigns([]) == list(CAMPAIGNS)

@@ -1,0 +1,1 @@
+"""Tests of a running service, over real sockets."""

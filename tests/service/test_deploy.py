@@ -1,0 +1,382 @@
+"""What deploys the service agrees with it: Dockerfile, compose.yaml, Kubernetes manifests."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from server.cli.main import main
+from server.config import read_settings
+from tests.support.services import ROOT, Service, ask, clean_environment
+
+# Parsed YAML, whose types are its schema's business.
+Node = Any
+
+IMAGE = "productgraph-ingestion"
+MANIFESTS = ROOT / "scripts/deploy/kubernetes"
+DRAIN_SECONDS = 30  # OPERATIONS.md: SIGTERM drains everything within these
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE: Node = yaml.safe_load((ROOT / "compose.yaml").read_text())
+KUSTOMIZATION: Node = yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())
+OBJECTS: list[Node] = [
+    document
+    for path in sorted(MANIFESTS.glob("*.yaml"))
+    if path.name != "kustomization.yaml"
+    for document in yaml.safe_load_all(path.read_text())
+]
+
+
+def find_template(workload: Node) -> Node | None:
+    """The template of a workload's pods, or None of an object that has none."""
+    spec = workload.get("spec", {})
+    spec = spec.get("jobTemplate", {}).get("spec", spec)
+    return spec.get("template")
+
+
+PODS: dict[str, Node] = {
+    workload["metadata"]["name"]: template
+    for workload in OBJECTS
+    if (template := find_template(workload))
+}
+SERVICES: dict[str, Node] = {
+    name: service
+    for name, service in COMPOSE["services"].items()
+    if IMAGE in service.get("image", "")
+}
+
+each_pod = pytest.mark.parametrize(
+    "pod", [pytest.param(pod, id=name) for name, pod in PODS.items()]
+)
+
+
+def find_object(kind: str, name: str) -> Node:
+    """The manifest of one object."""
+    [found] = [o for o in OBJECTS if (o["kind"], o["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def read_instruction(name: str) -> list[str]:
+    """The arguments of every such instruction in the Dockerfile's last stage."""
+    stage = re.split(r"^FROM .*$", DOCKERFILE.replace("\\\n", ""), flags=re.MULTILINE)[-1]
+    return re.findall(rf"^{name} +(.*)$", stage, re.MULTILINE)
+
+
+class AskedEnvironment(dict[str, str]):
+    """An environment that remembers which variables it was asked for."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: str = "") -> str:  # type: ignore[override]
+        """The variable's value."""
+        self.names.add(name)
+        return super().get(name, default)
+
+
+def list_variables() -> set[str]:
+    """Every variable that is a setting; analytics is on, for it has some of its own."""
+    credentials = {"AMPLITUDE_API_KEY": "x", "MIXPANEL_TOKEN": "x"}
+    names = ("ANALYTICS_ENABLED", "AMPLITUDE_ENABLED", "MIXPANEL_ENABLED")
+    environment = AskedEnvironment(dict.fromkeys(names, "true") | credentials)
+    read_settings(environment)
+    return environment.names
+
+
+def list_environments() -> Iterator[tuple[str, dict[str, str]]]:
+    """What each place sets for the service."""
+    for name, service in SERVICES.items():
+        yield f"compose.yaml: {name}", service["environment"]
+    for generator in KUSTOMIZATION["configMapGenerator"]:
+        yield "kustomization.yaml", dict(text.split("=", 1) for text in generator["literals"])
+    for name, pod in PODS.items():
+        [container] = pod["spec"]["containers"]
+        yield name, {entry["name"]: entry["value"] for entry in container.get("env", [])}
+    yield "Dockerfile", dict(re.findall(r"(\w+)=(\S+)", read_instruction("ENV")[0]))
+
+
+def list_commands() -> Iterator[tuple[str, list[str]]]:
+    """The arguments of `productgraph` in each place."""
+    for name, service in SERVICES.items():
+        yield f"compose.yaml: {name}", service.get("command", ["serve"])
+    for name, pod in PODS.items():
+        yield name, pod["spec"]["containers"][0]["args"]
+    yield "Dockerfile", json.loads(read_instruction("CMD")[0])
+
+
+@pytest.mark.parametrize(
+    "environment", [pytest.param(values, id=name) for name, values in list_environments()]
+)
+def test_settings(environment: dict[str, str]) -> None:
+    """Every variable that a deployment sets is a setting, with a value that it can have."""
+    known = list_variables()
+    assert environment.keys() - {"PATH"} <= known
+    assert all(isinstance(text, str) for text in environment.values())  # YAML has other types
+    literal = {name: text for name, text in environment.items() if "${" not in text}
+    assert read_settings(literal)
+
+
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(arguments, id=name) for name, arguments in list_commands()]
+)
+def test_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What a container runs is a command that there is, with options that it has."""
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--help"])
+    assert end.value.code == 0, capsys.readouterr().err
+
+
+def list_ports() -> dict[str, str]:
+    """The ports of a service without settings, by their variables."""
+    settings = vars(read_settings({}))
+    return {name.upper(): str(port) for name, port in settings.items() if name.endswith("port")}
+
+
+def test_ports() -> None:
+    """The ports that a service has by default are those that containers open and are asked at."""
+    ports = list_ports()
+    numbers = set(ports.values())
+    assert set(read_instruction("EXPOSE")[0].split()) == numbers
+    [container] = PODS["ingestion"]["spec"]["containers"]
+    names = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
+    assert set(names.values()) == numbers
+    targets = [
+        port["targetPort"]
+        for service in OBJECTS
+        if service["kind"] == "Service"
+        for port in service["spec"]["ports"]
+    ]
+    probes = [container[f"{name}Probe"]["httpGet"]["port"] for name in ("startup", "liveness")]
+    assert {*targets, *probes} <= names.keys()
+    annotations = PODS["ingestion"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == names["metrics"] == ports["METRICS_PORT"]
+    assert ports.items() <= SERVICES["ingestion"]["environment"].items()
+    published = {port.split(":")[-1] for port in SERVICES["ingestion"]["ports"]}
+    assert published == {ports["PORT"], ports["GRPC_PORT"]}
+
+
+def test_probes(service: Service) -> None:
+    """Kubernetes asks for what the service answers, and only readiness takes it out of use."""
+    [container] = PODS["ingestion"]["spec"]["containers"]
+    paths = {
+        name: container[f"{name}Probe"]["httpGet"]["path"]
+        for name in ("startup", "liveness", "readiness")
+    }
+    assert paths == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
+    assert {ask(f"{service.http_url}{path}") for path in paths.values()} == {200}
+
+
+def test_health_check(service: Service) -> None:
+    """The image's health check passes on a live service, and on nothing else."""
+    [check] = read_instruction("HEALTHCHECK")
+    python, *arguments = json.loads(check.partition("CMD ")[2])
+    assert python == "python"
+    statuses = [
+        subprocess.run(
+            [sys.executable, *arguments],
+            env=clean_environment({"PORT": port, "HTTP_PROXY": "http://127.0.0.1:1"}),
+            stderr=subprocess.DEVNULL,
+            timeout=30,
+            check=False,
+        ).returncode
+        for port in (str(service.http_port), "1")
+    ]
+    assert statuses == [0, 1]
+
+
+@each_pod
+def test_pods_are_restricted(pod: Node) -> None:
+    """Every pod meets the Pod Security Standard `restricted`, and has a root that it cannot write.
+
+    https://kubernetes.io/docs/concepts/security/pod-security-standards/
+    """
+    spec = pod["spec"]
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert all(kind in ("name", "emptyDir") for volume in spec["volumes"] for kind in volume)
+    [container] = spec["containers"]
+    context = container["securityContext"]
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+@each_pod
+def test_pods_are_sparing(pod: Node) -> None:
+    """Every pod asks for what it needs, and has neither a token nor variables of other services."""
+    spec = pod["spec"]
+    assert (
+        spec["serviceAccountName"] == find_object("ServiceAccount", "ingestion")["metadata"]["name"]
+    )
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["enableServiceLinks"] is False
+    [container] = spec["containers"]
+    assert container["image"] == IMAGE  # which kustomization.yaml replaces
+    assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+    assert "memory" in container["resources"]["limits"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/tmp"]
+
+
+def test_compose_containers() -> None:
+    """Containers of ours can write nowhere but to /tmp, and gain no rights."""
+    assert SERVICES.keys() == {"ingestion", "forwarder", "migrate"}
+    for service in SERVICES.values():
+        assert service["read_only"] is True
+        assert service["tmpfs"] == ["/tmp"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_mounts() -> None:
+    """What compose.yaml mounts is here, and is found where Prometheus and Grafana look for it."""
+    mounted = {
+        target: ROOT / source
+        for service in COMPOSE["services"].values()
+        for source, target, *_ in (volume.split(":") for volume in service.get("volumes", []))
+        if source.startswith("./")
+    }
+    assert all(source.exists() for source in mounted.values())
+    prometheus = yaml.safe_load(mounted["/etc/prometheus/prometheus.yml"].read_text())
+    assert {f"/etc/prometheus/{name}" for name in prometheus["rule_files"]} <= mounted.keys()
+    targets = [
+        target
+        for job in prometheus["scrape_configs"]
+        for static in job["static_configs"]
+        for target in static["targets"]
+    ]
+    assert targets == [f"ingestion:{list_ports()['METRICS_PORT']}"]
+    provisioning = mounted["/etc/grafana/provisioning"]
+    for path in (provisioning / "dashboards").iterdir():
+        for provider in yaml.safe_load(path.read_text())["providers"]:
+            assert list(mounted[provider["options"]["path"]].glob("*.json"))
+    [source] = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    assert urlsplit(source["url"]).hostname in COMPOSE["services"]
+
+
+def test_runbook() -> None:
+    """Every alert has a section of OPERATIONS.md, which its link names."""
+    alerts = yaml.safe_load((ROOT / "scripts/deploy/alerts.yml").read_text())
+    rules = [rule for group in alerts["groups"] for rule in group["rules"]]
+    assert rules
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "OPERATIONS.md").read_text(), re.MULTILINE)
+    sections = {f"OPERATIONS.md#{heading.lower().replace(' ', '-')}" for heading in headings}
+    assert {rule["annotations"]["runbook_url"] for rule in rules} <= sections
+
+
+def test_user() -> None:
+    """The image's account is a number other than root's, the same that the pods name."""
+    [user] = read_instruction("USER")
+    assert re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", user)
+    for pod in PODS.values():
+        context = pod["spec"]["securityContext"]
+        assert f"{context['runAsUser']}:{context['runAsGroup']}" == user
+
+
+def test_time_to_drain() -> None:
+    """Nothing kills a service or a forwarder that is still draining."""
+    assert read_instruction("STOPSIGNAL") == ["SIGTERM"]
+    for name in ("ingestion", "forwarder"):
+        assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > DRAIN_SECONDS
+        [container] = PODS[name]["spec"]["containers"]
+        steps = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
+        pause = int(steps[1]) if steps else 0
+        assert PODS[name]["spec"]["terminationGracePeriodSeconds"] > DRAIN_SECONDS + pause
+
+
+def test_forwarders_run_once() -> None:
+    """Where forwarders are deployments of their own, the service runs none beside itself."""
+    environments = dict(list_environments())
+    for place in ("compose.yaml: ingestion", "kustomization.yaml"):
+        assert environments[place]["FORWARDERS"] == "0"
+    assert {"forwarder"} <= PODS.keys() & SERVICES.keys()
+
+
+def test_selectors() -> None:
+    """Whatever selects pods selects those of one workload; the autoscaler finds its own."""
+    labels = [pod["metadata"]["labels"] for pod in PODS.values()]
+    selectors = [o["spec"]["selector"] for o in OBJECTS if "selector" in o.get("spec", {})]
+    assert len(selectors) == 5
+    for selector in selectors:
+        assert labels.count(selector.get("matchLabels", selector)) == 1
+    target = find_object("HorizontalPodAutoscaler", "ingestion")["spec"]["scaleTargetRef"]
+    deployment = find_object(target["kind"], target["name"])
+    assert deployment["apiVersion"] == target["apiVersion"]
+    assert "replicas" not in deployment["spec"]
+
+
+def test_kustomization() -> None:
+    """The kustomization has every manifest, our image, and the settings that the pods name."""
+    files = {path.name for path in MANIFESTS.iterdir()} - {"kustomization.yaml"}
+    assert set(KUSTOMIZATION["resources"]) == files
+    assert [image["name"] for image in KUSTOMIZATION["images"]] == [IMAGE]
+    generated = {generator["name"] for generator in KUSTOMIZATION["configMapGenerator"]}
+    sources = [s for pod in PODS.values() for s in pod["spec"]["containers"][0]["envFrom"]]
+    assert {s["configMapRef"]["name"] for s in sources if "configMapRef" in s} == generated
+    # It would be another name with each change of a setting, and a job cannot be changed.
+    assert PODS["migrate"]["spec"]["containers"][0]["envFrom"] == [
+        {"secretRef": {"name": "ingestion"}}
+    ]
+
+
+def test_secrets() -> None:
+    """No password is in these files: compose.yaml demands them from the environment."""
+    text = (ROOT / "compose.yaml").read_text()
+    secrets = re.findall(r"^ +\w*(?:PASSWORD|TOKEN|KEY|SECRET)\w*: *(.+)", text, re.MULTILINE)
+    secrets += re.findall(r"://\w+:(.+)@", text)
+    assert len(secrets) == 3
+    assert all(re.fullmatch(r"\$\{\w+:\?[^}]+\}", secret) for secret in secrets)
+    assert not [o for o in OBJECTS if o["kind"] == "Secret"]
+    assert "secretGenerator" not in KUSTOMIZATION
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"/.env", "/ingestion.env"} <= set(ignored)
+
+
+def copy_context(directory: Path) -> None:
+    """Copies what .dockerignore lets into the image's build."""
+    first, *lines = [
+        line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] != "#"
+    ]
+    assert first == "*"
+    for name in [line[1:] for line in lines if line.startswith("!")]:
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
+
+
+def test_package(tmp_path: Path, create_database: Callable[[], str]) -> None:
+    """What .dockerignore lets through makes a package that works, and does not change itself."""
+    copy_context(tmp_path / "context")
+    application = tmp_path / "app"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+    options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, *options, "--target", application, tmp_path / "context"], check=True)
+    before = list_files(application)
+    environment = clean_environment({"DATABASE_URL": create_database()})
+    environment["PYTHONPATH"] = str(application)
+    for arguments in (["migrate"], ["keys", "create", "--project", "proj"], ["migrate", "--check"]):
+        # Isolated from the working directory, which is the source tree.
+        command = [sys.executable, "-P", "-m", "server", *arguments]
+        subprocess.run(command, env=environment, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    assert list_files(application) == before
+    assert any(path.endswith(".pyc") for path in before)
+
+
+def list_files(directory: Path) -> set[str]:
+    """The files below a directory."""
+    return {os.path.join(place, name) for place, _, names in os.walk(directory) for name in names}

@@ -1,0 +1,166 @@
+"""Ends and replacements of running services lose no request."""
+
+import http.client
+import json
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+
+import grpc
+import psycopg2
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.conftest import Project, create_project
+from tests.support.load import (
+    STORED,
+    Client,
+    GrpcClient,
+    HttpClient,
+    make_event,
+    read_stored,
+    running_load,
+    send,
+)
+from tests.support.services import Service, running_service, wait_until
+
+END_SECONDS = 30.0
+
+
+@pytest.fixture
+def leaver(create_migrated: Callable[[], str]) -> Iterator[Service]:
+    """A running service of a test's own."""
+    with running_service({"DATABASE_URL": create_migrated()}) as service:
+        yield service
+
+
+@pytest.fixture
+def tenant(leaver: Service) -> Project:
+    """A project of that service."""
+    return create_project(leaver)
+
+
+@contextmanager
+def locked_events(service: Service) -> Iterator[None]:
+    """Keeps every commit waiting for as long as the context lasts."""
+    with closing(psycopg2.connect(service.database_url)) as connection:
+        connection.cursor().execute("LOCK TABLE events IN ACCESS EXCLUSIVE MODE")
+        yield
+
+
+def open_clients(service: Service, project: Project, stack: ExitStack) -> list[Client]:
+    """Clients of both protocols, each with an open connection and a known key."""
+    kinds: list[Callable[[Service, str], Client]] = [HttpClient] * 16 + [GrpcClient] * 8
+    clients = [stack.enter_context(closing(kind(service, project.key))) for kind in kinds]
+    for client in clients:
+        assert send(client, [make_event(project.id)]) in STORED
+    return clients
+
+
+def begin_all(clients: Sequence[Client], project: Project) -> set[str]:
+    """Sends an event from each client, and says their ids once the server has them all."""
+    events = [make_event(project.id) for _ in clients]
+    for client, event in zip(clients, events, strict=True):
+        client.begin([event])
+        if isinstance(client, GrpcClient):  # what follows the call on its connection is answered
+            health_pb2_grpc.HealthStub(client.channel).Check(health_pb2.HealthCheckRequest())
+    return {event["event_id"] for event in events}
+
+
+def is_listening(service: Service) -> bool:
+    """Whether the HTTP port takes a connection."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", service.http_port)) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_in_flight(number: signal.Signals, leaver: Service, tenant: Project) -> None:
+    """Requests in flight at SIGTERM or Ctrl-C get their true answers, and the exit status is 0."""
+    with ExitStack() as stack:
+        clients = open_clients(leaver, tenant, stack)
+        with locked_events(leaver):
+            event_ids = begin_all(clients, tenant)
+            leaver.process.send_signal(number)
+            wait_until(lambda: not is_listening(leaver))
+        assert {client.end() for client in clients} <= STORED
+        assert leaver.process.wait(END_SECONDS) == 0
+    assert event_ids <= set(read_stored(leaver, tenant))
+
+
+def test_last_answer(leaver: Service, tenant: Project) -> None:
+    """An answer that was held when the end began tells the client that its connection closes."""
+    with closing(HttpClient(leaver, tenant.key)) as client:
+        with locked_events(leaver):
+            client.begin([make_event(tenant.id)])
+            leaver.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not is_listening(leaver))
+        assert client.end() == "202"
+        assert not client.is_open
+
+
+def test_queued_on_listener(leaver: Service, tenant: Project) -> None:
+    """Connections that no one has accepted yet when SIGTERM comes are answered too."""
+    (worker,) = leaver.find_workers()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(closing(HttpClient(leaver, tenant.key))) for _ in range(24)]
+        worker.suspend()
+        event_ids = begin_all(clients, tenant)
+        worker.terminate()
+        worker.resume()
+        assert {client.end() for client in clients} == {"202"}
+    assert event_ids <= set(read_stored(leaver, tenant))
+
+
+def test_readiness(leaver: Service) -> None:
+    """While draining, the service calls itself unready over both protocols, but healthy."""
+    with ExitStack() as stack:
+        channel = stack.enter_context(grpc.insecure_channel(leaver.grpc_target))
+        states = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        serving = health_pb2.HealthCheckResponse.SERVING
+        assert any(state.status == serving for state in states)
+        unfinished = {path: start_get(leaver, path, stack) for path in ("/ready", "/health")}
+        leaver.process.send_signal(signal.SIGTERM)
+        assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        states.cancel()
+        wait_until(lambda: not is_listening(leaver))
+        assert finish_get(unfinished["/ready"]) == (503, {"status": "unavailable"})
+        assert finish_get(unfinished["/health"]) == (200, {"status": "ok"})
+        assert leaver.process.wait(END_SECONDS) == 0
+
+
+def start_get(service: Service, path: str, stack: ExitStack) -> http.client.HTTPConnection:
+    """A connection on which the end of a request's head is missing."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.http_port, timeout=END_SECONDS)
+    stack.enter_context(closing(connection))
+    connection.connect()
+    connection.sock.sendall(f"GET {path} HTTP/1.1\r\n".encode())
+    return connection
+
+
+def finish_get(connection: http.client.HTTPConnection) -> tuple[int, object]:
+    """The status and content of the answer to a request that is complete now."""
+    connection.sock.sendall(b"\r\n")
+    with http.client.HTTPResponse(connection.sock) as answer:
+        answer.begin()
+        return answer.status, json.loads(answer.read())
+
+
+def test_rolling_restart(create_migrated: Callable[[], str]) -> None:
+    """While SIGHUP replaces all workers, clients lose no request that was accepted."""
+    with running_service({"DATABASE_URL": create_migrated(), "WORKERS": "2"}) as service:
+        project, workers = create_project(service), service.find_workers()
+        with running_load(service, project, http_clients=16, grpc_clients=8) as load:
+            service.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: has_logged(service, "rolling restart done"), END_SECONDS)
+            count = len(load.answers)
+            wait_until(lambda: len(load.answers) > count + 100)
+        assert not set(workers) & set(service.find_workers())
+        # In the moment of the switch gRPC's core drops a call: github.com/grpc/grpc/issues/41785
+        assert load.statuses() - {"CANCELLED"} == STORED
+        assert sorted(load.stored()) == sorted(read_stored(service, project))
+
+
+def has_logged(service: Service, message: str) -> bool:
+    """Whether the log has a record with this message."""
+    return any(record["message"] == message for record in service.read_log())

@@ -1,0 +1,271 @@
+"""Faults under load: what was acknowledged is in the table, and everyone gets an answer."""
+
+import random
+import signal
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from server.storage.embedded import EmbeddedPostgres
+from tests.conftest import Project, create_project
+from tests.support.load import (
+    NOT_STORED,
+    STORED,
+    Client,
+    GrpcClient,
+    HttpClient,
+    make_event,
+    read_stored,
+    running_load,
+    send,
+)
+from tests.support.services import Service, ask, run_command, running_service, wait_until
+
+ANSWER_SECONDS = 6.0
+RECOVERY_SECONDS = 5.0
+END_SECONDS = 30.0
+FREEZE_SECONDS = 7.0
+FAST_SECONDS = 1.0
+HEALTH_MEDIAN_SECONDS, HEALTH_SECONDS = 0.1, 1.0
+
+# Of a call whose worker is killed nobody knows whether it was stored; HTTP requests are sent again.
+LOST_CONNECTION = {"UNAVAILABLE"}
+
+
+@pytest.fixture(scope="module")
+def postgres(open_directory: Path) -> Iterator[EmbeddedPostgres]:
+    """A PostgreSQL that only these tests use, and no service looks after."""
+    with EmbeddedPostgres(open_directory / "faults", create=True) as postgres:
+        yield postgres
+        postgres.ensure_running()
+
+
+@pytest.fixture(scope="module")
+def exposed(postgres: EmbeddedPostgres) -> Iterator[Service]:
+    """A service whose database is at the mercy of these tests."""
+    settings = {"DATABASE_URL": postgres.url.replace("+psycopg2", "")}
+    assert run_command("migrate", settings=settings).returncode == 0
+    with running_service(settings) as service:
+        yield service
+
+
+@pytest.fixture
+def tenant(exposed: Service) -> Project:
+    """A project of that service."""
+    return create_project(exposed)
+
+
+@pytest.fixture(scope="module")
+def pair(open_directory: Path) -> Iterator[Service]:
+    """A service of two workers and an embedded PostgreSQL."""
+    with running_service({"DATA_DIR": str(open_directory / "pair"), "WORKERS": "2"}) as service:
+        yield service
+
+
+def find_postmaster(directory: Path) -> psutil.Process:
+    """The first of the processes of a PostgreSQL of ours."""
+    return psutil.Process(int((directory / "postgres/postmaster.pid").read_text().split()[0]))
+
+
+@contextmanager
+def stopped(postgres: EmbeddedPostgres, directory: Path) -> Iterator[None]:
+    """PostgreSQL is shut down while the context lasts."""
+    postmaster = find_postmaster(directory)
+    postmaster.send_signal(signal.SIGINT)
+    postmaster.wait(10)
+    try:
+        yield
+    finally:
+        assert postgres.ensure_running()
+
+
+@contextmanager
+def frozen(directory: Path) -> Iterator[None]:
+    """No process of PostgreSQL runs while the context lasts."""
+    postmaster = find_postmaster(directory)
+    postmaster.suspend()  # it first, so that it makes no more of them
+    processes = [postmaster, *postmaster.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+@contextmanager
+def measured_health(service: Service) -> Iterator[list[float]]:
+    """How long each GET of /health took, in seconds; one is sent every 20 ms."""
+    times: list[float] = []
+    stop = threading.Event()
+
+    def measure() -> None:
+        while not stop.wait(0.02):
+            started = time.monotonic()
+            assert ask(f"{service.http_url}/health") == 200
+            times.append(time.monotonic() - started)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    try:
+        yield times
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def directory(open_directory: Path) -> Path:
+    """Where the PostgreSQL of `postgres` is."""
+    return open_directory / "faults"
+
+
+def test_stopped_database(
+    postgres: EmbeddedPostgres, directory: Path, exposed: Service, tenant: Project
+) -> None:
+    """A stopped database costs 503s, which end within five seconds of its start."""
+    with running_load(exposed, tenant, http_clients=12, grpc_clients=4) as load:
+        wait_until(lambda: load.statuses() >= STORED)
+        with stopped(postgres, directory):
+            wait_until(lambda: load.statuses() >= NOT_STORED)
+            wait_until(lambda: ask(f"{exposed.http_url}/ready") == 503)
+            assert ask(f"{exposed.http_url}/health") == 200
+        recovered_at = time.monotonic()
+        wait_until(lambda: load.stored(recovered_at), RECOVERY_SECONDS)
+    assert load.statuses() == STORED | NOT_STORED
+    assert load.longest() < ANSWER_SECONDS
+    assert load.stored() <= set(read_stored(exposed, tenant))
+    wait_until(lambda: ask(f"{exposed.http_url}/ready") == 200)
+
+
+def test_frozen_database(directory: Path, exposed: Service, tenant: Project) -> None:
+    """A frozen database delays answers to their deadline, then fails them fast; never health."""
+    with running_load(exposed, tenant, http_clients=40, grpc_clients=8) as load:
+        wait_until(lambda: load.statuses() >= STORED)
+        with measured_health(exposed) as times, frozen(directory):
+            thaw_at = time.monotonic() + FREEZE_SECONDS
+            wait_until(lambda: ask(f"{exposed.http_url}/ready") == 503)
+            wait_until(lambda: load.statuses() >= NOT_STORED, ANSWER_SECONDS)
+            failing_at = time.monotonic() + 1.0
+            wait_until(lambda: time.monotonic() >= thaw_at)
+        recovered_at = time.monotonic()
+        wait_until(lambda: load.stored(recovered_at), RECOVERY_SECONDS)
+    assert load.statuses() == STORED | NOT_STORED
+    assert load.longest() < ANSWER_SECONDS
+    late = [a.seconds for a in load.answers if failing_at <= a.sent_at < thaw_at]
+    assert max(late, default=FREEZE_SECONDS) < FAST_SECONDS
+    assert statistics.median(times) < HEALTH_MEDIAN_SECONDS
+    assert max(times) < HEALTH_SECONDS
+    assert load.stored() <= set(read_stored(exposed, tenant))
+
+
+@pytest.mark.parametrize("outage", ["stopped", "frozen"])
+def test_metrics_in_an_outage(
+    outage: str, postgres: EmbeddedPostgres, directory: Path, exposed: Service
+) -> None:
+    """The metrics are served without the database, and lack what only that knows."""
+    place, pending = exposed.metrics_url, "productgraph_outbox_pending"
+
+    def read() -> str:
+        with urlopen(place, timeout=FAST_SECONDS) as answer:
+            return str(answer.read().decode())
+
+    wait_until(lambda: "productgraph_database_up 1.0" in (page := read()) and pending in page)
+    with stopped(postgres, directory) if outage == "stopped" else frozen(directory):
+        wait_until(lambda: "productgraph_database_up 0.0" in read())
+        assert pending not in read()
+    wait_until(lambda: "productgraph_database_up 1.0" in (page := read()) and pending in page)
+
+
+@pytest.mark.parametrize("kind", [HttpClient, GrpcClient])
+def test_unknown_key_in_an_outage(
+    kind: Callable[[Service, str], Client],
+    postgres: EmbeddedPostgres,
+    directory: Path,
+    exposed: Service,
+    tenant: Project,
+) -> None:
+    """A key that cannot be looked up is answered 503 and not 401; a malformed one still 401."""
+    with (
+        closing(kind(exposed, tenant.key)) as unknown,
+        closing(kind(exposed, "pgk_nonsense")) as malformed,
+    ):
+        with stopped(postgres, directory):
+            assert send(unknown, [make_event(tenant.id)]) in NOT_STORED
+            assert send(malformed, [make_event(tenant.id)]) in {"401", "UNAUTHENTICATED"}
+        wait_until(lambda: send(unknown, [make_event(tenant.id)]) in STORED, RECOVERY_SECONDS)
+
+
+def test_killed_worker(pair: Service) -> None:
+    """When one of two workers is killed, the other one answers until it is replaced."""
+    project = create_project(pair)
+    with running_load(pair, project, http_clients=40, grpc_clients=8) as load:
+        wait_until(lambda: load.statuses() >= STORED)
+        victim, survivor = pair.find_workers()
+        victim.kill()
+        killed_at = time.monotonic()
+        wait_until(lambda: len(load.stored(killed_at)) > 100)
+        wait_until(lambda: len(pair.find_workers()) == 2)
+        (successor,) = set(pair.find_workers()) - {survivor}
+        wait_until(successor.net_connections)
+    assert load.statuses() - LOST_CONNECTION == STORED
+    assert load.stored() <= set(read_stored(pair, project))
+
+
+def test_killed_parent(open_directory: Path) -> None:
+    """When the parent is killed its workers end, and a new start in its place takes over."""
+    settings = {"DATA_DIR": str(open_directory / "orphaned"), "WORKERS": "2"}
+    with running_service(settings) as service, ExitStack() as stack:
+        project, workers = create_project(service), service.find_workers()
+        ports = {"PORT": str(service.http_port), "GRPC_PORT": service.grpc_target.split(":")[1]}
+        with running_load(service, project, http_clients=8, grpc_clients=4) as load:
+            wait_until(lambda: load.statuses() >= STORED)
+            service.process.kill()
+            _, alive = psutil.wait_procs(workers, END_SECONDS)
+            assert not alive
+            service.process.wait()
+            successor = stack.enter_context(running_service(settings | ports))
+            restarted_at = time.monotonic()
+            wait_until(lambda: load.stored(restarted_at))
+        assert load.stored() <= set(read_stored(successor, project))
+
+
+def test_same_events_from_all(pair: Service) -> None:
+    """The same events, sent by eight clients at once and in other orders, are stored once."""
+    project = create_project(pair)
+    events = [make_event(project.id) for _ in range(200)]
+    kinds: list[Callable[[Service, str], Client]] = [HttpClient, GrpcClient] * 4
+
+    def send_all(kind: Callable[[Service, str], Client]) -> set[str]:
+        shuffled = random.sample(events, len(events))
+        with closing(kind(pair, project.key)) as client:
+            return {send(client, shuffled[at : at + 10]) for at in range(0, len(events), 10)}
+
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        assert set().union(*pool.map(send_all, kinds)) == STORED
+    assert sorted(read_stored(pair, project)) == sorted(event["event_id"] for event in events)
+
+
+def test_disconnecting_clients(service: Service, project: Project) -> None:
+    """Two hundred clients that leave in the middle of their bodies harm nobody."""
+    (worker,) = service.find_workers()
+    head = "POST /v1/events HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
+    request = f'{head}X-PG-API-Key: {project.key}\r\n\r\n{{"events": ['.encode()
+    with closing(HttpClient(service, project.key)) as client:
+        assert send(client, [make_event(project.id)]) == "202"
+        descriptors = worker.num_fds()
+        for _ in range(200):
+            with socket.create_connection(("127.0.0.1", service.http_port)) as connection:
+                connection.sendall(request)
+            assert send(client, [make_event(project.id)]) == "202"
+        wait_until(lambda: worker.num_fds() <= descriptors)

@@ -1,0 +1,440 @@
+"""The metrics page of a running service: it adds up, whatever became of the workers."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import psutil  # type: ignore[import-untyped]
+import psycopg2
+import pytest
+from prometheus_client import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.events.validation import REASONS
+from server.telemetry.metrics_page import opened_directory
+from tests.conftest import create_project
+from tests.support.clients import Refusal, Tenant, send, to_message
+from tests.support.services import ROOT, Service, ask, running_service, wait_until
+
+DEPLOY = ROOT / "scripts/deploy"
+DASHBOARD = DEPLOY / "grafana/dashboards/productgraph.json"
+NAME = re.compile(r"productgraph_\w+")
+# What a load changes, and nothing else does.
+COUNTED = re.compile(
+    r"productgraph_(requests_total|events_(accepted|rejected|duplicate)_total|request_\w+_count"
+    r"|request_events_sum|writer_group_rows_sum|database_errors_total)"
+)
+CONNECTIONS = 20
+# What events are changed to, and what field and reason their rejection is counted under.
+REJECTED: list[tuple[dict[str, Any], str, str]] = [
+    ({"event_id": ""}, "event_id", "required"),
+    ({"session.id": "x" * 256}, "session.id", "too_long"),
+    ({"project_id": "proj_other"}, "project_id", "wrong_project"),
+    ({"event.type": 'a"b\nc'}, "event.type", "unknown_value"),
+    ({"event.type": "ui.hover"}, "event.type", "unknown_value"),
+    ({"metadata": json.loads('{"a":' * 40 + "1" + "}" * 40)}, "metadata", "too_deep"),
+    ({"page.title": "x" * 110_000}, "event", "too_large"),
+]
+MISTYPED: list[tuple[dict[str, Any], str, str]] = [
+    ({"event.timestamp": "yesterday"}, "event.timestamp", "invalid_timestamp"),
+    ({"metadata": [1]}, "metadata", "wrong_type"),
+    ({"page.path": 1}, "page.path", "wrong_type"),
+    ({"event.sequence": 2**70}, "event.sequence", "out_of_range"),
+]
+
+Samples = Counter[str]
+
+
+def spell(name: str, **labels: str) -> str:
+    """A sample's name and labels as one text."""
+    return " ".join([f"productgraph_{name}", *(f"{n}={v}" for n, v in sorted(labels.items()))])
+
+
+def read_page(service: Service) -> list[Metric]:
+    """The metrics as Prometheus reads them."""
+    with urlopen(service.metrics_url, timeout=5) as answer:
+        return list(text_string_to_metric_families(answer.read().decode()))
+
+
+def read_samples(service: Service) -> Samples:
+    """The value of each sample on the page."""
+    samples = [sample for metric in read_page(service) for sample in metric.samples]
+    return Counter(
+        {
+            spell(sample.name.removeprefix("productgraph_"), **sample.labels): int(sample.value)
+            for sample in samples
+        }
+    )
+
+
+def count_since(before: Samples, service: Service) -> Samples:
+    """How far the counters have come."""
+    now = read_samples(service)
+    return (
+        Counter({name: now[name] - before[name] for name in now if COUNTED.match(name)}) - Counter()
+    )
+
+
+class Load:
+    """Requests over both protocols, and what they should have changed on the page."""
+
+    def __init__(self, tenant: Tenant) -> None:
+        self._tenant = tenant
+        self.expected: Samples = Counter()
+
+    def run(self) -> None:
+        """Sends everything, each request over a connection of its own."""
+        for _ in range(CONNECTIONS):
+            self.send("http", self.make_events(5))
+            self.send("grpc", self.make_events(3))
+        for protocol in ("http", "grpc"):
+            events = self.make_events(4)
+            self.send(protocol, events)
+            self.send(protocol, [*events, *self.make_events(1)], duplicates=4)
+            self.send(protocol, self.make_events(1) * 3, duplicates=2)
+            self.send(protocol, self.make_events(2), rejected=REJECTED)
+            self.send(protocol, [], rejected=REJECTED[:1])
+            self.send(protocol, [])
+        self.send("http", self.make_events(1), rejected=MISTYPED)
+        self.send("grpc", [], rejected=[(b"\x0a\x01\xff", "event_id", "invalid_encoding")])
+        self._refuse()
+
+    def make_events(self, count: int) -> list[dict[str, Any]]:
+        """Events that nobody has sent."""
+        return [self._tenant.make_event({"event_id": uuid.uuid4().hex}) for _ in range(count)]
+
+    def send(
+        self,
+        protocol: str,
+        events: Sequence[dict[str, Any]],
+        duplicates: int = 0,
+        rejected: Sequence[tuple[dict[str, Any] | bytes, str, str]] = (),
+    ) -> None:
+        """Sends good events and bad ones in one request."""
+        bad = [
+            change if isinstance(change, bytes) else self._tenant.make_event(change)
+            for change, _, _ in rejected
+        ]
+        batch = [*events, *bad]
+        if protocol == "http":
+            answer = self._tenant.post_events(batch)
+        else:
+            encoded = [e if isinstance(e, bytes) else to_message(e) for e in batch]
+            answer = self._tenant.ingest(encoded)
+        assert (answer["accepted"], answer["rejected"]) == (len(events), len(rejected))
+        self._expect_request(protocol, "202" if protocol == "http" else "OK")
+        for name in ("decode_seconds_count", "store_seconds_count", "events_count"):
+            self._expect(f"request_{name}", protocol=protocol)
+        self._expect("request_events_sum", len(batch), protocol=protocol)
+        self._expect("events_accepted_total", len(events), protocol=protocol)
+        self._expect("events_duplicate_total", duplicates)
+        self._expect("writer_group_rows_sum", len(events))
+        for _, field, reason in rejected:
+            self._expect("events_rejected_total", field=field, reason=reason)
+
+    def _refuse(self) -> None:
+        assert self._tenant.post(b"{").status == 400
+        assert self._tenant.post({"events": []}, x_pg_api_key="nonsense").status == 401
+        assert self._tenant.post({"events": []}, content_type="text/plain").status == 415
+        for status in ("400", "401", "415"):
+            self._expect_request("http", status)
+        with pytest.raises(Refusal, match="INVALID_ARGUMENT"):
+            self._tenant.call(b"\xff")
+        with pytest.raises(Refusal, match="UNAUTHENTICATED"):
+            self._tenant.call(b"", key="nonsense")
+        for code in ("INVALID_ARGUMENT", "UNAUTHENTICATED"):
+            self._expect_request("grpc", code)
+
+    def _expect_request(self, protocol: str, status: str) -> None:
+        self._expect("requests_total", protocol=protocol, status=status)
+        self._expect("request_seconds_count", protocol=protocol)
+
+    def _expect(self, name: str, count: int = 1, **labels: str) -> None:
+        self.expected += Counter({spell(name, **labels): count})
+
+
+@pytest.fixture(scope="module")
+def pair(create_migrated: Callable[[], str]) -> Iterator[Service]:
+    """A service of two workers that nobody else uses, and that can deliver nothing."""
+    settings = {
+        "DATABASE_URL": create_migrated(),
+        "WORKERS": "2",
+        "ANALYTICS_ENABLED": "true",
+        "MIXPANEL_ENABLED": "true",
+        "MIXPANEL_TOKEN": "token",
+        "MIXPANEL_ENDPOINT": "http://127.0.0.1:1/import",
+    }
+    with running_service(settings) as service:
+        yield service
+
+
+@pytest.fixture
+def load(pair: Service) -> Iterator[Load]:
+    """A load for that service."""
+    with closing(psycopg2.connect(pair.database_url)) as connection:
+        yield Load(Tenant(pair, create_project(pair), connection))
+
+
+def settle(load: Load, before: Samples, service: Service) -> None:
+    """Fails unless the page comes to what the load should have changed, and no further."""
+    try:
+        wait_until(lambda: count_since(before, service) == load.expected)
+    finally:
+        assert count_since(before, service) == load.expected
+
+
+def find_directory(worker: psutil.Process) -> Path:
+    """Where a worker keeps its numbers."""
+    return Path(worker.environ()["PROMETHEUS_MULTIPROC_DIR"])
+
+
+def count_requests(worker: psutil.Process) -> int:
+    """How many requests a worker has answered, by its own file."""
+    metrics = MultiProcessCollector.merge([find_directory(worker) / f"counter_{worker.pid}.db"])
+    [requests] = [metric for metric in metrics if metric.name == "productgraph_requests"]
+    return int(sum(sample.value for sample in requests.samples))
+
+
+def test_adding_up(pair: Service, load: Load) -> None:
+    """A known load over both protocols and both workers is on the page, to the last event."""
+    before = read_samples(pair)
+    load.run()
+    settle(load, before, pair)
+    assert all(count_requests(worker) for worker in pair.find_workers())
+    reasons = {label for name in load.expected for label in name.split() if "reason=" in label}
+    assert reasons == {f"reason={reason}" for reason in REASONS} - {"reason=other"}
+
+
+def test_killed_worker(pair: Service, load: Load) -> None:
+    """What a worker has counted stays on the page when it is killed; its successor goes on."""
+    before = read_samples(pair)
+    load.run()
+    settle(load, before, pair)
+    victim = pair.find_workers()[0]
+    victim.kill()
+    restarts, workers = spell("worker_restarts_total", command="worker"), spell("workers")
+    wait_until(lambda: read_samples(pair)[restarts] == before[restarts] + 1)
+    wait_until(lambda: read_samples(pair)[workers] == 2)
+    assert count_since(before, pair) == load.expected
+    load.run()
+    settle(load, before, pair)
+
+
+def test_replaced_workers(pair: Service, load: Load) -> None:
+    """A rolling restart loses no count, is no restart by death, and leaves no files behind."""
+    before = read_samples(pair)
+    load.run()
+    old = pair.find_workers()
+    pair.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: not any(worker.is_running() for worker in old), seconds=40)
+    settle(load, before, pair)
+    restarts = spell("worker_restarts_total", command="worker")
+    assert read_samples(pair)[restarts] == before[restarts]
+    new = pair.find_workers()
+    numbers = {file.stem.split("_")[-1] for file in find_directory(new[0]).iterdir()}
+    assert numbers == {"0", *(str(worker.pid) for worker in new)}
+
+
+def test_outbox(pair: Service, load: Load) -> None:
+    """What waits for a provider is on the page, as the database has it."""
+    before = read_samples(pair)
+    load.run()
+    settle(load, before, pair)
+    counted = read_samples(pair)
+    stored = sum(
+        counted[spell("events_accepted_total", protocol=protocol)] for protocol in ("http", "grpc")
+    )
+    pending = stored - counted[spell("events_duplicate_total")]
+    lane = {"provider": "mixpanel"}
+    wait_until(lambda: read_samples(pair)[spell("outbox_pending", **lane)] == pending, seconds=20)
+    now = read_samples(pair)
+    assert now[spell("outbox_oldest_seconds", **lane)] > 0
+    assert spell("events_delivered_total", **lane) in now
+    assert now[spell("outbox_dead", **lane)] == now[spell("lane_stopped", **lane)] == 0
+
+
+def test_page(pair: Service) -> None:
+    """The page is at /metrics alone, in both formats that Prometheus asks for."""
+    place = pair.metrics_url.removesuffix("/metrics")
+    assert [ask(f"{place}{path}") for path in ("/", "/metrics/", "/health")] == [404, 404, 404]
+    wanted = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    with urlopen(Request(pair.metrics_url, headers=wanted), timeout=5) as answer:
+        assert answer.headers.get_content_type() == "application/openmetrics-text"
+        found = list(openmetrics.text_string_to_metric_families(answer.read().decode()))
+    assert {metric.name for metric in found} == {metric.name for metric in read_page(pair)}
+
+
+def test_no_metrics(create_migrated: Callable[[], str]) -> None:
+    """With METRICS_PORT=off there is no page, and requests are answered as ever."""
+    with running_service({"DATABASE_URL": create_migrated(), "METRICS_PORT": "off"}) as service:
+        assert "metrics" not in service.output.read_text()
+        assert not any("PROMETHEUS" in name for name in service.find_workers()[0].environ())
+        assert send(service, "POST", "/v1/events").status == 401
+
+
+def find_expressions() -> list[str]:
+    """The PromQL of the dashboard."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    targets = [target for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    return [target["expr"].replace("$__rate_interval", "5m") for target in targets]
+
+
+def test_dashboard_and_alerts(pair: Service, load: Load) -> None:
+    """Every metric and label in the dashboard and the alert rules is on a real page."""
+    before = read_samples(pair)
+    load.run()
+    settle(load, before, pair)
+    page = read_page(pair)
+    names = {sample.name for metric in page for sample in metric.samples}
+    labels = {name for metric in page for sample in metric.samples for name in sample.labels}
+    for text in (*find_expressions(), (DEPLOY / "alerts.yml").read_text()):
+        assert set(NAME.findall(text)) <= names
+        grouped = {
+            name for names in re.findall(r"by \(([^)]*)\)", text) for name in names.split(", ")
+        }
+        matched = set(re.findall(r"[{,] ?(\w+)[=!]", text))
+        assert grouped | matched <= labels | {"instance", "job"}
+
+
+def test_promql(tmp_path: Path) -> None:
+    """Prometheus accepts its configuration, the alert rules and the dashboard's expressions."""
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    rules = [
+        {"record": f"panel:{number}", "expr": expression}
+        for number, expression in enumerate(find_expressions())
+    ]
+    recorded = tmp_path / "dashboard.yml"
+    recorded.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    for arguments in (
+        ("check", "config", str(DEPLOY / "prometheus.yml")),
+        ("check", "rules", str(recorded)),
+    ):
+        done = subprocess.run([promtool, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def give(name: str, values: str, **labels: str) -> dict[str, str]:
+    """A series in promtool's terms: `0+1x9` is 0 and nine more, a minute apart."""
+    inside = ", ".join(f'{name}="{text}"' for name, text in labels.items())
+    return {"series": f"{name}{{{inside}}}", "values": values}
+
+
+LANE = {"provider": "mixpanel"}
+HERE = {"instance": "here"}
+HEALTHY = [
+    give("up", "1x60", job="productgraph", **HERE),
+    give("productgraph_database_up", "1x60", **HERE),
+    give("productgraph_requests_total", "0+6000x60", protocol="http", status="202"),
+    give("productgraph_requests_total", "0+60x60", protocol="http", status="401"),
+    give("productgraph_requests_total", "0+6x60", protocol="grpc", status="UNAVAILABLE"),
+    give("productgraph_request_seconds_bucket", "0+60x60", protocol="http", le="0.01"),
+    give("productgraph_request_seconds_bucket", "0+60x60", protocol="http", le="+Inf"),
+    give("productgraph_outbox_oldest_seconds", "2x60", **LANE),
+    give("productgraph_outbox_dead", "7x60", **LANE),
+    give("productgraph_lane_stopped", "0x60", **LANE),
+    give("productgraph_worker_restarts_total", "0x20 1x40", command="worker", **HERE),
+]
+# What is different where an alert has to fire, and the labels it then has.
+TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
+    "ServiceDown": (
+        [give("up", "0x60", job="productgraph", **HERE)],
+        {"job": "productgraph", "severity": "critical"} | HERE,
+    ),
+    "DatabaseUnavailable": (
+        [give("productgraph_database_up", "0x60", **HERE)],
+        {"severity": "critical"} | HERE,
+    ),
+    "RequestsFailing": (
+        [give("productgraph_requests_total", "0+90x60", protocol="http", status="503")],
+        {"severity": "critical"},
+    ),
+    "LatencyHigh": (
+        [
+            give("productgraph_request_seconds_bucket", "0+50x60", protocol="http", le="0.01"),
+            give("productgraph_request_seconds_bucket", "0+50x60", protocol="http", le="1.0"),
+            give("productgraph_request_seconds_bucket", "0+60x60", protocol="http", le="2.5"),
+        ],
+        {"severity": "warning", "protocol": "http"},
+    ),
+    "OutboxLagging": (
+        [give("productgraph_outbox_oldest_seconds", "0+60x60", **LANE)],
+        {"severity": "warning"} | LANE,
+    ),
+    "DeadEventsRising": (
+        [give("productgraph_outbox_dead", "7x50 8x10", **LANE)],
+        {"severity": "warning"} | LANE,
+    ),
+    "LaneStopped": (
+        [give("productgraph_lane_stopped", "0x50 1x10", **LANE)],
+        {"severity": "critical"} | LANE,
+    ),
+    "WorkersRestarting": (
+        [give("productgraph_worker_restarts_total", "0x45 3+1x15", command="worker", **HERE)],
+        {"severity": "warning"} | HERE,
+    ),
+}
+
+
+@pytest.mark.parametrize("alert", [None, *TROUBLES])
+def test_alerts(alert: str | None, tmp_path: Path) -> None:
+    """Each alert fires in the trouble that it is for, by itself, and none when all is well."""
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    changed, labels = TROUBLES[alert] if alert else ([], {})
+    series = {each["series"]: each for each in (*HEALTHY, *changed)}
+    firing = {"alertname": alert, "alertstate": "firing"} | labels if alert else {}
+    inside = ", ".join(f'{name}="{text}"' for name, text in firing.items())
+    expected = [{"labels": f"ALERTS{{{inside}}}", "value": 1}] if alert else []
+    case = {
+        "interval": "1m",
+        "input_series": list(series.values()),
+        "promql_expr_test": [
+            {"expr": "ALERTS", "eval_time": "58m", "exp_samples": expected},
+        ],
+    }
+    test = tmp_path / "alerts_test.yml"
+    test.write_text(json.dumps({"rule_files": [str(DEPLOY / "alerts.yml")], "tests": [case]}))
+    done = subprocess.run(
+        [promtool, "test", "rules", str(test)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alert_names() -> None:
+    """Every alert is tried out above, and leads to the section of its name."""
+    rules = (DEPLOY / "alerts.yml").read_text()
+    names = re.findall(r"alert: (\w+)", rules)
+    assert names == list(TROUBLES)
+    anchors = [re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower() for name in names]
+    assert re.findall(r"runbook_url: OPERATIONS\.md#(\S+)", rules) == anchors
+
+
+def test_abandoned_directory() -> None:
+    """What a killed service left in memory is removed by the next; what one uses is not."""
+    with opened_directory() as used:
+        abandoned = Path(tempfile.mkdtemp(prefix="productgraph-metrics-", dir=used.parent))
+        young = Path(tempfile.mkdtemp(prefix="productgraph-metrics-", dir=used.parent))
+        for directory in (used, abandoned):
+            os.utime(directory, (0, 0))
+        with opened_directory() as other:
+            assert used.exists()
+            assert young.exists()
+            assert other.exists()
+            assert not abandoned.exists()
+        young.rmdir()
+    assert not used.exists()
+    assert not other.exists()

@@ -1,0 +1,1 @@
+"""What tests are made with: services, clients, loads and stand-ins for the providers."""

@@ -1,0 +1,187 @@
+"""Requests of one tenant over both protocols, and what they leave in the table."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.message import Message
+from http.client import HTTPConnection
+from typing import Any, cast
+
+import grpc
+from google.protobuf.json_format import ParseDict
+from psycopg2.extensions import connection as Connection
+
+from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
+from productgraph.v1.event_pb2 import Event as EventMessage
+from tests.conftest import Project
+from tests.support.services import Service
+
+Event = dict[str, Any]
+Outcome = dict[str, Any]
+
+INGEST = "/productgraph.v1.EventIngestionService/IngestEvents"
+_ANSWER_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer; `headers` ignore case."""
+
+    status: int
+    headers: Message
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The decoded body; fails where the answer does not say that it is JSON."""
+        assert self.headers.get_content_type() == "application/json", self.body
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Refusal(Exception):
+    """A gRPC request refused as a whole."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A project that sends events, and looks at its rows."""
+
+    service: Service
+    project: Project
+    database: Connection
+
+    def make_event(self, changes: Mapping[str, object] | None = None) -> Event:
+        """An event with the required fields, and these changes to it."""
+        event = {
+            "event_id": "evt_1",
+            "project_id": self.project.id,
+            "session.id": "sess_1",
+            "event.type": "custom",
+            "event.timestamp": "2024-01-15T10:30:00Z",
+        }
+        return event | dict(changes or {})
+
+    def make_events(self, count: int) -> list[Event]:
+        """Events that differ in their ids only."""
+        return [self.make_event({"event_id": f"evt_{number}"}) for number in range(count)]
+
+    def post(self, body: object, **headers: str | None) -> Answer:
+        """Posts bytes as they are, anything else as JSON; see `send` for the headers."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        usual = {"content_type": "application/json", "x_pg_api_key": self.project.key}
+        return send(self.service, "POST", "/v1/events", content, **usual | headers)
+
+    def post_events(self, events: Iterable[object]) -> Outcome:
+        """Posts a batch, and returns what became of it; fails on anything but 202."""
+        answer = self.post({"events": list(events)})
+        assert answer.status == 202, answer.body
+        return cast(Outcome, answer.json)
+
+    def call(self, request: bytes, *, key: str | None = "", gzip: bool = False) -> Outcome:
+        """Sends a gRPC request; returns what HTTP would answer, or raises Refusal.
+
+        The key is the tenant's own, unless another is given; None sends none.
+        """
+        key = self.project.key if key == "" else key
+        with grpc.insecure_channel(self.service.grpc_target) as channel:
+            ingest = channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+            try:
+                response = ingest(
+                    request,
+                    timeout=_ANSWER_SECONDS,
+                    metadata=() if key is None else (("x-pg-api-key", key),),
+                    compression=grpc.Compression.Gzip if gzip else None,
+                )
+            except grpc.RpcError as error:
+                failed = cast(grpc.Call, error)
+                raise Refusal(failed.code().name, failed.details()) from None
+        errors = [{"index": error.index, "error": error.error} for error in response.errors]
+        return {"accepted": response.accepted, "rejected": response.rejected, "errors": errors}
+
+    def ingest(self, events: Iterable[EventMessage | bytes]) -> Outcome:
+        """Sends a batch over gRPC, where an event may be the bytes that stand for one."""
+        return self.call(encode_request(events))
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The rows in the order of their keys, without received_at, timestamps in UTC."""
+        with self.database.cursor() as cursor:
+            cursor.execute("SET TimeZone TO 'UTC'")
+            cursor.execute(
+                "SELECT to_jsonb(events) - 'received_at' FROM events WHERE project_id = %s"
+                " ORDER BY event_timestamp, event_id",
+                [self.project.id],
+            )
+            return [row for (row,) in cursor.fetchall()]
+
+    def take_rows(self) -> list[dict[str, Any]]:
+        """The rows, which are deleted."""
+        rows = self.read_rows()
+        with self.database.cursor() as cursor:
+            cursor.execute("DELETE FROM events WHERE project_id = %s", [self.project.id])
+        return rows
+
+    @contextmanager
+    def failing_storage(self) -> Iterator[str]:
+        """The table refuses every row of this tenant's; yields a word of the database's error."""
+        word = f"broken_{self.project.id}"
+        check = f"CHECK (project_id <> '{self.project.id}') NOT VALID"
+        with self.database.cursor() as cursor:
+            cursor.execute(f"ALTER TABLE events ADD CONSTRAINT {word} {check}")
+            try:
+                yield word
+            finally:
+                cursor.execute(f"ALTER TABLE events DROP CONSTRAINT {word}")
+
+
+def send(
+    service: Service, method: str, path: str, body: bytes | None = None, **headers: str | None
+) -> Answer:
+    """Sends an HTTP request; `content_type` names the header Content-Type, None leaves it out."""
+    connection = HTTPConnection("127.0.0.1", service.http_port, timeout=_ANSWER_SECONDS)
+    sent = {name.replace("_", "-"): text for name, text in headers.items() if text is not None}
+    try:
+        connection.request(method, path, body, sent)
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
+    finally:
+        connection.close()
+
+
+def encode_request(events: Iterable[EventMessage | bytes]) -> bytes:
+    """The bytes of an IngestEventsRequest, whatever the bytes of its events."""
+    encoded = (e if isinstance(e, bytes) else e.SerializeToString() for e in events)
+    return b"".join(frame(1, event) for event in encoded)
+
+
+def frame(field_number: int, content: bytes) -> bytes:
+    """A field with a length, as protobuf's wire format has it."""
+    return _encode_varint(field_number << 3 | 2) + _encode_varint(len(content)) + content
+
+
+def _encode_varint(number: int) -> bytes:
+    low, high = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + _encode_varint(high) if high else bytes([low])
+
+
+def to_message(event: Event) -> EventMessage:
+    """The message that protobuf's own JSON mapping makes of an event's JSON."""
+    return ParseDict(event, EventMessage())
+
+
+def accepted(count: int) -> Outcome:
+    """The answer to so many events where none is rejected."""
+    return {"accepted": count, "rejected": 0, "errors": []}
+
+
+def create_revoked_key(service: Service, project_id: str) -> str:
+    """A key that was revoked before it was ever used."""
+    key = service.run("keys", "create", "--project", project_id, "--name", "old").stdout.strip()
+    listed = service.run("keys", "list").stdout.splitlines()
+    [line] = [line for line in listed if project_id in line and "old" in line.split()]
+    assert service.run("keys", "revoke", line.split()[0]).returncode == 0
+    return key

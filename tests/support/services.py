@@ -1,0 +1,202 @@
+"""Running services for tests: real processes on real ports with a real database."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import psutil  # type: ignore[import-untyped]
+from sqlalchemy import text
+
+from server.storage.connection import Engine, connected
+from server.storage.embedded import EmbeddedPostgres
+
+ROOT = Path(__file__).parents[2]
+_PLACES = re.compile(r"HTTP  http://localhost:(\d+)\n  gRPC  localhost:(\d+)\n")
+_METRICS_PLACE = re.compile(r"  metrics  http://localhost:(\d+)/metrics\n")
+
+
+@dataclass(frozen=True)
+class Service:
+    """`productgraph serve` in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    settings: Mapping[str, str]
+    output: Path
+    log: Path
+
+    @property
+    def http_port(self) -> int:
+        """The number of its HTTP port."""
+        return self._read_ports()[0]
+
+    @property
+    def http_url(self) -> str:
+        """Where its HTTP port is."""
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_target(self) -> str:
+        """Where its gRPC port is."""
+        return f"127.0.0.1:{self._read_ports()[1]}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where its metrics are; fails where there are none."""
+        found = _METRICS_PLACE.search(self.output.read_text())
+        assert found, "no metrics"
+        return f"http://127.0.0.1:{found[1]}/metrics"
+
+    @property
+    def database_url(self) -> str:
+        """Its database, as libpq takes it."""
+        if url := self.settings.get("DATABASE_URL"):
+            return url
+        url = EmbeddedPostgres(Path(self.settings["DATA_DIR"]), create=False).url
+        return url.replace("postgresql+psycopg2:", "postgresql:")
+
+    def find_workers(self) -> list[psutil.Process]:
+        """The processes of its workers."""
+        return self._find_children("worker")
+
+    def find_forwarders(self) -> list[psutil.Process]:
+        """The processes of its forwarders."""
+        return self._find_children("forward")
+
+    def _find_children(self, command: str) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if child.cmdline()[-1:] == [command]]
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The records of its log; fails where a line is not a JSON object."""
+        records = [json.loads(line) for line in self.log.read_text().splitlines()]
+        assert all(isinstance(record, dict) for record in records)
+        return records
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Runs another command of `productgraph` with the same settings."""
+        return run_command(*arguments, settings=self.settings)
+
+    def stop(self) -> int:
+        """Sends SIGTERM and returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=40)
+
+    def is_ready(self) -> bool:
+        """Whether the banner is printed and /ready says so."""
+        if self.process.poll() is not None:
+            raise AssertionError(f"the service ended: {self.log.read_text()}")
+        return bool(self._read_ports()) and ask(f"{self.http_url}/ready") == 200
+
+    def _read_ports(self) -> tuple[int, ...]:
+        found = _PLACES.search(self.output.read_text())
+        return tuple(map(int, found.groups())) if found else ()
+
+
+def run_command(*arguments: str, settings: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Runs `productgraph` with these settings and no others."""
+    return subprocess.run(
+        [sys.executable, "-m", "server", *arguments],
+        env=clean_environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def clean_environment(settings: Mapping[str, str], root: Path = ROOT) -> dict[str, str]:
+    """What a command needs to run the code in `root`, and these settings."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    path = f"{root}{os.pathsep}{root / 'gen'}"
+    return kept | {"PYTHONPATH": path, "METRICS_PORT": "0"} | dict(settings)
+
+
+def run_program(module: str, *arguments: str, timeout: float) -> "subprocess.CompletedProcess[str]":
+    """Runs a program of the tests' to its end, which `timeout` seconds must be enough for."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def break_build(root: Path, file: str, right: str, wrong: str) -> None:
+    """Makes a copy of the service in `root` in which a piece of one file is another one."""
+    for directory in ("server", "gen"):
+        shutil.copytree(ROOT / directory, root / directory)
+    root.chmod(0o755)
+    content = (root / file).read_text()
+    assert content.count(right) == 1
+    (root / file).write_text(content.replace(right, wrong))
+
+
+@contextmanager
+def running_service(settings: Mapping[str, str], root: Path = ROOT) -> Iterator[Service]:
+    """A service of the code in `root`, on free ports and ready; stopped at the end, if it runs."""
+    with tempfile.TemporaryDirectory() as directory:
+        output, log = Path(directory, "output"), Path(directory, "log")
+        with output.open("wb") as stdout, log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "server", "serve"],
+                cwd=root,
+                env=clean_environment({"PORT": "0", "GRPC_PORT": "0"} | dict(settings), root),
+                stdout=stdout,
+                stderr=stderr,
+            )
+        service = Service(process, settings, output, log)
+        try:
+            wait_until(service.is_ready, seconds=60)
+            yield service
+            if process.poll() is None:
+                service.stop()
+        finally:
+            process.kill()
+            process.wait()
+
+
+def ask(url: str) -> int | None:
+    """The status of a GET, or None where there is no answer."""
+    try:
+        with urlopen(url, timeout=10) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return None
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Returns as soon as the condition holds; fails if it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def for_sqlalchemy(url: str) -> str:
+    """The URL of a database, from the form that libpq takes."""
+    return url.replace("postgresql:", "postgresql+psycopg2:")
+
+
+def query(engine: Engine, statement: str) -> list[tuple[object, ...]]:
+    """The rows of a query."""
+    with connected(engine) as connection:
+        return [tuple(row) for row in connection.execute(text(statement))]

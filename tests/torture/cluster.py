@@ -1,0 +1,288 @@
+"""All that a fault may hit: service, database, forwarders, providers, and the proxies between."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import psycopg2
+
+from server.storage.connection import connected, open_engine
+from server.storage.embedded import EmbeddedPostgres
+from server.storage.keys import create_key
+from tests.support.services import Service, ask, clean_environment, for_sqlalchemy, wait_until
+from tests.torture.clients import Client, GrpcClient, HttpClient
+from tests.torture.events import PROJECT
+from tests.torture.machine import find_ports, is_listening, mounted
+from tests.torture.providers import AMPLITUDE_KEY, MIXPANEL_TOKEN, open_providers
+from tests.torture.proxy import Proxy, to_port, to_socket
+
+DATABASE_PASSWORD = "database-s3cret-71c0"
+WORKERS = 2
+_HTTP_CLIENTS, _GRPC_CLIENTS = 5, 3
+_START_SECONDS = 60.0
+_LEAVE_SECONDS = 35.0
+_QUERY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a cluster is built.
+
+    `has_proxied_database`: the harness runs the PostgreSQL, behind a proxy, and not the service.
+    `disk_megabytes`: the data directory is a file system of its own, of this size.
+    """
+
+    has_proxied_database: bool = False
+    disk_megabytes: int = 0
+
+
+class Cluster:
+    """Running processes of the code in `root`, and how to reach, kill and revive them."""
+
+    def __init__(self, directory: Path, setup: Setup, root: Path, seed: str) -> None:
+        self.directory = directory
+        self.data = directory / "data"
+        self.failpoints = directory / "failpoints"
+        self.logs = directory / "logs"
+        self.providers = open_providers()
+        self.provider_proxies: dict[str, Proxy] = {}
+        self.key = ""
+        self.extra_forwarders: list[subprocess.Popen[bytes]] = []
+        self._setup = setup
+        self._root = root
+        self._seed = seed
+        self._proxy: Proxy | None = None
+        self._ports = find_ports(2)
+        self._service: Service | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """All of it runs as long as the context lasts."""
+        for directory in (self.data, self.failpoints, self.logs):
+            directory.mkdir()
+        self.data.chmod(0o711)
+        with ExitStack() as stack:
+            if self._setup.disk_megabytes:
+                stack.enter_context(mounted(self.data, self._setup.disk_megabytes))
+            stack.callback(self._end_database)
+            for name, provider in self.providers.items():
+                stack.enter_context(provider)
+                proxy = Proxy(to_port(provider.port), seed=f"{self._seed}/{name}")
+                self.provider_proxies[name] = stack.enter_context(proxy)
+            if self._setup.has_proxied_database:
+                self._open_database(stack)
+            stack.callback(self._kill_processes)
+            self.start_service()
+            with connected(open_engine(for_sqlalchemy(self.database_url))) as connection:
+                self.key = create_key(connection, PROJECT, "torture")
+            yield
+            self._stop_processes()
+
+    def _open_database(self, stack: ExitStack) -> None:
+        embedded = stack.enter_context(EmbeddedPostgres(self.data, create=True))
+        path = Path(embedded.url.partition("host=")[2].partition("&")[0].replace("%2F", "/"))
+        proxy = Proxy(
+            to_socket(path / ".s.PGSQL.5432"), seed=f"{self._seed}/database", is_database=True
+        )
+        self._proxy = stack.enter_context(proxy)
+        self._run_command("migrate")
+
+    @property
+    def service(self) -> Service:
+        """The service, running or dead."""
+        assert self._service is not None
+        return self._service
+
+    @property
+    def database_proxy(self) -> Proxy:
+        """What stands between service and database, where the setup has it."""
+        assert self._proxy is not None
+        return self._proxy
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the service and its forwarders run with."""
+        database = {"DATA_DIR": str(self.data)}
+        if self._proxy is not None:
+            place = f"127.0.0.1:{self._proxy.port}/productgraph"
+            database = {"DATABASE_URL": f"postgresql://productgraph:{DATABASE_PASSWORD}@{place}"}
+        endpoints = {
+            f"{name.upper()}_ENDPOINT": f"http://127.0.0.1:{proxy.port}{self.providers[name].path}"
+            for name, proxy in self.provider_proxies.items()
+        }
+        enabled = {f"{name.upper()}_ENABLED": "true" for name in self.providers}
+        return {
+            **database,
+            **endpoints,
+            **enabled,
+            "ANALYTICS_ENABLED": "true",
+            "AMPLITUDE_API_KEY": AMPLITUDE_KEY,
+            "MIXPANEL_TOKEN": MIXPANEL_TOKEN,
+            "WORKERS": str(WORKERS),
+            "PORT": str(self._ports[0]),
+            "GRPC_PORT": str(self._ports[1]),
+            "PRODUCTGRAPH_FAILPOINTS": str(self.failpoints),
+        }
+
+    @property
+    def secrets(self) -> list[str]:
+        """What no log may contain."""
+        return [self.key, AMPLITUDE_KEY, MIXPANEL_TOKEN, DATABASE_PASSWORD]
+
+    @property
+    def database_url(self) -> str:
+        """The database, around the proxy, as libpq takes it."""
+        url = EmbeddedPostgres(self.data, create=False).url
+        return url.replace("postgresql+psycopg2:", "postgresql:")
+
+    def open_clients(self) -> list[Callable[[], Client]]:
+        """What opens each of the clients of a load."""
+        http, grpc = self._ports
+        return [lambda: HttpClient(http, self.key)] * _HTTP_CLIENTS + [
+            lambda: GrpcClient(grpc, self.key)
+        ] * _GRPC_CLIENTS
+
+    def connect(self) -> "psycopg2.extensions.connection":
+        """A connection around the proxy; waits for the database."""
+        deadline = time.monotonic() + _QUERY_SECONDS
+        while True:
+            try:
+                return psycopg2.connect(self.database_url, connect_timeout=5)
+            except psycopg2.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+
+    def wait_for_database(self) -> None:
+        """Returns when the database answers a query."""
+        wait_until(self._answers_queries, _QUERY_SECONDS)
+
+    def _answers_queries(self) -> bool:
+        # One that is about to die may still take the connection.
+        with suppress(psycopg2.OperationalError):
+            return self.query("SELECT 1") == [(1,)]
+        return False
+
+    def query(self, statement: str, *parameters: Any) -> list[Any]:
+        """Runs a statement, in a transaction of its own, and returns its rows."""
+        with closing(self.connect()) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            cursor.execute(statement, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    def start_service(self) -> None:
+        """Starts the service on the ports that it always has; returns when it is whole."""
+        output, log = self.logs.parent / "banner", self.logs / "service.log"
+        with output.open("wb") as stdout, log.open("ab") as stderr:
+            process = self._spawn("serve", stdout=stdout, stderr=stderr)
+        self._service = Service(process, self.settings, output, log)
+        wait_until(self._service.is_ready, _START_SECONDS)
+        self.wait_until_serving(WORKERS)
+
+    def revive_service(self) -> None:
+        """Starts it again when all processes of the dead one have gone."""
+        self.service.process.wait()
+        left = [p for p in psutil.process_iter(["environ"]) if self._is_ours(p)]
+        _, alive = psutil.wait_procs(left, _LEAVE_SECONDS)
+        assert not alive, "the workers of a killed parent stay"
+        self.start_service()
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        environment = process.info["environ"] or {}
+        own = environment.get("PRODUCTGRAPH_FAILPOINTS") == str(self.failpoints)
+        return own and process.pid not in {extra.pid for extra in self.extra_forwarders}
+
+    def is_serving(self, workers: int) -> bool:
+        """Whether so many workers listen, a forwarder runs, and the service calls itself ready."""
+        with suppress(psutil.Error):
+            return (
+                sum(map(is_listening, self.find_children("worker"))) >= workers
+                and len(self.find_children("forward")) == 1
+                and ask(f"{self.service.http_url}/ready") == 200
+            )
+        return False
+
+    def wait_until_serving(self, workers: int = 1) -> None:
+        """Waits for so many workers, while others may still be on their way."""
+        wait_until(lambda: self.is_serving(workers), _START_SECONDS)
+
+    def find_children(self, command: str) -> list[psutil.Process]:
+        """The service's own workers or forwarder, as far as they live."""
+        found = []
+        with suppress(psutil.Error):
+            for child in psutil.Process(self.service.process.pid).children():
+                with suppress(psutil.Error):
+                    if child.cmdline()[-1:] == [command]:
+                        found.append(child)
+        return found
+
+    def start_forwarder(self) -> None:
+        """Starts a forwarder beside the service's own."""
+        with (self.logs / "forwarders.log").open("ab") as log:
+            process = self._spawn("forward", stdout=log, stderr=log)
+        self.extra_forwarders.append(process)
+
+    def find_postgres(self) -> list[psutil.Process]:
+        """PostgreSQL's processes, the first of them first; none where it is dead."""
+        try:
+            words = (self.data / "postgres/postmaster.pid").read_text().split()
+            postmaster = psutil.Process(abs(int(words[0])))
+            if postmaster.name() != "postgres":
+                return []
+            return [postmaster, *postmaster.children(recursive=True)]
+        except (OSError, IndexError, ValueError, psutil.Error):
+            return []
+
+    def keep_logs(self, directory: Path) -> None:
+        """Copies all logs to a directory, in which nothing else is then."""
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(self.logs, directory)
+        for log in (self.data / "postgres").glob("server.log*"):
+            shutil.copy(log, directory)
+
+    def _spawn(self, command: str, **options: Any) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "server", command],
+            cwd=self._root,
+            env=clean_environment(self.settings, self._root),
+            stdin=subprocess.DEVNULL,
+            **options,
+        )
+
+    def _run_command(self, *arguments: str) -> None:
+        subprocess.run(
+            [sys.executable, "-m", "server", *arguments],
+            cwd=self._root,
+            env=clean_environment(self.settings, self._root),
+            check=True,
+            timeout=60,
+        )
+
+    def _stop_processes(self) -> None:
+        for process in [self.service.process, *self.extra_forwarders]:
+            process.terminate()
+        for process in [self.service.process, *self.extra_forwarders]:
+            process.wait(_LEAVE_SECONDS)
+
+    def _kill_processes(self) -> None:
+        processes = [*self.extra_forwarders]
+        if self._service is not None:
+            processes.append(self._service.process)
+        for process in processes:
+            with suppress(psutil.Error):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+            process.wait()
+
+    def _end_database(self) -> None:
+        for process in self.find_postgres():
+            with suppress(psutil.Error):
+                process.kill()

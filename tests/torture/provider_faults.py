@@ -1,0 +1,116 @@
+"""Providers that answer badly or not at all, and a bad connection to them."""
+
+import time
+from collections.abc import Sequence
+
+from tests.support.provider_servers import HTML, Event, Script
+from tests.support.provider_servers import Fault as Failure
+from tests.support.services import wait_until
+from tests.torture.clients import STORED
+from tests.torture.providers import Remembering, answer
+from tests.torture.proxy import Weather
+from tests.torture.trial import Fault, Inject, Trial
+
+# In which the provider that is well must have everything, while the other one is not.
+_UNHINDERED_SECONDS = 15.0
+# A request is given up after 20 s, and the next one comes within a few more.
+_CATCH_UP_SECONDS = 60.0
+_THOUSAND = 1000
+
+
+def _find_missing(trial: Trial, provider: Remembering) -> set[str]:
+    batches = tuple(trial.load.acknowledged)
+    kept = {i: name for b in batches for i, name in b.insert_ids.items() if i not in b.refused}
+    return provider.find_missing(list(kept.values()))
+
+
+def _misbehave(*scripts: Script) -> Inject:
+    """One of the providers fails in one of these ways, the other one is not to notice."""
+
+    def inject(trial: Trial) -> float:
+        names = trial.draw.sample(list(trial.cluster.providers), 2)
+        ill, well = (trial.cluster.providers[name] for name in names)
+        failures: list[Script] = []
+
+        def behave(_: Sequence[Event]) -> Script:
+            failures.append(trial.draw.choice(scripts))
+            return failures[-1]
+
+        ill.behave = behave
+        try:
+            trial.warm_up()
+            wait_until(lambda: failures, 30.0)
+            trial.load.stop()
+            wait_until(lambda: not _find_missing(trial, well), _UNHINDERED_SECONDS)
+        finally:
+            ill.behave = lambda _: None
+        return _catch_up(trial, ill)
+
+    return inject
+
+
+def _catch_up(trial: Trial, *providers: Remembering) -> float:
+    since = time.monotonic()
+    trial.load.stop()
+    wait_until(lambda: not any(_find_missing(trial, p) for p in providers), _CATCH_UP_SECONDS)
+    return time.monotonic() - since
+
+
+def _refuse_one(trial: Trial) -> float:
+    trial.warm_up()
+    batch = trial.load.source.make_batch(size=_THOUSAND, refused=1)
+    trial.load.send_batch(trial.cluster.open_clients()[0], batch)
+    seconds = _catch_up(trial, *trial.cluster.providers.values())
+    wait_until(lambda: _count_dead(trial, batch.refused) == len(trial.cluster.providers), 30.0)
+    return seconds
+
+
+def _count_dead(trial: Trial, refused: frozenset[str]) -> int:
+    [word] = (name.encode() for name in refused)
+    found = trial.cluster.query("SELECT event FROM dead_events")
+    return sum(word in bytes(event) for (event,) in found)
+
+
+def _weather(weather: Weather) -> Inject:
+    def inject(trial: Trial) -> float:
+        name = trial.draw.choice(list(trial.cluster.providers))
+        with trial.cluster.provider_proxies[name].weather(weather):
+            trial.warm_up()
+            trial.wait(0.5, 1.5)
+        return _catch_up(trial, *trial.cluster.providers.values())
+
+    return inject
+
+
+def _cut(*, reset: bool) -> Inject:
+    def inject(trial: Trial) -> float:
+        trial.warm_up()
+        for _ in range(trial.draw.randint(2, 8)):
+            proxies = list(trial.cluster.provider_proxies.values())
+            trial.draw.choice(proxies).cut(reset=reset)
+            trial.wait(0.0, 0.2)
+        return _catch_up(trial, *trial.cluster.providers.values())
+
+    return inject
+
+
+# With an answer that gets lost the provider has the events; with a bad one it does not.
+_BUSY = answer(500, b"")
+
+FAULTS = tuple(
+    Fault(name, inject, rounds, quick_rounds, STORED)
+    for name, inject, rounds, quick_rounds in (
+        ("provider-hang", _misbehave(Script(fault=Failure.HANG)), 20, 0),
+        ("provider-drip", _misbehave(Script(fault=Failure.DRIP)), 20, 0),
+        ("provider-reset", _misbehave(Script(fault=Failure.RESET), answer(503, b"")), 20, 1),
+        ("provider-html", _misbehave(answer(200, HTML)), 20, 1),
+        ("provider-truncate", _misbehave(Script(fault=Failure.CUT_SHORT)), 20, 1),
+        ("provider-500", _misbehave(_BUSY), 20, 1),
+        ("provider-refuses-one", _refuse_one, 20, 1),
+        ("provider-delay", _weather(Weather(delay=0.2)), 20, 1),
+        ("provider-stall", _weather(Weather(stalled=True)), 20, 1),
+        ("provider-slice", _weather(Weather(piece_bytes=700)), 20, 1),
+        ("provider-cut", _cut(reset=False), 20, 1),
+        ("provider-reset-link", _cut(reset=True), 20, 1),
+    )
+)

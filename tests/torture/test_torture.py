@@ -1,0 +1,137 @@
+"""scripts/torture finds nothing wrong with the service, and what is wrong with broken ones."""
+
+import struct
+import subprocess
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.services import break_build, run_program
+from tests.torture.wire import FrontendMessages
+
+_RUN_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A build in which a piece of a file is another one, and how the harness finds that."""
+
+    file: str
+    right: str
+    wrong: str
+    fault: str
+    finding: str
+
+
+ANSWERS_BEFORE_COMMIT = Bug(
+    "ingest/group_commit.py",
+    "        try:\n            self._save(group)\n",
+    "        _settle(group)\n        try:\n            self._save(group)\n",
+    "kill-before-commit",
+    "acknowledged and not stored",
+)
+NO_UNIQUE_KEY = Bug(
+    "migrations/versions/0001_events_and_api_keys.py",
+    "DEFAULT now(),\n    PRIMARY KEY (project_id, event_timestamp, event_id)\n",
+    "DEFAULT now()\n",
+    "calm",
+    "stored twice",
+)
+COMMITS_WITHOUT_SYNC = Bug(
+    "storage/events.py",
+    "SELECT set_config('synchronous_commit', 'on', true)\n"
+    " WHERE current_setting('synchronous_commit') = 'off';\n",
+    "SET LOCAL synchronous_commit = off;\n",
+    "database-kill",
+    "acknowledged and not stored",
+)
+SECOND_TRANSACTION = Bug(
+    "storage/events.py",
+    "        failpoints.reach(failpoints.BEFORE_COMMIT)\n",
+    '        cursor.execute("COMMIT; BEGIN")\n        failpoints.reach(failpoints.BEFORE_COMMIT)\n',
+    "kill-before-commit",
+    "neither delivered to",
+)
+LEASE_IGNORED = Bug(
+    "storage/outbox.py",
+    "   SET lease = :lease, due_at = now() + make_interval(secs => :seconds) WHERE",
+    "   SET lease = :lease, due_at = now() + make_interval(secs => 0 * :seconds) WHERE",
+    "forwarder-kill",
+    "again within their lease",
+)
+LOGS_EVENTS = Bug(
+    "ingest/group_commit.py",
+    '_log.warning("storage is unavailable",',
+    '_log.warning("storage is unavailable for " + group[0].rows[0].text,',
+    "database-stop",
+    "holds a secret",
+)
+BUGS = {name: bug for name, bug in globals().items() if isinstance(bug, Bug)}
+
+
+def run_torture(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs the command to its end."""
+    return run_program("tests.torture", *arguments, timeout=_RUN_SECONDS)
+
+
+def test_quick(tmp_path: Path) -> None:
+    """A few rounds of each fault find nothing wrong."""
+    record = tmp_path / "record.md"
+    finished = run_torture("--quick", f"--record={record}", f"--logs={tmp_path / 'logs'}")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "No violation." in record.read_text()
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_bug(name: str, tmp_path: Path) -> None:
+    """A build with this bug is found out, by what it does to events."""
+    bug = BUGS[name]
+    break_build(tmp_path / "root", f"server/{bug.file}", bug.right, bug.wrong)
+    finished = run_torture(
+        f"--root={tmp_path / 'root'}",
+        f"--logs={tmp_path / 'logs'}",
+        f"--fault={bug.fault}",
+        "--rounds=20",
+        "--hurry",
+    )
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    assert bug.finding in finished.stdout
+
+
+def test_unknown_fault() -> None:
+    """A misspelt fault ends the command with the names there are."""
+    finished = run_torture("--fault", "servise-kill")
+    assert finished.returncode == 2
+    assert "service-kill" in finished.stderr
+
+
+def frame(kind: bytes, content: bytes) -> bytes:
+    """A message of PostgreSQL's protocol."""
+    return kind + struct.pack("!I", len(content) + 4) + content
+
+
+SSL_REQUEST = frame(b"", struct.pack("!I", 80877103))
+STARTUP = frame(b"", struct.pack("!I", 196608) + b"user\0me\0\0")
+COPY = frame(b"Q", b"COPY events FROM STDIN\0")
+ROWS = frame(b"d", b"COMMIT\tQ\0\0\0\x0bCOMMIT\0\n") + frame(b"c", b"")
+COMMIT = frame(b"Q", b"COMMIT\0")
+
+
+@given(st.lists(st.integers(0, 200)))
+def test_commit_of_rows(cuts: list[int]) -> None:
+    """The COMMIT of a COPY is recognised wherever the stream is cut, and nothing else as one."""
+    stream = SSL_REQUEST + STARTUP + COMMIT + COPY + ROWS + COMMIT
+    ends = sorted({*(cut % len(stream) for cut in cuts), 0, len(stream)})
+    pieces = [stream[a:b] for a, b in pairwise(ends)]
+    messages = FrontendMessages()
+    seen, commits = b"", []
+    for message in (m for piece in pieces for m in messages.feed(piece)):
+        seen += message
+        if messages.commits_rows(message):
+            commits.append(len(seen))
+    assert seen == stream
+    assert commits == [len(stream)]

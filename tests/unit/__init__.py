@@ -1,0 +1,1 @@
+"""Tests of one module or one package each, in folders named like the packages."""

@@ -1,0 +1,87 @@
+"""Both edges agree on what an event says for each column."""
+
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from productgraph.v1.event_pb2 import Event
+from server.events.json_codec import JsonCodec
+from server.events.parsed import ColumnReader, ParsedEvent
+from server.events.schema import EVENT_SCHEMA, Field, Kind
+from server.events.validation import MAX_BYTES_PER_CHARACTER, MalformedEvent
+from tests.service.test_properties import JSON
+
+CODEC = JsonCodec(EVENT_SCHEMA)
+READER = ColumnReader(EVENT_SCHEMA)
+SCALARS = EVENT_SCHEMA.of_kind(Kind.TEXT, Kind.INTEGER, Kind.LONG)
+OPTIONAL = [field for field in SCALARS if not field.rules.required]
+NAMES = [field.name for field in EVENT_SCHEMA.columns]
+OBJECTS = [field.name for field in EVENT_SCHEMA.of_kind(Kind.OBJECT)]
+
+REQUIRED = {"event_id": "e", "project_id": "p", "session.id": "s", "event.type": "custom"}
+
+names = [f.wire_name for f in EVENT_SCHEMA.fields if f.wire_name not in REQUIRED]
+fields = st.sampled_from(names) | st.text(max_size=3)
+# Values that fields take, and any others.
+values = st.text(max_size=5) | st.integers(-3, 3) | st.floats(-2, 2) | JSON
+events = st.dictionaries(fields, values, max_size=12)
+
+
+def nest(levels: int) -> dict[str, Any]:
+    """An object of so many levels."""
+    return {"k": nest(levels - 1)} if levels > 1 else {}
+
+
+def read(**fields: Any) -> ParsedEvent | MalformedEvent:
+    """What is read off an event with these fields."""
+    event = Event(**fields)
+    return READER.read(event, event.SerializeToString())
+
+
+def describe(parsed: ParsedEvent | MalformedEvent) -> dict[str, Any]:
+    """The columns that are present, equal where PostgreSQL reads the same from them."""
+    assert isinstance(parsed, ParsedEvent)
+    texts = dict(zip(NAMES, parsed.columns, strict=True))
+    assert all(texts[name] == "" for name in parsed.empty)
+    present = {name: text for name, text in texts.items() if text or name in parsed.empty}
+    return {name: orjson.loads(text) if name in OBJECTS else text for name, text in present.items()}
+
+
+@given(events)
+@example({"metadata": {"a": 1.0, "b": -0.0, "c": 2**63, "d": [1, [0.5]], "e": 2**53 + 1}})
+@example({"metadata": nest(32), "ui.viewport": [nest(31)]})
+@example({"event.sequence": 0, "api.duration_ms": -0.4, "user.id": ""})
+@example({"metadata": {"": [1] * 900 + [[], {}, True, None, "", "\U0001f600"] * 50}})
+def test_agreement(event: dict[str, Any]) -> None:
+    """What the JSON edge knows of columns and size is what the event itself says."""
+    [parsed] = CODEC.parse_batch(json.dumps({"events": [REQUIRED | event]}).encode())
+    if isinstance(parsed, ParsedEvent):
+        encoded = parsed.complete().SerializeToString()
+        assert len(encoded) <= MAX_BYTES_PER_CHARACTER * len("\t".join(parsed.columns))
+        assert describe(parsed) == describe(READER.read(parsed.event, encoded))
+        assert {type(text) for text in parsed.columns} == {str}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_nesting(name: str) -> None:
+    """An object of 32 levels is read, one of 33 is malformed, under its documented name."""
+    parsed, malformed = read(**{name: nest(32)}), read(**{name: nest(33)})
+    assert isinstance(parsed, ParsedEvent)
+    assert parsed.columns[NAMES.index(name)].count("{") == 32
+    assert isinstance(malformed, MalformedEvent)
+    assert malformed.problem == f"{name}: nested more than 32 levels deep"
+
+
+@pytest.mark.parametrize("field", OPTIONAL, ids=lambda field: field.name)
+@pytest.mark.parametrize(
+    "metadata", [{"zero": 0, "one": 1, "no": False}, {}], ids=["full", "empty"]
+)
+def test_empty_is_present(field: Field, metadata: dict[str, Any]) -> None:
+    """A zero or empty optional field is told from an absent one, whatever else the event holds."""
+    empty: Any = "" if field.kind is Kind.TEXT else 0
+    columns = describe(read(metadata=metadata, **{field.name: empty}))
+    assert columns == {"metadata": metadata, field.name: str(empty)}

@@ -1,0 +1,296 @@
+"""Requests share commits, none waits longer than it may, and none spoils another's."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+import pytest
+
+from server.errors import Internal, Unavailable
+from server.ingest.group_commit import Writer
+from server.storage.connection import Engine, Link, Watchdog, open_engine
+from server.storage.events import EventStore
+from tests.support.services import wait_until
+from tests.unit.events.test_copy_rows import ENCODER, make_row
+
+POISON = "what the table refuses"
+INSERT = """
+INSERT INTO events (event_id, project_id, session_id, event_type, event_timestamp)
+VALUES (%s, 'deadlock', 'session', 'custom', '2024-01-15T12:00:00Z')
+"""
+BLOCKED_BY_ROW = "SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
+BLOCKED = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'events'::regclass"
+
+
+@pytest.fixture(scope="module")
+def url(create_migrated: Callable[[], str]) -> str:
+    """A database of this module's own, which refuses one event name."""
+    url = create_migrated()
+    with closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
+        cursor.execute(f"ALTER TABLE events ADD CHECK (event_name <> '{POISON}')")
+    return url
+
+
+class Table:
+    """The events table as the tests see it."""
+
+    def __init__(self, url: str) -> None:
+        self._holder, self._reader = (psycopg2.connect(url) for _ in range(2))
+        self._reader.autocommit = True
+
+    @contextmanager
+    def transaction(self, statement: str) -> Iterator[psycopg2.extensions.cursor]:
+        """A transaction beside the writer's, which begins with this statement."""
+        with self._holder, self._holder.cursor() as cursor:
+            cursor.execute(statement)
+            yield cursor
+
+    def locked(self) -> AbstractContextManager[object]:
+        """Nobody else can write events meanwhile."""
+        return self.transaction("LOCK TABLE events IN SHARE MODE")
+
+    def query(self, statement: str, *parameters: Any) -> list[Any]:
+        """The rows of a query."""
+        with self._reader.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            return cursor.fetchall()
+
+    def find_events(self, project_id: str) -> set[str]:
+        """The ids of a project's events."""
+        found = self.query("SELECT event_id FROM events WHERE project_id = %s", project_id)
+        return {event_id for [event_id] in found}
+
+    def wait_for_writer(self) -> None:
+        """Returns once somebody waits for the lock."""
+        wait_until(lambda: self.query(BLOCKED))
+
+    def close(self) -> None:
+        """Ends its connections."""
+        self._holder.close()
+        self._reader.close()
+
+
+@pytest.fixture(scope="module")
+def table(url: str) -> Iterator[Table]:
+    """The events table."""
+    with closing(Table(url)) as table:
+        yield table
+
+
+@pytest.fixture
+def writer(engine: Engine) -> Iterator[Writer]:
+    """A running writer with its watchdog."""
+    with running(make_writer(engine)) as writer:
+        yield writer
+
+
+def make_writer(engine: Engine, **options: Any) -> Writer:
+    """A writer that was not started."""
+    options = {"max_waiting_bytes": 1 << 20} | options
+    return Writer(Link(engine), EventStore(ENCODER.columns), **options)
+
+
+@contextmanager
+def running(writer: Writer) -> Iterator[Writer]:
+    """The writer, started and watched."""
+    watchdog = Watchdog(writer.check)
+    watchdog.start()
+    writer.start()
+    yield writer
+    writer.stop()
+    watchdog.stop()
+
+
+def submit(
+    writer: Writer, project: str, *ids: str, seconds: float = 8.0, **fields: Any
+) -> "Future[None]":
+    """Hands one request's events in."""
+    rows = [make_row(project, event_id, **fields) for event_id in ids]
+    return writer.submit(rows, time.monotonic() + seconds)
+
+
+def is_open(writer: Writer, project: str) -> bool:
+    """Whether the writer stores an event."""
+    try:
+        submit(writer, project, "late").result(8)
+    except Unavailable:
+        return False
+    return True
+
+
+def test_group_commit(writer: Writer, table: Table) -> None:
+    """All that arrives while a commit is in flight shares the next one."""
+    with table.locked():
+        stored = [submit(writer, "groups", "first")]
+        table.wait_for_writer()
+        stored += [submit(writer, "groups", f"e{number}") for number in range(50)]
+    for future in stored:
+        future.result(8)
+    commits = "SELECT count(*) FROM events WHERE project_id = 'groups' GROUP BY received_at"
+    assert table.query(f"{commits} ORDER BY 1") == [(1,), (50,)]
+
+
+def test_bound(engine: Engine, table: Table) -> None:
+    """Bytes over the bound are refused at once, and taken again when there is room."""
+    size = len(make_row("bound", "1").text)
+    writer = make_writer(engine, max_waiting_bytes=2 * size)
+    waiting = [submit(writer, "bound", name) for name in "12"]
+    with pytest.raises(Unavailable, match="too many events are waiting"):
+        submit(writer, "bound", "3")
+    with running(writer):
+        for future in waiting:
+            future.result(8)
+        submit(writer, "bound", "4").result(8)
+    assert table.find_events("bound") == {"1", "2", "4"}
+
+
+def test_expired_request(writer: Writer, table: Table) -> None:
+    """A request whose time is up while it waits is answered in time, and never written."""
+    with table.locked():
+        first = submit(writer, "expired", "first")
+        table.wait_for_writer()
+        deadline = time.monotonic() + 0.6
+        late = submit(writer, "expired", "late", seconds=0.6)
+        with pytest.raises(Unavailable, match="not stored in time"):
+            late.result(8)
+        assert time.monotonic() < deadline
+    first.result(8)
+    submit(writer, "expired", "last").result(8)
+    assert table.find_events("expired") == {"first", "last"}
+
+
+def test_expired_before_start(engine: Engine, table: Table) -> None:
+    """A request whose time was up before anybody looked is not written either."""
+    now = [time.monotonic()]
+    writer = make_writer(engine, clock=lambda: now[0])
+    late = submit(writer, "stale", "late", seconds=1)
+    now[0] += 1
+    on_time = submit(writer, "stale", "on time", seconds=9)
+    writer.start()
+    on_time.result(8)
+    assert isinstance(late.exception(8), Unavailable)
+    writer.stop()
+    assert table.find_events("stale") == {"on time"}
+
+
+def test_hanging_commit(writer: Writer, table: Table) -> None:
+    """Who waits for a commit that hangs is answered before the deadline, and the writer heals."""
+    with table.locked():
+        deadline = time.monotonic() + 1.5
+        hanging = submit(writer, "hanging", "1", seconds=1.5)
+        table.wait_for_writer()
+        behind = submit(writer, "hanging", "2")
+        for future in (hanging, behind):
+            with pytest.raises(Unavailable):
+                future.result(8)
+        assert time.monotonic() < deadline
+    wait_until(lambda: is_open(writer, "hanging"), seconds=5)
+    assert table.find_events("hanging") - {"1"} == {"late"}
+
+
+def test_cut_that_comes_late(engine: Engine, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that ends in the very moment of its cut does not close the writer for good."""
+    link = Link(engine)
+    writer = Writer(link, EventStore(ENCODER.columns), max_waiting_bytes=1 << 20)
+    writer.start()
+    submit(writer, "cut", "first").result(8)
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "cut_if_overdue", lambda: True)
+        writer.check()
+    wait_until(lambda: is_open(writer, "cut"), seconds=2)
+    writer.stop()
+    assert table.find_events("cut") == {"first", "late"}
+
+
+@pytest.mark.parametrize("company", ["alone", "in a group"])
+def test_refused_data(company: str, writer: Writer, table: Table) -> None:
+    """Data that PostgreSQL refuses fails its own request, whole, and no other."""
+    project = f"refused {company}"
+    neighbours = []
+    with ExitStack() as lock:
+        if company == "in a group":
+            lock.enter_context(table.locked())
+            neighbours.append(submit(writer, project, "a"))
+            table.wait_for_writer()
+            neighbours.append(submit(writer, project, "b"))
+        poison = submit(writer, project, "x", "y", event_name=POISON)
+        if company == "in a group":
+            neighbours.append(submit(writer, project, "c", "d"))
+    assert isinstance(poison.exception(8), Internal)
+    for future in neighbours:
+        future.result(8)
+    assert table.find_events(project) == ({"a", "b", "c", "d"} if neighbours else set())
+    assert is_open(writer, project)
+
+
+def test_cancelled_request(writer: Writer, table: Table) -> None:
+    """A request whose caller has gone before its turn is not written."""
+    with table.locked():
+        first = submit(writer, "cancelled", "first")
+        table.wait_for_writer()
+        gone, last = submit(writer, "cancelled", "gone"), submit(writer, "cancelled", "last")
+        assert gone.cancel()
+    first.result(8)
+    last.result(8)
+    assert table.find_events("cancelled") == {"first", "last"}
+
+
+def test_cancelled_in_flight(writer: Writer, table: Table) -> None:
+    """A caller who goes during its commit disturbs nobody."""
+    with table.locked():
+        gone = submit(writer, "leaving", "gone")
+        table.wait_for_writer()
+        gone.cancel()
+        last = submit(writer, "leaving", "last")
+    last.result(8)
+    assert "last" in table.find_events("leaving")
+
+
+def test_stop(engine: Engine, table: Table) -> None:
+    """Stopping stores what waits, and refuses what comes after that."""
+    with running(make_writer(engine)) as writer:
+        with table.locked():
+            stored = [submit(writer, "stopped", "1")]
+            table.wait_for_writer()
+            stored += [submit(writer, "stopped", name) for name in "23"]
+            stopping = threading.Thread(target=writer.stop)
+            stopping.start()
+            wait_until(lambda: not is_accepting(writer))
+        stopping.join(8)
+        assert [future.exception(0) for future in stored] == [None] * 3
+    assert table.find_events("stopped") == set("123")
+
+
+def is_accepting(writer: Writer) -> bool:
+    """Whether the writer takes a request, were it an empty one."""
+    try:
+        submit(writer, "stopped")
+    except Unavailable:
+        return False
+    return True
+
+
+def test_database_away() -> None:
+    """While the database is away the first request fails in time, and the next ones at once."""
+    engine = open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")
+    with running(make_writer(engine)) as writer:
+        with pytest.raises(Unavailable):
+            submit(writer, "away", "1").result(8)
+        with pytest.raises(Unavailable, match="storage is unavailable"):
+            submit(writer, "away", "2")
+
+
+def test_deadlock(writer: Writer, table: Table) -> None:
+    """A transaction that deadlocked with another one is run again, unseen by the caller."""
+    with table.transaction("SET LOCAL deadlock_timeout = '10s'") as cursor:
+        cursor.execute(INSERT, "b")
+        stored = submit(writer, "deadlock", "a", "b", "c")
+        wait_until(lambda: table.query(BLOCKED_BY_ROW))
+        cursor.execute(INSERT, "a")
+    stored.result(8)
+    assert table.find_events("deadlock") == set("abc")

@@ -1,0 +1,362 @@
+"""API keys are recognised without the database, kept as digests, and known quickly and briefly."""
+
+import hashlib
+import logging
+import string
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import event, text
+
+from server.caller import Caller
+from server.errors import Unauthenticated, Unavailable
+from server.ingest import key_cache as key_directory
+from server.ingest.key_cache import KeyCache
+from server.storage.connection import Engine, Link, Watchdog, connected, open_engine
+from server.storage.keys import (
+    ApiKey,
+    create_key,
+    generate_key,
+    is_well_formed,
+    limit_key,
+    list_keys,
+    revoke_key,
+)
+from tests.support.services import wait_until
+
+# The service promises to refuse a revoked key after so long.
+REVOCATION_SECONDS = 30
+REFRESH_SECONDS = 10
+
+
+@pytest.fixture
+def queries(engine: Engine) -> Iterator[list[str]]:
+    """The statements about keys that ran during a test."""
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "api_keys" in statement:
+            seen.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield seen
+    event.remove(engine, "before_cursor_execute", note)
+
+
+class Clock:
+    """A clock that stands still unless it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        """The time."""
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The clock of the directory under test."""
+    return Clock()
+
+
+@pytest.fixture
+def directory(engine: Engine, clock: Clock) -> Iterator[KeyCache]:
+    """A running directory."""
+    with running(KeyCache(Link(engine), clock)) as directory:
+        yield directory
+
+
+@contextmanager
+def running(directory: KeyCache) -> Iterator[KeyCache]:
+    """The directory, started."""
+    directory.start()
+    yield directory
+    directory.stop()
+
+
+def add_key(engine: Engine, project: str = "proj") -> str:
+    """A new key."""
+    with connected(engine) as connection:
+        return create_key(connection, project, "test")
+
+
+def revoke(engine: Engine) -> None:
+    """Revokes the newest key."""
+    with connected(engine) as connection:
+        assert revoke_key(connection, list_keys(connection)[-1].id)
+
+
+def refresh(directory: KeyCache) -> None:
+    """Makes the directory do whatever it is time for: it does so after a look-up."""
+    for _ in range(2):
+        with pytest.raises(Unauthenticated):
+            directory.look_up(generate_key()).result(5)
+
+
+def known_project(directory: KeyCache, key: str) -> str | None:
+    """The project of a key, where the directory knows it."""
+    caller = directory.known_caller(key)
+    return caller and caller.project_id
+
+
+def test_generated_keys() -> None:
+    """Keys are recognisable, all different, and well-formed."""
+    keys = {generate_key() for _ in range(1000)}
+    assert len(keys) == 1000
+    assert all(key.startswith("pgk_") and len(key) == 44 and is_well_formed(key) for key in keys)
+
+
+def test_checksum() -> None:
+    """A key with any one character changed, lost, doubled or swapped is malformed."""
+    key = generate_key()
+    alphabet = string.ascii_letters + string.digits + "_=-\0\n\u0131\uff12"
+    for place, character in enumerate(key):
+        head, tail = key[:place], key[place + 1 :]
+        changed = {head + other + tail for other in alphabet}
+        changed |= {head + tail, head + character * 2 + tail}
+        if tail:
+            changed.add(head + tail[0] + character + tail[1:])
+        assert not [other for other in changed - {key} if is_well_formed(other)]
+
+
+@given(st.text() | st.from_regex(r"pgk_[a-z2-7]{40}", fullmatch=True))
+def test_guesses(guess: str) -> None:
+    """Neither any text nor a guess of the right shape is well-formed, and none is an error."""
+    assert not is_well_formed(guess)
+
+
+def test_life_of_a_key(engine: Engine) -> None:
+    """A key can be created, listed and revoked, once; others of its project stay."""
+
+    def find(project: str) -> list[ApiKey]:
+        return [key for key in list_keys(connection) if key.project_id == project]
+
+    with connected(engine) as connection:
+        for name in ("old", "new"):
+            create_key(connection, "rotating", name)
+        old, new = find("rotating")
+        assert (old.name, new.name, old.last_used_at, old.revoked_at) == ("old", "new", None, None)
+        assert revoke_key(connection, old.id)
+        assert not revoke_key(connection, old.id)
+        assert not revoke_key(connection, 0)
+        revoked, kept = find("rotating")
+        assert revoked.revoked_at is not None
+        assert revoked.revoked_at >= revoked.created_at
+        assert kept == new
+
+
+def test_table_has_digests_only(engine: Engine) -> None:
+    """Who reads the table learns the digest of a key, and nothing of the key itself."""
+    key = add_key(engine)
+    with connected(engine) as connection:
+        row = str(connection.execute(text("SELECT k::text FROM api_keys k ORDER BY id")).all()[-1])
+    assert hashlib.sha256(key.encode()).hexdigest() in row
+    secret = key.removeprefix("pgk_")
+    assert not [part for part in (secret, secret[:12], secret.encode().hex()) if part in row]
+
+
+def test_look_up(engine: Engine, directory: KeyCache, queries: list[str]) -> None:
+    """A new key is found at once, by one query, and then known without any."""
+    key = add_key(engine, "mine")
+    queries.clear()
+    assert directory.known_caller(key) is None
+    assert directory.look_up(key).result(5).project_id == "mine"
+    assert [known_project(directory, key) for _ in range(100)] == ["mine"] * 100
+    assert len(queries) == 1
+
+
+def test_many_look_ups(engine: Engine, queries: list[str]) -> None:
+    """Many look-ups of several keys at the same time make one query."""
+    known, unknown = add_key(engine, "busy"), generate_key()
+    queries.clear()
+    directory = KeyCache(Link(engine))
+    futures = [directory.look_up(key) for key in (known, unknown) * 100]
+    with running(directory):
+        assert {future.result(5).project_id for future in futures[::2]} == {"busy"}
+        assert {type(future.exception(5)) for future in futures[1::2]} == {Unauthenticated}
+        assert len(queries) == 1
+
+
+@pytest.mark.parametrize("key", ["", "x", "pgk_", "pgk_" + "a" * 40, "é\0", "a" * 10_000])
+def test_malformed(key: str) -> None:
+    """A malformed key is refused without a database."""
+    directory = KeyCache(Link(open_engine("postgresql+psycopg2://nowhere/none")))
+    with pytest.raises(Unauthenticated, match="missing or invalid API key"):
+        directory.known_caller(key)
+
+
+def test_unknown(directory: KeyCache, clock: Clock, queries: list[str]) -> None:
+    """An unknown key is asked for once in thirty seconds."""
+    key = generate_key()
+    assert isinstance(directory.look_up(key).exception(5), Unauthenticated)
+    for seconds in (0, 29):
+        clock.now += seconds
+        with pytest.raises(Unauthenticated):
+            directory.known_caller(key)
+    clock.now += 1
+    assert directory.known_caller(key) is None
+    assert len(queries) == 1
+
+
+def test_unknown_is_bounded(directory: KeyCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of very many unknown keys the first are forgotten, and only these."""
+    monkeypatch.setattr(key_directory, "_MAX_UNKNOWN", 10)
+    keys = [generate_key() for _ in range(15)]
+    for key in keys:
+        directory.look_up(key).exception(5)
+    assert [directory.known_caller(key) for key in keys[:5]] == [None] * 5
+    for key in keys[5:]:
+        with pytest.raises(Unauthenticated):
+            directory.known_caller(key)
+
+
+def test_pending_is_bounded(engine: Engine) -> None:
+    """Too many keys to look up at a time are refused at once."""
+    directory = KeyCache(Link(engine))
+    for _ in range(1000):
+        directory.look_up(generate_key())
+    with pytest.raises(Unavailable, match="too many API keys"):
+        directory.look_up(generate_key())
+
+
+def test_revocation(engine: Engine, directory: KeyCache, clock: Clock) -> None:
+    """A revoked key is refused after the next refresh, and its neighbour is not."""
+    neighbour, key = add_key(engine, "neighbour"), add_key(engine, "mine")
+    for each in (neighbour, key):
+        directory.look_up(each).result(5)
+    revoke(engine)
+    clock.now += REFRESH_SECONDS
+    refresh(directory)
+    assert known_project(directory, neighbour) == "neighbour"
+    assert directory.known_caller(key) is None
+    with pytest.raises(Unauthenticated):
+        directory.look_up(key).result(5)
+    with pytest.raises(Unauthenticated):
+        directory.known_caller(key)
+
+
+def test_new_limit(engine: Engine, directory: KeyCache, clock: Clock) -> None:
+    """A key's rates are known with it, and new ones after the next refresh."""
+    with connected(engine) as connection:
+        key = create_key(connection, "mine", "test", event_rate=5)
+        number = list_keys(connection)[-1].id
+        assert directory.look_up(key).result(5) == Caller("mine", number, 5, None)
+        assert limit_key(connection, number, byte_rate=2048)
+        assert not limit_key(connection, 0, byte_rate=2048)
+    clock.now += REFRESH_SECONDS
+    refresh(directory)
+    assert directory.known_caller(key) == Caller("mine", number, 5, 2048)
+
+
+def test_revocation_without_database(engine: Engine, clock: Clock) -> None:
+    """While the database is away, a key is trusted for less time than revocation may take."""
+    key = add_key(engine)
+    with running(KeyCache(Link(engine), clock)) as directory:
+        directory.look_up(key).result(5)
+        assert known_project(directory, key) == "proj"
+    clock.now += REFRESH_SECONDS + 1
+    assert known_project(directory, key) == "proj"
+    clock.now = 1000 + REVOCATION_SECONDS - 5
+    assert directory.known_caller(key) is None
+    with pytest.raises(Unavailable):
+        directory.look_up(key)
+
+
+def test_record_of_use(engine: Engine, directory: KeyCache, clock: Clock) -> None:
+    """The last use of a key is on record a minute later, and that of an idle one is not."""
+    idle, used = add_key(engine), add_key(engine)
+    for key in (idle, used):
+        directory.look_up(key).result(5)
+    for _ in range(7):
+        directory.known_caller(used)
+        clock.now += REFRESH_SECONDS
+        refresh(directory)
+    with connected(engine) as connection:
+        records = [key.last_used_at for key in list_keys(connection)[-2:]]
+    assert [record is not None for record in records] == [False, True]
+    assert [known_project(directory, key) for key in (idle, used)] == [None, "proj"]
+
+
+def test_database_away() -> None:
+    """While the database is away the first look-up fails in time, the next ones at once."""
+    directory = KeyCache(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
+    with running(directory):
+        assert isinstance(directory.look_up(generate_key()).exception(5), Unavailable)
+        with pytest.raises(Unavailable):
+            directory.look_up(generate_key())
+
+
+def test_hanging_query(engine: Engine) -> None:
+    """A query that hangs is answered for and cut within three seconds, and the next one works."""
+    link, key = Link(engine), add_key(engine)
+    directory = KeyCache(link)
+    watchdog = Watchdog(directory.check)
+    watchdog.start()
+    with running(directory):
+        with connected(engine.execution_options(isolation_level="READ COMMITTED")) as holder:
+            holder.execute(text("LOCK TABLE api_keys"))
+            start = time.monotonic()
+            assert isinstance(directory.look_up(key).exception(8), Unavailable)
+            assert time.monotonic() - start < 3.5
+        wait_until(lambda: finds(directory, key))
+    watchdog.stop()
+
+
+def finds(directory: KeyCache, key: str) -> bool:
+    """Whether a look-up of this key is answered."""
+    try:
+        return bool(directory.look_up(key).result(5))
+    except Unavailable:
+        return False
+
+
+def test_cut_that_comes_late(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query that ends in the very moment of its cut does not end look-ups for good."""
+    link, key = Link(engine), add_key(engine)
+    with running(KeyCache(link)) as directory:
+        directory.look_up(key).result(5)
+        with monkeypatch.context() as patch:
+            patch.setattr(link, "cut_if_overdue", lambda: True)
+            directory.check()
+        wait_until(lambda: finds(directory, key), seconds=2)
+
+
+def test_broken_table(
+    engine: Engine, directory: KeyCache, clock: Clock, queries: list[str]
+) -> None:
+    """A refresh that fails for good is not tried again in a busy loop, and heals."""
+    key = add_key(engine)
+    directory.look_up(key).result(5)
+    with connected(engine) as connection:
+        connection.execute(text("ALTER TABLE api_keys RENAME TO hidden"))
+        queries.clear()
+        clock.now += REFRESH_SECONDS
+        directory.look_up(generate_key()).exception(5)
+        time.sleep(0.3)  # long enough for hundreds of turns
+        turns = len(queries)
+        connection.execute(text("ALTER TABLE hidden RENAME TO api_keys"))
+    assert turns < 10
+    wait_until(lambda: finds(directory, key))
+
+
+def test_secrecy(engine: Engine, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """No key is ever logged, at any level, whatever becomes of it."""
+    for logger in (None, "sqlalchemy"):
+        caplog.set_level(logging.DEBUG, logger)
+    verbose = open_engine(engine.url.render_as_string(hide_password=False))
+    keys = [add_key(verbose), generate_key(), generate_key()]
+    with running(KeyCache(Link(verbose), clock)) as directory:
+        for key in keys[:2]:
+            directory.look_up(key).exception(5)
+    away = KeyCache(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
+    with running(away):
+        away.look_up(keys[2]).exception(5)
+    assert "api_keys" in caplog.text
+    assert "cannot be looked up" in caplog.text
+    assert not [key for key in keys if key.removeprefix("pgk_") in caplog.text]

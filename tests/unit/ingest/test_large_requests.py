@@ -1,0 +1,200 @@
+"""Requests that are dear to read are refused before they are, or as soon as they are late."""
+
+import json
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import cast
+
+import pytest
+
+from productgraph.v1.event_pb2 import Event
+from server.caller import Caller
+from server.errors import InvalidArgument, Unavailable
+from server.events.json_codec import JsonCodec
+from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document
+from server.events.parsed import ParsedBatch, ParsedEvent
+from server.events.protobuf_codec import ProtobufCodec
+from server.events.schema import EVENT_SCHEMA
+from server.events.validation import MalformedEvent
+from server.ingest.group_commit import Writer
+from server.ingest.key_cache import KeyCache
+from server.ingest.service import IngestService
+from tests.support.clients import encode_request, to_message
+
+TIMEOUT_SECONDS = 5.0
+LARGE = 2 << 20
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b"{}," * MAX_VALUES + b"{}]",
+        b'{"events":[' + b"{}," * MAX_VALUES + b"{}]}",
+        b'["\\u0000"' + b",0" * MAX_VALUES + b"]",
+        b"[" * 5_000_000,
+        b'{"a":' * 1_000_000,
+    ],
+    ids=["objects", "events", "numbers", "depth", "nested objects"],
+)
+def test_too_many_values(body: bytes) -> None:
+    """A body of more values than any batch needs is refused as a whole, whatever they are."""
+    with pytest.raises(InvalidArgument, match=f"body: more than {MAX_VALUES} values"):
+        parse_document(body)
+
+
+def test_counting_takes_no_memory() -> None:
+    """The values of a body are counted without making anything of its many texts."""
+    body = b'{"a":' * 2_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument):
+            parse_document(body)
+        assert tracemalloc.get_traced_memory()[1] < len(body)
+    finally:
+        tracemalloc.stop()
+
+
+def test_values_in_texts() -> None:
+    """Commas and brackets within texts are no values."""
+    texts = ["[,{" * 1_000_000, '\\"[,', "],"]
+    assert parse_document(json.dumps(texts).encode()) == texts
+
+
+def test_as_many_values_as_allowed() -> None:
+    """A body of just as many values is read."""
+    assert len(parse_document(b"[" + b"0," * (MAX_VALUES - 1) + b"0]")) == MAX_VALUES
+
+
+class Clock:
+    """Stands still until it is set."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        """The time, in seconds."""
+        return self.now
+
+
+class Storage:
+    """Stands in for the writer: all is stored at once."""
+
+    needs_encoded = False
+
+    def submit(self, *_: object) -> "Future[None]":
+        """A future that is done."""
+        stored: Future[None] = Future()
+        stored.set_result(None)
+        return stored
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The clock of `ingestion`."""
+    return Clock()
+
+
+@pytest.fixture
+def ingestion(clock: Clock) -> IngestService:
+    """A service without a database."""
+    return IngestService(
+        EVENT_SCHEMA,
+        cast(KeyCache, None),
+        cast(Writer, Storage()),
+        timeout_seconds=TIMEOUT_SECONDS,
+        clock=clock,
+    )
+
+
+def test_the_deadline_counts_from_the_arrival(ingestion: IngestService, clock: Clock) -> None:
+    """What a request has waited for its turn is gone from its time."""
+    assert ingestion.deadline_after(since=clock.now - 2) == clock.now + TIMEOUT_SECONDS - 2
+    assert ingestion.deadline_after() == clock.now + TIMEOUT_SECONDS
+
+
+def test_late_requests_are_not_read(ingestion: IngestService, clock: Clock) -> None:
+    """A request is refused once there is no time left to read it: a large one earlier."""
+    deadline = ingestion.deadline_after()
+    clock.now = deadline - 0.5
+    ingestion.check_in_time(deadline, 0.25)
+    with pytest.raises(Unavailable):
+        ingestion.check_in_time(deadline, 1.0)
+    clock.now = deadline
+    with pytest.raises(Unavailable):
+        ingestion.check_in_time(deadline)
+
+
+def test_reading_ends_at_the_deadline(ingestion: IngestService, clock: Clock) -> None:
+    """A large batch whose time is over is not read to its end."""
+    read: list[int] = []
+
+    def parse() -> Iterator[ParsedEvent | MalformedEvent]:
+        for number in range(10):
+            clock.now += 1
+            read.append(number)
+            yield MalformedEvent(Event(), 0, "event: malformed")
+
+    batch = ParsedBatch("http", 10, LARGE, parse(), lambda _: b"")
+    with pytest.raises(Unavailable):
+        ingestion.ingest(Caller("proj"), batch, ingestion.deadline_after())
+    assert len(read) == TIMEOUT_SECONDS
+
+
+def test_dear_bodies_take_longer() -> None:
+    """Small bodies take no time, and the more values a large one has, the more."""
+    tiny, large = b"[" + b"0," * MAX_VALUES + b"0]", b'["' + b"x" * 2 * MAX_VALUES + b'"]'
+    assert estimate_seconds(b"[0,0,0]", 0) == 0
+    assert 0 < 10 * estimate_seconds(large, 0) < estimate_seconds(tiny, 0) < TIMEOUT_SECONDS / 1.5
+
+
+def test_cheap_bodies_are_not_counted() -> None:
+    """Where even the most values would take less than what is left, that is the estimate."""
+    body = b'["' + b"x" * 100_000 + b'"]'
+    longest = estimate_seconds(body, TIMEOUT_SECONDS)
+    assert estimate_seconds(body, 0) < longest < TIMEOUT_SECONDS
+
+
+@pytest.mark.parametrize(
+    "value", [[0] * 30_000, [[]] * 30_000, {"a": [10**25] * 30_000}, [{"b": {}}] * 15_000]
+)
+def test_dear_events_are_not_unfolded(value: object) -> None:
+    """An event of more values than it has room for is refused by that, after the other rules."""
+    codec = JsonCodec(EVENT_SCHEMA)
+    body = json.dumps({"events": [{"event_id": "evt_1", "own": value, "filler": "x" * 99_999}]})
+    [parsed] = codec.parse_batch(body.encode())
+    assert isinstance(parsed, MalformedEvent)
+    assert parsed.problem == "event: larger than 102400 bytes"
+    assert parsed.event.event_id == "evt_1"
+    assert not parsed.event.HasField("attributes")
+
+
+def test_first_problem_of_a_dear_event() -> None:
+    """A field that cannot be read is told before the size."""
+    event = {"event_id": 7, "metadata": {"values": [0] * 60_000}}
+    [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [event]}).encode())
+    assert isinstance(parsed, MalformedEvent)
+    assert parsed.problem == "event_id: must be a string"
+
+
+def test_large_messages_are_not_unfolded() -> None:
+    """An event over the limit is refused by its size, after the rules that come before that."""
+    event = to_message({"event_id": "evt_1", "metadata": {"values": [0] * 20_000}})
+    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([event]))
+    assert isinstance(parsed, MalformedEvent)
+    assert parsed.problem == "event: larger than 102400 bytes"
+    assert parsed.event.event_id == "evt_1"
+    assert parsed.position == len(EVENT_SCHEMA.fields)
+
+
+def test_what_is_far_too_large_is_not_even_parsed() -> None:
+    """An event of many times the limit is refused unseen."""
+    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([b"x" * 1_000_000]))
+    assert isinstance(parsed, MalformedEvent)
+    assert parsed.problem == "event: larger than 102400 bytes"
+
+
+def test_repeated_fields_do_not_count() -> None:
+    """An event is as large as what remains of it where fields are sent again and again."""
+    event = to_message({"event_id": "evt_1", "page.title": "x" * 1000}).SerializeToString()
+    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([event * 200]))
+    assert isinstance(parsed, ParsedEvent)

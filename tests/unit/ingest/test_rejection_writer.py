@@ -1,0 +1,156 @@
+"""Rejected events are written when they can be, and no more of them are kept than is allowed."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import text
+
+from productgraph.v1.event_ingestion_service_pb2 import EventError
+from server.config import RejectedKeep
+from server.events.parsed import ParsedBatch
+from server.ingest.rejection_writer import MAX_WAITING, RejectionWriter
+from server.storage.connection import Engine, Link, Watchdog, connected, open_engine, transactional
+from server.storage.rejected_events import Rejection, insert_rejections
+from tests.support.services import for_sqlalchemy, query, wait_until
+
+KEEP = RejectedKeep(100_000, 3600.0)
+COUNT = "SELECT project_id, count(*) FROM rejected_events GROUP BY 1 ORDER BY 1"
+
+
+@pytest.fixture
+def engine(create_migrated: Callable[[], str]) -> Engine:
+    """How the service connects to a fresh database."""
+    return open_engine(for_sqlalchemy(create_migrated()))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds follow each other faster than in a service."""
+    for name, value in (("_REST", 1), ("_TRIM_SECONDS", 0.05), ("_RETRY_SECONDS", 0.05)):
+        monkeypatch.setattr(f"server.ingest.rejection_writer.{name}", value)
+
+
+def make_writer(engine: Engine, keep: RejectedKeep = KEEP) -> RejectionWriter:
+    """A writer that is not started yet."""
+    return RejectionWriter(Link(transactional(engine)), keep)
+
+
+@contextmanager
+def running(writer: RejectionWriter) -> Iterator[None]:
+    """The writer works while the context lasts."""
+    watchdog = Watchdog(writer.check)
+    watchdog.start()
+    writer.start()
+    yield
+    writer.stop()
+    watchdog.stop()
+
+
+def record(writer: RejectionWriter, project_id: str, count: int, first: int = 0) -> None:
+    """Hands over so many events, numbered in their content."""
+    contents = [str(number).encode() for number in range(first, first + count)]
+    errors = [EventError(index=index, error="wrong") for index in range(count)]
+    writer.record(project_id, ParsedBatch("http", count, 0, iter(()), contents.__getitem__), errors)
+
+
+def insert(engine: Engine, project_id: str, count: int, age: timedelta = timedelta(0)) -> None:
+    """Adds rows of this age."""
+    moment = datetime.now(UTC) - age
+    with connected(transactional(engine)) as connection:
+        rows = [Rejection(project_id, moment, "http", "wrong", 1, b"x")] * count
+        insert_rejections(connection, rows)
+
+
+def test_newest(engine: Engine) -> None:
+    """Of each project the newest are kept, as many as allowed, whatever others have."""
+    writer = make_writer(engine, RejectedKeep(20, 3600.0))
+    with running(writer):
+        record(writer, "a", 1200)
+        record(writer, "b", 7)
+        wait_until(lambda: query(engine, COUNT) == [("a", 20), ("b", 7)])
+        record(writer, "a", 5, first=1200)
+        kept = "SELECT convert_from(event, 'UTF8')::int FROM rejected_events WHERE project_id = 'a'"
+        wanted = [(number,) for number in range(1185, 1205)]
+        wait_until(lambda: query(engine, f"{kept} ORDER BY id") == wanted)
+
+
+def test_smaller_setting(engine: Engine) -> None:
+    """A service that is to keep less than before trims projects that send nothing any more."""
+    insert(engine, "a", 2500)
+    with running(make_writer(engine, RejectedKeep(20, 3600.0))):
+        wait_until(lambda: query(engine, COUNT) == [("a", 20)])
+
+
+def test_age(engine: Engine) -> None:
+    """What is older than allowed goes, also without anything new."""
+    insert(engine, "a", 1500, timedelta(seconds=3601))
+    insert(engine, "a", 3)
+    with running(make_writer(engine)):
+        wait_until(lambda: query(engine, COUNT) == [("a", 3)])
+
+
+def test_trimming_at_once(engine: Engine) -> None:
+    """Several services that write and trim at the same moment do not get in each other's way."""
+    insert(engine, "a", 5000)
+    writers = [make_writer(engine, RejectedKeep(10, 3600.0)) for _ in range(3)]
+    with running(writers[0]), running(writers[1]), running(writers[2]):
+        for number, writer in enumerate(writers):
+            record(writer, "a", 1000)
+            record(writer, f"b{number}", 10)
+        counts = [("a", 10), ("b0", 10), ("b1", 10), ("b2", 10)]
+        wait_until(lambda: query(engine, COUNT) == counts)
+
+
+def test_too_many(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """A project that floods the queue leaves room for others, and what is dropped is counted."""
+    writer = make_writer(engine)
+    for _ in range(0, MAX_WAITING, 1000):
+        record(writer, "flood", 1000)
+    record(writer, "other", 10)
+    with running(writer):
+        counts = [("flood", MAX_WAITING // 2), ("other", 10)]
+        wait_until(lambda: query(engine, COUNT) == counts)
+        record(writer, "flood", 1)
+        wait_until(lambda: query(engine, COUNT)[0] == ("flood", MAX_WAITING // 2 + 1))
+    [line] = [line for line in caplog.records if "too many" in line.message]
+    assert (line.levelno, vars(line)["count"]) == (logging.WARNING, MAX_WAITING // 2)
+
+
+def test_too_large(engine: Engine) -> None:
+    """What waits is limited in bytes too."""
+    writer = make_writer(engine)
+    errors = [EventError(index=index, error="wrong") for index in range(1000)]
+    batch = ParsedBatch("http", 1, 0, iter(()), lambda _: b"x" * 110_000)
+    writer.record("a", batch, errors)
+    with running(writer):
+        wait_until(lambda: query(engine, COUNT) == [("a", (16 << 20) // 102_400 + 1)])
+
+
+def test_hanging_database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the table cannot be written, events wait; they are kept once it can be."""
+    monkeypatch.setattr("server.ingest.rejection_writer._QUERY_SECONDS", 0.3)
+    writer = make_writer(engine)
+    with running(writer):
+        with connected(transactional(engine)) as other, other.begin():
+            other.execute(text("LOCK TABLE rejected_events IN ACCESS EXCLUSIVE MODE"))
+            record(writer, "a", 700)
+            began = time.monotonic()
+            record(writer, "b", 1)
+            assert time.monotonic() - began < 0.25
+            wait_until(lambda: query(engine, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+            time.sleep(0.5)
+        wait_until(lambda: query(engine, COUNT) == [("a", 700), ("b", 1)])
+
+
+def test_faulty_batch(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """What the database refuses is logged and given up, and what follows is kept."""
+    writer = make_writer(engine)
+    record(writer, "a\0b", 1)
+    with running(writer):
+        wait_until(lambda: "rejected events were not kept" in caplog.text)
+        record(writer, "c", 1)
+        wait_until(lambda: query(engine, COUNT) == [("c", 1)])

@@ -1,0 +1,314 @@
+"""A connection that hangs is cut, and what the driver raises is told in our terms."""
+
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import psycopg2
+import pytest
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
+
+from server.errors import Unavailable
+from server.storage.connection import (
+    Conflict,
+    DatabaseError,
+    Engine,
+    Link,
+    Readiness,
+    Refused,
+    Watchdog,
+    connected,
+    open_engine,
+    translated_errors,
+)
+from server.storage.embedded import EmbeddedPostgres
+from tests.support.services import wait_until
+
+UNREACHABLE = "postgresql+psycopg2://me:s3cret@127.0.0.1:1/db"
+FREEING_SECONDS = 0.3
+END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
+
+
+@pytest.fixture
+def link(engine: Engine) -> Iterator[Link]:
+    """A link that a watchdog cuts."""
+    with watched_link(engine) as link:
+        yield link
+
+
+@contextmanager
+def watched_link(engine: Engine) -> Iterator[Link]:
+    """A link that a watchdog cuts, closed at the end."""
+    link = Link(engine)
+    watchdog = Watchdog(link.cut_if_overdue)
+    watchdog.start()
+    yield link
+    watchdog.stop()
+    link.close()
+
+
+def run(link: Link, statement: str, seconds: float = 5.0) -> object:
+    """The first value that a statement yields."""
+    with link.connected(seconds) as connection:
+        result = connection.execute(text(statement))
+        return result.scalar() if result.returns_rows else None
+
+
+def fail_with(sqlstate: str) -> str:
+    """A statement that PostgreSQL answers with this error."""
+    return f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{sqlstate}'; END $$"
+
+
+@pytest.mark.parametrize("statement", ["SELECT pg_sleep(30)", "SELECT pg_advisory_lock(1)"])
+def test_cut(statement: str, url: str, link: Link) -> None:
+    """A query that hangs is given up when its time is over, and the next one works."""
+    with closing(psycopg2.connect(url)) as holder:
+        holder.cursor().execute("SELECT pg_advisory_lock(1)")
+        start = time.monotonic()
+        with pytest.raises(Unavailable):
+            run(link, statement, seconds=0.4)
+        assert 0.4 <= time.monotonic() - start < 0.4 + FREEING_SECONDS
+        assert run(link, "SELECT 1") == 1
+
+
+def test_no_cut_between_uses(engine: Engine) -> None:
+    """Time limits a use of a link, not the link."""
+    now = [0.0]
+    link = Link(engine, clock=lambda: now[0])
+    run(link, "SELECT 1", seconds=1)
+    now[0] += 100
+    assert not link.cut_if_overdue()
+    assert run(link, "SELECT 2", seconds=1) == 2
+    link.close()
+
+
+def test_cut_once(engine: Engine) -> None:
+    """A use that overstays is reported once."""
+    now = [0.0]
+    link = Link(engine, clock=lambda: now[0])
+    with link.connected(1):
+        assert not link.cut_if_overdue()
+        now[0] += 1
+        assert [link.cut_if_overdue() for _ in range(3)] == [True, False, False]
+    with pytest.raises(Unavailable):
+        link.ping()
+    link.close()
+
+
+def to_message(kind: bytes, content: bytes) -> bytes:
+    """A message of PostgreSQL's protocol."""
+    return kind + (len(content) + 4).to_bytes(4) + content
+
+
+PARAMETERS = {
+    "server_version": "18.0",
+    "client_encoding": "UTF8",
+    "DateStyle": "ISO, MDY",
+    "standard_conforming_strings": "on",
+}
+GREETING = b"".join(
+    [
+        to_message(b"R", bytes(4)),
+        *(to_message(b"S", f"{name}\0{value}\0".encode()) for name, value in PARAMETERS.items()),
+        to_message(b"K", bytes(8)),
+        to_message(b"Z", b"I"),
+    ]
+)
+
+
+@contextmanager
+def silent_server(delay: float) -> Iterator[str]:
+    """The URL of a PostgreSQL that lets one in after a delay, and says nothing for 3 s then."""
+    done = threading.Event()
+
+    def answer() -> None:
+        with listener.accept()[0] as client:
+            client.recv(1024)
+            time.sleep(delay)
+            client.sendall(GREETING)
+            done.wait(3)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        threads.submit(answer)
+        port = listener.getsockname()[1]
+        yield f"postgresql+psycopg2://me@127.0.0.1:{port}/db?sslmode=disable&gssencmode=disable"
+        done.set()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.7])
+def test_silence_after_login(delay: float) -> None:
+    """A database that falls silent right after a log-in, quick or slow, is given up as well."""
+    with silent_server(delay) as url, watched_link(open_engine(url)) as link:
+        start = time.monotonic()
+        with pytest.raises(Unavailable):
+            run(link, "SELECT 1", seconds=0.5)
+        assert time.monotonic() - start < max(0.5, delay) + FREEING_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "translation"),
+    [
+        ("40P01", Conflict),  # deadlock detected
+        ("40001", Conflict),  # serialization failure
+        ("55P03", Conflict),  # lock not available
+        ("23505", Refused),  # unique violation
+        ("23514", Refused),  # check violation
+        ("22021", Refused),  # character not in repertoire
+        ("22P02", Refused),  # invalid text representation
+        ("57014", Unavailable),  # query canceled, by statement_timeout among others
+        ("57P01", Unavailable),  # admin shutdown
+        ("53100", Unavailable),  # disk full
+        ("53200", Unavailable),  # out of memory
+        ("58030", Unavailable),  # I/O error
+        ("25006", Unavailable),  # read-only transaction, on a standby
+        ("42P01", DBAPIError),  # undefined table: a fault of ours
+        ("XX000", DBAPIError),  # internal error
+        ("QQ000", DBAPIError),  # one that the driver has no class for
+    ],
+)
+def test_translation(sqlstate: str, translation: type[Exception], link: Link) -> None:
+    """Errors say whether to try again now, later or never; only the first two keep the session."""
+    session = run(link, "SELECT pg_backend_pid()")
+    with pytest.raises(translation):
+        run(link, fail_with(sqlstate))
+    kept = run(link, "SELECT pg_backend_pid()") == session
+    assert kept is (translation in (Conflict, Refused))
+
+
+def test_killed_session(engine: Engine, link: Link) -> None:
+    """A session that the server ended is found out by its next use, and replaced after that."""
+    session = run(link, "SELECT pg_backend_pid()")
+    with connected(engine) as connection:
+        connection.execute(text(f"SELECT pg_terminate_backend({session}, 5000)"))
+    with pytest.raises(Unavailable, match="storage is unavailable"):
+        run(link, "SELECT 1")
+    assert run(link, "SELECT 1") == 1
+
+
+def test_breakage_without_class() -> None:
+    """An error that has no code, as of a server that dies while it is written to, is an outage."""
+    with pytest.raises(Unavailable), translated_errors():
+        raise psycopg2.DatabaseError("server closed the connection unexpectedly")
+
+
+def test_unreachable() -> None:
+    """Where no database answers, the link says so, and can be closed as often as one likes."""
+    link = Link(open_engine(UNREACHABLE))
+    with pytest.raises(Unavailable):
+        link.ping()
+    link.close()
+    link.close()
+
+
+def test_secrets() -> None:
+    """The error of a command names the problem in one line, without the password."""
+    engine = open_engine(UNREACHABLE)
+    with pytest.raises(DatabaseError, match="Connection refused") as failure, connected(engine):
+        pass
+    assert "\n" not in str(failure.value)
+    assert "s3cret" not in "".join(traceback.format_exception(failure.value))
+
+
+def test_waiting_ends() -> None:
+    """Who waits for a database that is away can be told to stop."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(Link(open_engine(UNREACHABLE)).wait_until_available, stop)
+        stop.set()
+        assert waiting.result(5) is False
+
+
+def test_watchdog(caplog: pytest.LogCaptureFixture) -> None:
+    """A check that fails is logged, and stops neither the others nor itself."""
+    calls: list[str] = []
+
+    def fail() -> None:
+        calls.append("fail")
+        raise ZeroDivisionError
+
+    watchdog = Watchdog(fail, lambda: calls.append("next"))
+    watchdog.start()
+    wait_until(lambda: len(calls) >= 4)
+    watchdog.stop()
+    assert calls[:4] == ["fail", "next"] * 2
+    assert "ZeroDivisionError" in caplog.text
+
+
+@contextmanager
+def watched_readiness(url: str) -> Iterator[Readiness]:
+    """A probe of this database that has found it ready."""
+    readiness = Readiness(Link(open_engine(url)))
+    watchdog = Watchdog(readiness.check)
+    watchdog.start()
+    readiness.start()
+    wait_until(readiness.is_ready)
+    yield readiness
+    readiness.stop()
+    assert not readiness.is_ready()
+    watchdog.stop()
+
+
+def measure(condition: Callable[[], bool]) -> float:
+    """After how many seconds the condition holds."""
+    start = time.monotonic()
+    wait_until(condition)
+    return time.monotonic() - start
+
+
+def test_refusing_database(postgres_url: str, create_database: Callable[[], str]) -> None:
+    """The service is unready 2.5 s after its database refuses connections, and ready after that."""
+    url = make_url(create_database()).set(drivername="postgresql+psycopg2")
+    with (
+        watched_readiness(url.render_as_string(hide_password=False)) as readiness,
+        connected(open_engine(postgres_url)) as admin,
+    ):
+        admin.execute(text(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS false"))
+        admin.execute(text(END_SESSIONS), {"name": url.database})
+        assert measure(lambda: not readiness.is_ready()) < 2.5
+        admin.execute(text(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS true"))
+        assert measure(readiness.is_ready) < 1
+
+
+def test_frozen_database(open_directory: Path) -> None:
+    """The service is unready 2.5 s after its database froze, and ready after the thaw."""
+    directory = open_directory / "frozen"
+    with EmbeddedPostgres(directory, create=True) as embedded:
+        number = (directory / "postgres" / "postmaster.pid").read_text().split()[0]
+        postmaster = psutil.Process(int(number))
+        with watched_readiness(embedded.url) as readiness:
+            processes = [postmaster, *postmaster.children()]
+            try:
+                for process in processes:
+                    process.suspend()
+                assert measure(lambda: not readiness.is_ready()) < 2.5
+            finally:
+                for process in processes:
+                    process.resume()
+            assert measure(readiness.is_ready) < 5
+
+
+def test_errors_are_told(engine: Engine) -> None:
+    """Each transaction that fails is told by its kind, and one that does not is not."""
+    told: list[str] = []
+    link = Link(engine, on_error=told.append)
+    away = Link(open_engine(UNREACHABLE), on_error=told.append)
+    assert run(link, "SELECT 1") == 1
+    for failing, statement, kind, error in (
+        (link, "DO $$ BEGIN RAISE deadlock_detected; END $$", "conflict", Conflict),
+        (link, "SELECT 'x'::integer", "refused", Refused),
+        (link, "SELECT nonsense", "other", DBAPIError),
+        (away, "SELECT 1", "unavailable", Unavailable),
+    ):
+        with pytest.raises(error):
+            run(failing, statement)
+        assert told.pop() == kind
+    assert not told
+    link.close()

