@@ -1,8 +1,8 @@
-"""The errors that a caller of the service can be told, each with its gRPC code's name."""
+"""The errors that a caller may be told, each with the name of its gRPC code."""
 
 
 class IngestError(Exception):
-    """A request that was not carried out; its text is fit for the caller."""
+    """A request that was not carried out. Its text may be shown to the caller."""
 
     code = "INTERNAL"
     retry_after_seconds: int | None = None
@@ -15,7 +15,7 @@ class InvalidArgument(IngestError):
 
 
 class Unauthenticated(IngestError):
-    """The API key is missing, malformed, unknown or revoked: which, is not told."""
+    """The API key is missing, malformed, unknown or revoked; the text does not say which."""
 
     code = "UNAUTHENTICATED"
 
@@ -24,7 +24,7 @@ class Unauthenticated(IngestError):
 
 
 class ResourceExhausted(IngestError):
-    """The API key's rate limit is reached: nothing was stored, and later the same may be sent."""
+    """The API key has reached its rate limit. Nothing was stored; the same may be sent later."""
 
     code = "RESOURCE_EXHAUSTED"
     retry_after_seconds: int = 1
@@ -42,7 +42,7 @@ class Unavailable(IngestError):
 
 
 class Internal(IngestError):
-    """A fault of the service, logged where it happened and told without details."""
+    """A fault of the service. It is logged where it happened; the caller gets no details."""
 
     code = "INTERNAL"
 

@@ -11,7 +11,7 @@ _LOWEST_BYTES = 1024
 
 
 def parse_event_rate(text: str) -> int:
-    """Events a second, or OFF; raises ValueError with the problem."""
+    """Return events a second, or OFF. Raises ValueError with the problem."""
     rate = _parse(text, {"": 1})
     if rate is None or rate > _HIGHEST:
         raise ValueError(f"must be off or events a second, from 1 to {_HIGHEST}, is {text!r}")
@@ -19,7 +19,7 @@ def parse_event_rate(text: str) -> int:
 
 
 def parse_byte_rate(text: str) -> int:
-    """Bytes a second, or OFF; raises ValueError with the problem."""
+    """Return bytes a second, or OFF. Raises ValueError with the problem."""
     rate = _parse(text, _UNIT_BYTES)
     if rate is None or (rate != OFF and not _LOWEST_BYTES <= rate <= _HIGHEST):
         raise ValueError(f"must be off or bytes a second such as 5MB, 1KB at least, is {text!r}")
@@ -36,12 +36,12 @@ def _parse(text: str, units: Mapping[str, int]) -> int | None:
 
 
 def format_event_rate(rate: int | None) -> str:
-    """The text of a rate; `-` for the default."""
+    """Return the text of a rate; `-` for the default."""
     return "-" if rate is None else str(rate) if rate else "off"
 
 
 def format_byte_rate(rate: int | None) -> str:
-    """The text of a rate, in the largest unit that is exact; `-` for the default."""
+    """Return the text of a rate in the largest unit that is exact; `-` for the default."""
     if not rate:
         return format_event_rate(rate)
     size, unit = max((size, unit) for unit, size in _UNIT_BYTES.items() if rate % size == 0)

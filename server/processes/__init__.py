@@ -1,1 +1,1 @@
-"""Processes and what joins them: supervision, ports, priority."""
+"""Processes: supervision, ports, the lifeline to a parent, priority."""

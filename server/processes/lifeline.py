@@ -1,6 +1,6 @@
-"""What joins a worker to its parent: one socket pair.
+"""The lifeline between a worker and its parent: one socket pair.
 
-The worker reports on it that it is ready, and its end of file tells the worker that the parent is
+Over it the worker reports that it is ready, and its end of file tells the worker that the parent is
 gone.
 """
 
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-# The variable by which a worker learns the descriptor of its end.
+# Names the variable that holds the descriptor of the worker's end.
 LIFELINE = "PRODUCTGRAPH_LIFELINE"
 
 
@@ -29,12 +29,12 @@ class Lifeline:
 
     @classmethod
     def find(cls) -> "Lifeline | None":
-        """What the parent handed down, or None in a process that has no such parent."""
+        """Return what the parent handed down, or None if this process has no such parent."""
         return cls.from_environment() if LIFELINE in os.environ else None
 
     def report_ready(self) -> None:
         """Tell the parent that this worker serves; call it once both servers listen."""
-        with suppress(ConnectionError):  # the parent is gone: on_parent_exit deals with that
+        with suppress(ConnectionError):  # the parent is gone, which on_parent_exit deals with
             self._connection.sendall(b"ready\n")
 
     def on_parent_exit(self, callback: Callable[[], object]) -> None:

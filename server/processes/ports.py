@@ -7,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 
 
 class PortTaken(Exception):
-    """A port cannot be had; the text is one line that names the setting."""
+    """A port cannot be used. The text is one line that names the setting."""
 
 
 @contextmanager
 def reserve_ports(host: str, ports: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Keep `ports` (setting name -> number, 0 for any) for our workers; yields the real numbers.
+    """Reserve `ports` (setting name -> number, 0 for any) for our workers; yield their numbers.
 
-    Raises PortTaken where a port is in use or the host or port is not ours to use.
+    Raises PortTaken if a port is in use, or if this process may not use the host or the port.
     """
     with ExitStack() as reserved:
         numbers = {}
@@ -32,15 +32,15 @@ def listen(host: str, port: int) -> socket.socket:
 
     A name with several addresses means its first IPv4 one; `::` takes IPv4 as well. Raises OSError.
     """
-    # With SO_REUSEADDR because connections inherit it: those left in TIME_WAIT would otherwise
-    # keep the next start from binding.
+    # SO_REUSEADDR, because connections inherit it: without it, those left in TIME_WAIT would keep
+    # the next start from binding.
     return _bind(host, port, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
 
 
 def _hold(host: str, port: int) -> socket.socket:
-    """Bind a socket, never listening, that shuts out strangers and lets workers in."""
-    # Linux lets later sockets in by how the first one was bound, so SO_REUSEADDR is used only
-    # where connections in TIME_WAIT may be in the way; a listener refuses both attempts.
+    """Bind a socket that never listens: it keeps other programs out and lets workers in."""
+    # Whether Linux lets later sockets in depends on how the first one was bound, so SO_REUSEADDR is
+    # used only if connections in TIME_WAIT may be in the way. A listener refuses both attempts.
     try:
         holder = _bind(host, port)
     except OSError as error:
@@ -48,7 +48,7 @@ def _hold(host: str, port: int) -> socket.socket:
             raise
         holder = _bind(host, port, socket.SO_REUSEADDR)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    # Bound without it, so that no listener goes unnoticed; set now, so that workers may join.
+    # Not set before binding, so that a listener is noticed; set now, so that workers can join.
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     return holder
 

@@ -1,4 +1,4 @@
-"""Leaving the processor to other processes."""
+"""Giving way to other processes."""
 
 import os
 from contextlib import suppress
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def lower_priority(niceness: int) -> None:
-    """Lets what else runs on this machine go first, by so much of 19.
+    """Lower this process's priority by `niceness`, of at most 19.
 
-    Between sessions Linux may heed the niceness of the session alone, which is set too where this
-    process is the leader of one: https://man7.org/linux/man-pages/man7/sched.7.html, "The autogroup
+    Between sessions Linux may look at the niceness of the session only, which is therefore set too
+    if this process leads one: https://man7.org/linux/man-pages/man7/sched.7.html, "The autogroup
     feature".
     """
     os.nice(niceness)

@@ -25,7 +25,7 @@ _PAUSE_SECONDS = 1.0
 
 
 class WorkerFailed(Exception):
-    """A worker exited before it was ready; `status` is as `subprocess` has it (-9: SIGKILL)."""
+    """A worker exited before it was ready; `status` is that of `subprocess` (-9: SIGKILL)."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"a worker exited with status {status} before it was ready")
@@ -33,7 +33,7 @@ class WorkerFailed(Exception):
 
 
 class _Worker:
-    """A worker process as its parent sees it; times are those of `time.monotonic`."""
+    """A worker process as its parent sees it. Times are those of `time.monotonic`."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
@@ -47,15 +47,15 @@ class _Worker:
                 env={**environment, LIFELINE: str(theirs.fileno())},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), *descriptors],
-                # Ctrl-C goes to the terminal's whole process group: the parent alone shall get
-                # it, and drain the workers with SIGTERM.
+                # Ctrl-C goes to the terminal's whole process group. Only the parent must get it,
+                # and it drains the workers with SIGTERM.
                 start_new_session=True,
             )
             undo.pop_all()
         self.fields: dict[str, int] = {"worker_pid": self._process.pid}  # of its log records
         self._born = time.monotonic()
-        self.deadline = self._born + _START_SECONDS  # to be ready, or else gone: then it is killed
-        self.due = 0.0  # when its successor may start, once it has exited
+        self.deadline = self._born + _START_SECONDS  # to be ready, or gone; then killed
+        self.due = 0.0  # when its successor may start after its exit
         self.status: int | None = None
         self.ready = self.leaving = False
         self.successor: _Worker | None = None
@@ -91,10 +91,10 @@ class _Worker:
 
 
 class Supervisor:
-    """Keeps `count` workers running `command`, each in `environment` (all of its variables).
+    """Keeps `count` workers running `command`, each with the variables of `environment` only.
 
     They inherit the open file `descriptors`, under the same numbers.
-    `on_exit` is told the process id of each that has exited, and whether it had been asked to.
+    `on_exit` is called with the process id of each that exits, and whether it had been told to.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class Supervisor:
         self._descriptors = descriptors
         self._drain_seconds = drain_seconds
         self._on_exit = on_exit
-        self._slots: list[_Worker] = []  # who serves in each place, or served last
-        self._running: list[_Worker] = []  # every process of ours, replacements and leavers too
+        self._slots: list[_Worker] = []  # the worker of each place, or its last one
+        self._running: list[_Worker] = []  # those that start or leave, too
         self._restart_requested = False
 
     def start(self) -> None:
         """Start all workers and return when each is ready.
 
-        Raises WorkerFailed or OSError, with all of them stopped again. One that is not ready
-        within 30 seconds is killed, here and later.
+        Raises WorkerFailed or OSError after stopping all of them. A worker that is not ready within
+        30 seconds is killed, now and later.
         """
         try:
             self._slots = [self._spawn() for _ in range(self._count)]
@@ -136,14 +136,15 @@ class Supervisor:
             raise
 
     def run(self, tick: Callable[[], None], stop: threading.Event) -> None:
-        """Replace workers that exit, and those of before a `restart`, until `stop` is set.
+        """Replace workers that exit, or that are older than a `restart`, until `stop` is set.
 
-        Calls `tick` about every second, between its other work: let it be quick. What it raises
-        ends the run. Stopping the workers is left to `stop()`.
+        Calls `tick` about every second, between its other work: it must be quick, and what it
+        raises ends the run. Does not stop the workers: call `stop` for that.
         """
         restarts = self._restarts()
         next_tick = 0.0
-        # Event.wait() holds a lock that a signal handler's stop.set() could wait for in vain.
+        # Not Event.wait(): it holds a lock for which a signal handler's stop.set() could wait for
+        # ever.
         while not stop.is_set():
             self._watch()
             self._revive()
@@ -156,12 +157,13 @@ class Supervisor:
     def restart(self) -> None:
         """Ask `run` for a rolling restart: no worker leaves before its replacement is ready.
 
-        A replacement that fails ends it; the rest keep their old workers. Safe in a signal handler.
+        A replacement that fails ends the restart, and the other places keep their old workers. Safe
+        in a signal handler.
         """
         self._restart_requested = True
 
     def stop(self) -> None:
-        """Let all workers drain (SIGTERM), kill those still there after `drain_seconds`."""
+        """Let all workers drain (SIGTERM), and kill those that remain after `drain_seconds`."""
         for worker in self._running:
             worker.leave(self._drain_seconds)
         while self._running:
@@ -175,7 +177,7 @@ class Supervisor:
         return worker
 
     def _watch(self) -> None:
-        """Reap who has exited, note who is ready, kill who is overdue."""
+        """Reap workers that have exited, note those that are ready, kill those that are overdue."""
         for worker in tuple(self._running):
             if worker.has_exited():
                 self._running.remove(worker)
@@ -191,7 +193,7 @@ class Supervisor:
                 worker.kill()
 
     def _revive(self) -> None:
-        """Fill the places of workers that have exited, unless a replacement is on its way."""
+        """Start a worker in each place whose worker has exited, unless a successor starts."""
         for slot, worker in enumerate(self._slots):
             if worker in self._running or worker.successor in self._running:
                 continue
@@ -203,7 +205,7 @@ class Supervisor:
                     logger.error("cannot start a worker: %s", error)
 
     def _restarts(self) -> Iterator[None]:
-        """Carry out the requested rolling restarts, a step each time it is advanced."""
+        """Carry out requested rolling restarts, one step each time the iterator is advanced."""
         while True:
             yield
             if not self._restart_requested:

@@ -47,12 +47,12 @@ class IngestEventsResponse(_message.Message):
     REJECTED_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     accepted: _builtins.int
-    """Events stored, those that had been stored before included."""
+    """Number of events stored, including those that had been stored before."""
     rejected: _builtins.int
-    """Events refused, each named in `errors`."""
+    """Number of events rejected; `errors` names each."""
     @_builtins.property
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventError]:
-        """One for each refused event, in the order of the request."""
+        """One for each rejected event, in the order of the request."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ Global___IngestEventsResponse: _TypeAlias = IngestEventsResponse  # noqa: Y015
 
 @_typing.final
 class EventError(_message.Message):
-    """Why one event was refused."""
+    """Why one event was rejected."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -47,10 +47,10 @@ class EventIngestionServiceServicer:
     """
 
     def IngestEvents(self, request, context):
-        """Stores the events of one project. Answers OK once every accepted event is committed; an event
-        that breaks a rule is rejected by itself and reported, its neighbours are accepted.
+        """Stores the events of one project. Answers OK once every accepted event is committed. An event
+        that breaks a rule is rejected alone and reported; its neighbours are accepted.
 
-        The project's API key travels in the metadata `x-pg-api-key`.
+        The project's API key is sent in the metadata as `x-pg-api-key`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

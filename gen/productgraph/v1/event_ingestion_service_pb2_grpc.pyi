@@ -34,10 +34,10 @@ class EventIngestionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EventIngestionServiceAsyncStub: ...
     IngestEvents: _grpc.UnaryUnaryMultiCallable[_event_ingestion_service_pb2.IngestEventsRequest, _event_ingestion_service_pb2.IngestEventsResponse]
-    """Stores the events of one project. Answers OK once every accepted event is committed; an event
-    that breaks a rule is rejected by itself and reported, its neighbours are accepted.
+    """Stores the events of one project. Answers OK once every accepted event is committed. An event
+    that breaks a rule is rejected alone and reported; its neighbours are accepted.
 
-    The project's API key travels in the metadata `x-pg-api-key`.
+    The project's API key is sent in the metadata as `x-pg-api-key`.
     """
 
 @_typing.type_check_only
@@ -46,10 +46,10 @@ class EventIngestionServiceAsyncStub(EventIngestionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     IngestEvents: _aio.UnaryUnaryMultiCallable[_event_ingestion_service_pb2.IngestEventsRequest, _event_ingestion_service_pb2.IngestEventsResponse]  # type: ignore[assignment]
-    """Stores the events of one project. Answers OK once every accepted event is committed; an event
-    that breaks a rule is rejected by itself and reported, its neighbours are accepted.
+    """Stores the events of one project. Answers OK once every accepted event is committed. An event
+    that breaks a rule is rejected alone and reported; its neighbours are accepted.
 
-    The project's API key travels in the metadata `x-pg-api-key`.
+    The project's API key is sent in the metadata as `x-pg-api-key`.
     """
 
 class EventIngestionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -61,10 +61,10 @@ class EventIngestionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _event_ingestion_service_pb2.IngestEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_event_ingestion_service_pb2.IngestEventsResponse, _abc.Awaitable[_event_ingestion_service_pb2.IngestEventsResponse]]:
-        """Stores the events of one project. Answers OK once every accepted event is committed; an event
-        that breaks a rule is rejected by itself and reported, its neighbours are accepted.
+        """Stores the events of one project. Answers OK once every accepted event is committed. An event
+        that breaks a rule is rejected alone and reported; its neighbours are accepted.
 
-        The project's API key travels in the metadata `x-pg-api-key`.
+        The project's API key is sent in the metadata as `x-pg-api-key`.
         """
 
 def add_EventIngestionServiceServicer_to_server(servicer: EventIngestionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -63,15 +63,15 @@ class Event(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
-    """Unique identifier of this event, chosen by the client."""
+    """Identifies this event; chosen by the client."""
     project_id: _builtins.str
-    """The project that the event belongs to."""
+    """Project that the event belongs to."""
     session_id: _builtins.str
     """User session."""
     event_type: _builtins.str
-    """What kind of event it is."""
+    """Kind of event."""
     user_id: _builtins.str
-    """User, where one is known."""
+    """User, if known."""
     event_name: _builtins.str
     """Human-readable name of the event."""
     event_sequence: _builtins.int
@@ -134,7 +134,7 @@ class Event(_message.Message):
 
     @_builtins.property
     def attributes(self) -> _struct_pb2.Struct:
-        """Every field that the client sent and this schema does not name."""
+        """Every field that the client sent and that this schema does not name."""
 
     def __init__(
         self,

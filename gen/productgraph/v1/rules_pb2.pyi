@@ -28,24 +28,24 @@ class _Rounding:
 class _RoundingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rounding.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ROUNDING_UNSPECIFIED: _Rounding.ValueType  # 0
-    """A fraction is refused."""
+    """Reject a fraction."""
     ROUNDING_NEAREST: _Rounding.ValueType  # 1
-    """A fraction is rounded to the nearest integer, halves away from zero."""
+    """Round a fraction to the nearest integer, halves away from zero."""
 
 class Rounding(_Rounding, metaclass=_RoundingEnumTypeWrapper): ...
 
 ROUNDING_UNSPECIFIED: Rounding.ValueType  # 0
-"""A fraction is refused."""
+"""Reject a fraction."""
 ROUNDING_NEAREST: Rounding.ValueType  # 1
-"""A fraction is rounded to the nearest integer, halves away from zero."""
+"""Round a fraction to the nearest integer, halves away from zero."""
 Global___Rounding: _TypeAlias = Rounding  # noqa: Y015
 
 @_typing.final
 class FieldRules(_message.Message):
-    """The rules that an event must keep, written beside the field they bind.
-    The service reads them from the descriptor: no rule lives in code.
+    """The rules of an event, written beside the field that each applies to. The service reads them from
+    the descriptor: no rule is written in code.
 
-    What a value of a field must be like.
+    Rules for the value of a field.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -58,20 +58,20 @@ class FieldRules(_message.Message):
     MATCHES_API_KEY_FIELD_NUMBER: _builtins.int
     TAKES_UNNAMED_FIELDS_FIELD_NUMBER: _builtins.int
     required: _builtins.bool
-    """The field must be present and, where it is text, not empty."""
+    """The field must be present and, if it is text, not empty."""
     max_bytes: _builtins.int
-    """The longest text in bytes of UTF-8; 0 for no limit."""
+    """Longest text, in bytes of UTF-8; 0 for no limit."""
     max_items: _builtins.int
-    """The most items of a repeated field; 0 for no limit."""
+    """Largest number of items in a repeated field; 0 for no limit."""
     rounding: Global___Rounding.ValueType
-    """What becomes of a fraction sent for an integer."""
+    """What to do with a fraction that is sent for an integer."""
     matches_api_key: _builtins.bool
-    """The value must be the project that the API key belongs to."""
+    """The value must be the project of the API key."""
     takes_unnamed_fields: _builtins.bool
-    """The field takes what the schema does not name."""
+    """The field takes all fields that the schema does not name."""
     @_builtins.property
     def allowed_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The only values allowed; any, where none is listed."""
+        """The allowed values; if the list is empty, any."""
 
     def __init__(
         self,
@@ -94,16 +94,16 @@ Global___FieldRules: _TypeAlias = FieldRules  # noqa: Y015
 
 @_typing.final
 class MessageRules(_message.Message):
-    """What a message must be like as a whole."""
+    """Rules for a message as a whole."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     MAX_DEPTH_FIELD_NUMBER: _builtins.int
     max_bytes: _builtins.int
-    """The largest message in bytes of its protobuf encoding; 0 for no limit."""
+    """Largest message, in bytes of its protobuf encoding; 0 for no limit."""
     max_depth: _builtins.int
-    """The deepest nesting of objects and arrays in free-form fields, the field's own object counted."""
+    """Deepest nesting of objects and arrays in free-form fields, counting the field's own object."""
     def __init__(
         self,
         *,
