@@ -57,7 +57,7 @@ def test_every_chosen_load_is_measured_and_compared(document: Any) -> None:
     assert all(speed > 0 for speed in document["copy"]["each_time"])
 
 
-def test_cpu_time_is_told_apart(document: Any) -> None:
+def test_cpu_time_is_known_for_each_process(document: Any) -> None:
     """The CPU time of service, database and load generator is known for each load."""
     for figures in document["measurements"]:
         assert set(figures["cpu_us_per_event"]) == {"service", "database", "load_generator"}
@@ -70,21 +70,21 @@ def test_every_worker_gets_its_share_of_connections(document: Any) -> None:
     assert shares == [[8, 8], [8, 8], [2, 2]]
 
 
-def test_the_machine_is_described(document: Any) -> None:
+def test_figures_name_the_machine_they_come_from(document: Any) -> None:
     """Figures say where they come from."""
     assert document["machine"]["cores"] > 0
     assert document["machine"]["processor"]
     assert re.match(r"\d+\.\d+", document["postgresql"])
 
 
-def test_the_chart_shows_every_load(output: Path) -> None:
+def test_the_chart_has_a_bar_for_each_load(output: Path) -> None:
     """The SVG is well-formed, and has a bar for each load."""
     chart = ElementTree.parse(output / "bench.svg")
     labels = {element.text for element in chart.iter("{http://www.w3.org/2000/svg}text")}
     assert {"FastAPI, 2 workers", "HTTP, 2 workers", "gRPC, 2 workers"} <= labels
 
 
-def test_refused_requests_are_counted(service: Service) -> None:
+def test_refused_requests_are_recorded_and_not_counted_as_throughput(service: Service) -> None:
     """An answer other than success is written down with what it said, and is no throughput."""
     family = {"service": service.process.pid}
     workers = [worker.pid for worker in service.find_workers()]
@@ -95,7 +95,7 @@ def test_refused_requests_are_counted(service: Service) -> None:
     assert sum(result["failures"].values()) > 0
 
 
-def test_forwarding_is_measured(tmp_path: Path) -> None:
+def test_forwarding_is_measured_without_losing_an_event(tmp_path: Path) -> None:
     """Each part of it has its figures, and loses no event."""
     words = ("--forwarding", "--scale=0.01", f"--output={tmp_path}")
     finished = run_program("tests.bench", *words, timeout=480)
@@ -157,14 +157,14 @@ def _post(port: int, key: str, body: object) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
-def test_an_unknown_load_is_refused() -> None:
+def test_an_unknown_load_is_answered_with_known_ones() -> None:
     """A misspelt load ends the command with the names there are."""
     finished = run_program("tests.bench", "--only", "htp-1-1", timeout=60)
     assert finished.returncode == 2
     assert "http-1-1" in finished.stderr
 
 
-def test_requests_are_numbered_in_place() -> None:
+def test_numbering_a_request_keeps_its_length() -> None:
     """A number gives all events of a request new ids, and changes its length never."""
     request = encode_http(make_events(3), "key")
     length = len(request.buffer)
@@ -177,7 +177,7 @@ def test_requests_are_numbered_in_place() -> None:
     assert len(request.buffer) == length
 
 
-def test_events_are_as_large_as_they_are_said_to_be() -> None:
+def test_generated_events_have_the_sizes_they_claim() -> None:
     """A usual event is about 600 bytes of JSON and 356 of protobuf; a long one fills 10 MB."""
     events = make_events(1000)
     assert len(encode_http(events, "key").buffer) / 1000 == pytest.approx(600, abs=30)

@@ -50,21 +50,21 @@ def finished() -> "subprocess.CompletedProcess[str]":
     return run_program("tests.hostile", *words, timeout=180)
 
 
-def test_the_service_stands_it(finished: "subprocess.CompletedProcess[str]") -> None:
+def test_hostile_input_finds_no_violation(finished: "subprocess.CompletedProcess[str]") -> None:
     """A quick run finds no violation, and exits with 0."""
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "--seed 7" in finished.stdout
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
-def test_a_broken_build_is_caught(name: str, tmp_path: Path) -> None:
+def test_hostile_campaigns_catch_a_broken_build(name: str, tmp_path: Path) -> None:
     """A service with one line broken does not pass."""
     break_build(tmp_path, *SABOTAGE[name])
     [record] = run_campaigns(choose_campaigns(["bodies"]), quick=True, seed=1, root=tmp_path)
     assert record.violation_count > 0
 
 
-def test_a_late_answer_is_a_violation() -> None:
+def test_an_answer_after_five_seconds_is_a_violation() -> None:
     """No answer may take more than five seconds."""
     record = Record("bodies", "2 bodies")
     record.add(202, 4.9)
@@ -74,7 +74,9 @@ def test_a_late_answer_is_a_violation() -> None:
 
 
 @pytest.mark.parametrize("make_grammar", GRAMMARS, ids=["bodies", "messages", "streams"])
-def test_a_seed_repeats_the_inputs(make_grammar: Callable[[int], Callable[[], object]]) -> None:
+def test_a_seed_repeats_the_hostile_inputs(
+    make_grammar: Callable[[int], Callable[[], object]],
+) -> None:
     """The same seed gives the same inputs, another one others."""
     first, again, other = make_grammar(1), make_grammar(1), make_grammar(2)
     inputs = [first() for _ in range(50)]
@@ -82,7 +84,7 @@ def test_a_seed_repeats_the_inputs(make_grammar: Callable[[int], Callable[[], ob
     assert inputs != [other() for _ in range(50)]
 
 
-def test_an_unknown_campaign_is_refused() -> None:
+def test_an_unknown_campaign_is_answered_with_known_ones() -> None:
     """A misspelt name is answered with those there are."""
     with pytest.raises(ValueError, match="bodies"):
         choose_campaigns(["bodys"])

@@ -103,25 +103,25 @@ def assert_fails(arguments: str, settings: dict[str, str], *words: str) -> str:
     return done.stderr
 
 
-def test_first_key(first_start: FirstStart) -> None:
+def test_the_first_start_shows_one_key(first_start: FirstStart) -> None:
     """The first start shows one key, in full, as the one to copy and in both commands."""
     assert first_start.keys == [first_start.key] * 3
 
 
-def test_printed_curl(first_start: FirstStart) -> None:
+def test_the_printed_curl_command_stores_an_event(first_start: FirstStart) -> None:
     """The printed curl command stores an event."""
     assert first_start.curl.startswith("HTTP/1.1 202")
     body = json.loads(first_start.curl.splitlines()[-1])
     assert body == {"accepted": 1, "rejected": 0, "errors": []}
 
 
-def test_printed_grpcurl(first_start: FirstStart) -> None:
+def test_the_printed_grpcurl_command_stores_an_event(first_start: FirstStart) -> None:
     """The printed grpcurl command stores another one."""
     assert json.loads(first_start.grpcurl) == {"accepted": 1}
     assert first_start.rows == 2
 
 
-def test_second_start(first_start: FirstStart) -> None:
+def test_a_second_start_keeps_events_and_key(first_start: FirstStart) -> None:
     """A second start on the same data finds the same events and key, and shows none."""
     with running_service(first_start.settings) as service:
         assert not KEY.search(service.output.read_text())
@@ -131,7 +131,7 @@ def test_second_start(first_start: FirstStart) -> None:
 
 
 @pytest.mark.parametrize("setting", ["PORT", "GRPC_PORT"])
-def test_taken_port(setting: str, service: Service) -> None:
+def test_a_taken_port_fails_the_start_by_name(setting: str, service: Service) -> None:
     """A second start on a port fails with one line that names it."""
     port = {"PORT": service.http_url, "GRPC_PORT": service.grpc_target}[setting].rpartition(":")[2]
     ports = {"PORT": "0", "GRPC_PORT": "0"} | {setting: port}
@@ -155,20 +155,20 @@ def test_taken_port(setting: str, service: Service) -> None:
         ("DATA_DIR", "/dev/null"),
     ],
 )
-def test_bad_setting(setting: str, value: str) -> None:
+def test_a_bad_setting_fails_the_start_by_name(setting: str, value: str) -> None:
     """A setting that cannot be used ends the start with one line that names it."""
     assert_fails("serve", {setting: value}, setting)
 
 
 @pytest.mark.parametrize("command", ["keys list", "keys create --project p", "keys revoke 1"])
-def test_keys_without_a_database(command: str, tmp_path: Path) -> None:
+def test_key_commands_create_no_database(command: str, tmp_path: Path) -> None:
     """Commands for keys make no database, and name the settings that say where one is."""
     directory = tmp_path / "none"
     assert_fails(command, {"DATA_DIR": str(directory)}, "DATABASE_URL", "DATA_DIR")
     assert not directory.exists()
 
 
-def test_keys(service: Service, project: Project) -> None:
+def test_a_key_works_from_creation_to_revocation(service: Service, project: Project) -> None:
     """A created key is printed alone and works at once; a revoked one ends and is listed so."""
     created = service.run("keys", "create", "--project", project.id, "--name", "website")
     key = created.stdout.strip()
@@ -191,7 +191,9 @@ def find_listed(service: Service, name: str) -> list[str]:
     return [line for line in service.run("keys", "list").stdout.splitlines() if name in line]
 
 
-def test_unmigrated(create_database: Callable[[], str]) -> None:
+def test_the_service_refuses_an_unmigrated_database_with_advice(
+    create_database: Callable[[], str],
+) -> None:
     """A service refuses to start on an empty database, with advice that helps."""
     settings = {"DATABASE_URL": create_database(), "PORT": "0", "GRPC_PORT": "0"}
     assert_fails("serve", settings, "productgraph migrate")
@@ -205,7 +207,7 @@ def test_unmigrated(create_database: Callable[[], str]) -> None:
     "command",
     ["", "serve", "migrate", "keys", "keys create", "keys list", "keys limit", "keys revoke"],
 )
-def test_help(command: str) -> None:
+def test_help_works_even_with_unusable_settings(command: str) -> None:
     """Every command explains itself, even where its settings are unusable."""
     done = run_command(*command.split(), "--help", settings={"PORT": "bad"})
     assert (done.returncode, done.stderr) == (0, "")
@@ -228,7 +230,7 @@ def test_help(command: str) -> None:
         ("migrate", "@127.0.0.1/events"),
     ],
 )
-def test_password_in_errors(command: str, place: str) -> None:
+def test_database_errors_do_not_show_the_password(command: str, place: str) -> None:
     """Whatever is wrong with DATABASE_URL, the one line about it does not show the password."""
     with closing(socket.socket()) as silent:
         silent.bind(("127.0.0.1", 0))  # and never listens
@@ -237,7 +239,7 @@ def test_password_in_errors(command: str, place: str) -> None:
         assert PASSWORD not in assert_fails(command, settings)
 
 
-def test_password_while_running(create_migrated: Callable[[], str]) -> None:
+def test_a_running_service_does_not_show_the_password(create_migrated: Callable[[], str]) -> None:
     """A running service shows the password neither in its logs nor in the list of processes."""
     url = make_url(create_migrated())
     if url.password is None:
@@ -251,7 +253,7 @@ def test_password_while_running(create_migrated: Callable[[], str]) -> None:
         assert str(url.password) not in service.log.read_text() + service.output.read_text()
 
 
-def test_log(create_migrated: Callable[[], str]) -> None:
+def test_every_log_line_is_a_complete_json_object(create_migrated: Callable[[], str]) -> None:
     """Every line of the log is a JSON object with a time, a level, a logger and a message."""
     with running_service({"DATABASE_URL": create_migrated(), "DEBUG": "true"}) as service:
         with closing(HTTPConnection("127.0.0.1", service.http_port)) as connection:
@@ -262,7 +264,7 @@ def test_log(create_migrated: Callable[[], str]) -> None:
             assert {"time", "level", "logger", "message"} <= record.keys()
 
 
-def test_workers(create_migrated: Callable[[], str]) -> None:
+def test_connections_are_spread_over_both_workers(create_migrated: Callable[[], str]) -> None:
     """With WORKERS=2, connections of both protocols are spread over both workers."""
     with ExitStack() as stack:
         settings = {"DATABASE_URL": create_migrated(), "WORKERS": "2"}

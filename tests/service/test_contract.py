@@ -140,7 +140,9 @@ def check_cors(answer: Answer) -> None:
     assert "Origin" in answer.headers["Vary"]
 
 
-def test_examples(service: Service, database: Connection) -> None:
+def test_documented_examples_are_accepted_and_deduplicated(
+    service: Service, database: Connection
+) -> None:
     """Every documented example is accepted, and accepted again without another row."""
     key = service.run("keys", "create", "--project", "proj_demo").stdout.strip()
     demo = Tenant(service, Project("proj_demo", key), database)
@@ -155,7 +157,7 @@ def test_examples(service: Service, database: Connection) -> None:
     demo.take_rows()
 
 
-def test_optional_fields(tenant: Tenant) -> None:
+def test_documented_optional_fields_reach_their_columns(tenant: Tenant) -> None:
     """Every documented optional field is stored in the column of its name."""
     sent: dict[str, object] = {name: f"a {name}" for name in TEXT_FIELDS}
     sent |= {name: 200 + place for place, name in enumerate(INTEGER_FIELDS)}
@@ -166,7 +168,7 @@ def test_optional_fields(tenant: Tenant) -> None:
     assert row["attributes"] is None
 
 
-def test_only_required_fields(tenant: Tenant) -> None:
+def test_an_event_needs_only_the_required_fields(tenant: Tenant) -> None:
     """An event with nothing but the required fields is stored, and everything else is null."""
     tenant.post_events([tenant.make_event()])
     [row] = tenant.read_rows()
@@ -175,14 +177,14 @@ def test_only_required_fields(tenant: Tenant) -> None:
     assert {name: value for name, value in row.items() if value is not None} == stored
 
 
-def test_event_types(tenant: Tenant) -> None:
+def test_every_documented_event_type_is_stored(tenant: Tenant) -> None:
     """Every documented event type is accepted and stored."""
     events = [tenant.make_event({"event_id": name, "event.type": name}) for name in EVENT_TYPES]
     assert tenant.post_events(events) == accepted(15)
     assert [row["event_type"] for row in tenant.read_rows()] == sorted(EVENT_TYPES)
 
 
-def test_partial_success(tenant: Tenant) -> None:
+def test_a_bad_event_leaves_its_neighbour_stored(tenant: Tenant) -> None:
     """A bad event is rejected by its index, and its neighbour is stored."""
     outcome = tenant.post_events([tenant.make_event(), tenant.make_event({"event_id": None})])
     errors = [{"index": 1, "error": "event_id: required"}]
@@ -190,7 +192,7 @@ def test_partial_success(tenant: Tenant) -> None:
     assert len(tenant.read_rows()) == 1
 
 
-def test_all_rejected(tenant: Tenant) -> None:
+def test_a_batch_of_bad_events_is_answered_202(tenant: Tenant) -> None:
     """A batch without a good event is still answered 202, each error at its own index."""
     outcome = tenant.post_events([{}, 5, tenant.make_event({"event.type": ""})])
     errors = ["event_id: required", "event: must be an object", "event.type: required"]
@@ -199,7 +201,7 @@ def test_all_rejected(tenant: Tenant) -> None:
 
 
 @pytest.mark.parametrize("events", [[], [5]], ids=["no event", "no good event"])
-def test_nothing_to_store(tenant: Tenant, events: list[object]) -> None:
+def test_a_batch_with_nothing_to_store_is_accepted(tenant: Tenant, events: list[object]) -> None:
     """A batch that leaves nothing to store is no mistake, and is answered at once."""
     tenant.post_events([tenant.make_event()])  # the key is known from here on
     started = time.monotonic()
@@ -208,7 +210,7 @@ def test_nothing_to_store(tenant: Tenant, events: list[object]) -> None:
     assert (outcome["accepted"], outcome["rejected"]) == (0, len(events))
 
 
-def test_sent_again(tenant: Tenant) -> None:
+def test_a_repeated_event_keeps_its_first_content(tenant: Tenant) -> None:
     """An event counts as sent again by id and stored timestamp, and its first content stays."""
     first = tenant.make_event({"page.path": "/first"})
     again = first | {"event.timestamp": "2024-01-15T11:30:00.0000009+01:00", "page.path": "/again"}
@@ -218,7 +220,7 @@ def test_sent_again(tenant: Tenant) -> None:
     assert [row["page_path"] for row in tenant.read_rows()] == ["/first", "/later"]
 
 
-def test_same_event_of_two_projects(tenant: Tenant) -> None:
+def test_two_projects_may_share_an_event_id(tenant: Tenant) -> None:
     """Two projects may use the same event_id at the same moment."""
     other = Tenant(tenant.service, create_project(tenant.service), tenant.database)
     for each in (tenant, other):
@@ -239,13 +241,13 @@ def test_same_event_of_two_projects(tenant: Tenant) -> None:
     ],
     ids=repr,
 )
-def test_bad_body(tenant: Tenant, body: bytes) -> None:
+def test_a_body_without_events_is_answered_400(tenant: Tenant, body: bytes) -> None:
     """A body that is not JSON, or has no array of events, is answered 400."""
     check_refusal(tenant.post(body), 400)
 
 
 @pytest.mark.parametrize("path", ["/v1/event", "/v1/events/1", "/v2/events", "/", "/metrics"])
-def test_unknown_path(service: Service, path: str) -> None:
+def test_an_unknown_path_is_answered_404(service: Service, path: str) -> None:
     """Another path is answered 404."""
     check_refusal(send(service, "POST", path, b"{}"), 404)
 
@@ -257,7 +259,9 @@ def test_unknown_path(service: Service, path: str) -> None:
         *(("POST", path, "GET") for path in ("/health", "/ready")),
     ],
 )
-def test_wrong_method(service: Service, method: str, path: str, allowed: str) -> None:
+def test_a_wrong_method_is_answered_405(
+    service: Service, method: str, path: str, allowed: str
+) -> None:
     """A method that a path does not have is answered 405, with those that it has."""
     answer = send(service, method, path, b"")
     check_refusal(answer, 405)
@@ -265,27 +269,27 @@ def test_wrong_method(service: Service, method: str, path: str, allowed: str) ->
 
 
 @pytest.mark.parametrize("content_type", [None, "", "text/plain", "text/json", "application/jsonp"])
-def test_wrong_content_type(tenant: Tenant, content_type: str | None) -> None:
+def test_a_body_not_declared_json_is_answered_415(tenant: Tenant, content_type: str | None) -> None:
     """What is not declared as JSON is answered 415."""
     check_refusal(tenant.post({"events": []}, content_type=content_type), 415)
 
 
 @pytest.mark.parametrize("parameters", ["", "; charset=utf-8", ";x=y; z=1"])
-def test_content_type(tenant: Tenant, parameters: str) -> None:
+def test_json_is_declared_in_any_case_with_parameters(tenant: Tenant, parameters: str) -> None:
     """JSON is declared in any case and with any parameters."""
     answer = tenant.post({"events": []}, content_type=f"Application/JSON{parameters}")
     assert answer.status == 202
 
 
 @pytest.mark.parametrize("accept", ["text/html", "application/xml", "image/png;q=0.1", "x"])
-def test_accept(tenant: Tenant, accept: str) -> None:
+def test_answers_are_json_whatever_the_client_accepts(tenant: Tenant, accept: str) -> None:
     """Answers are JSON, whatever the client would rather have."""
     check_refusal(tenant.post(b"{", accept=accept), 400)
     check_refusal(send(tenant.service, "GET", "/x", accept=accept), 404)
     assert tenant.post({"events": []}, accept=accept).json == accepted(0)
 
 
-def test_unauthenticated(tenant: Tenant) -> None:
+def test_every_unusable_key_gets_the_same_401(tenant: Tenant) -> None:
     """A missing, malformed, unknown or revoked key is always answered the same, byte by byte."""
     revoked = create_revoked_key(tenant.service, tenant.project.id)
     good = tenant.project.key
@@ -298,7 +302,7 @@ def test_unauthenticated(tenant: Tenant) -> None:
     check_refusal(answers[0], 401)
 
 
-def test_keys_side_by_side(tenant: Tenant) -> None:
+def test_several_keys_of_a_project_work_together(tenant: Tenant) -> None:
     """Several keys of a project work at once, the newest from its first moment."""
     made = tenant.service.run("keys", "create", "--project", tenant.project.id)
     for key in (made.stdout.strip(), tenant.project.key):
@@ -306,7 +310,7 @@ def test_keys_side_by_side(tenant: Tenant) -> None:
         assert answer.json == accepted(1)
 
 
-def test_order_of_checks(tenant: Tenant) -> None:
+def test_a_faulty_request_is_answered_by_its_first_fault(tenant: Tenant) -> None:
     """A request with many faults is answered by the first: key, type, size, JSON, shape, count."""
     too_large = b"{" * (10 * MEGABYTE + 1)
     check_refusal(tenant.post(too_large, content_type="text/plain", x_pg_api_key="x"), 401)
@@ -315,7 +319,7 @@ def test_order_of_checks(tenant: Tenant) -> None:
     assert len({check_refusal(tenant.post(body), 400) for body in bodies}) == 4
 
 
-def test_batch_limit(tenant: Tenant) -> None:
+def test_http_takes_batches_of_up_to_1000_events(tenant: Tenant) -> None:
     """A thousand events are taken at once, and of a thousand and one none."""
     events = tenant.make_events(1001)
     check_refusal(tenant.post({"events": events}), 400)
@@ -325,7 +329,7 @@ def test_batch_limit(tenant: Tenant) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
-def test_body_limit(tenant: Tenant, encoding: str) -> None:
+def test_http_takes_bodies_of_up_to_10_mb(tenant: Tenant, encoding: str) -> None:
     """A body of 10 MB is read, and not a byte more, before and after decompression."""
     body = json.dumps({"events": [tenant.make_event()]}).encode()
 
@@ -339,7 +343,7 @@ def test_body_limit(tenant: Tenant, encoding: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["br", "deflate", "gzip, gzip", "x"])
-def test_wrong_content_encoding(tenant: Tenant, encoding: str) -> None:
+def test_a_compression_other_than_gzip_is_answered_415(tenant: Tenant, encoding: str) -> None:
     """A compression other than gzip is answered 415."""
     check_refusal(tenant.post({"events": []}, content_encoding=encoding), 415)
 
@@ -355,7 +359,7 @@ def test_wrong_content_encoding(tenant: Tenant, encoding: str) -> None:
     ],
     ids=["empty", "not compressed", "cut", "damaged", "bomb"],
 )
-def test_bad_gzip(tenant: Tenant, body: bytes) -> None:
+def test_a_body_that_cannot_be_decompressed_is_answered_400(tenant: Tenant, body: bytes) -> None:
     """What cannot be decompressed to 10 MB of JSON is answered 400."""
     check_refusal(tenant.post(body, content_encoding="gzip"), 400)
 
@@ -370,7 +374,9 @@ def test_bad_gzip(tenant: Tenant, body: bytes) -> None:
         ("PUT", "/v1/events", 405),
     ],
 )
-def test_cors(service: Service, method: str, path: str, status: int) -> None:
+def test_every_answer_can_be_read_across_origins(
+    service: Service, method: str, path: str, status: int
+) -> None:
     """Every answer, errors included, can be read by a page that sends credentials."""
     answer = send(service, method, path, origin=ORIGIN)
     assert answer.status == status
@@ -385,7 +391,9 @@ def test_cors(service: Service, method: str, path: str, status: int) -> None:
         (b"{", "text/plain", 415),
     ],
 )
-def test_cors_of_events(tenant: Tenant, body: bytes, content_type: str, status: int) -> None:
+def test_outcomes_of_events_can_be_read_across_origins(
+    tenant: Tenant, body: bytes, content_type: str, status: int
+) -> None:
     """Whatever becomes of events, the page that sent them can read it."""
     answer = tenant.post(body, origin=ORIGIN, content_type=content_type)
     assert answer.status == status
@@ -393,7 +401,7 @@ def test_cors_of_events(tenant: Tenant, body: bytes, content_type: str, status: 
 
 
 @pytest.mark.parametrize("wanted", ["content-type,x-pg-api-key", "X-PG-API-Key, X-Custom"])
-def test_preflight(service: Service, wanted: str) -> None:
+def test_a_preflight_needs_no_key_and_lasts_an_hour(service: Service, wanted: str) -> None:
     """A preflight needs no key, allows what it asks for, and holds for an hour."""
     asked = {"origin": ORIGIN, "access_control_request_method": "POST"}
     asked["access_control_request_headers"] = wanted
@@ -405,7 +413,7 @@ def test_preflight(service: Service, wanted: str) -> None:
     assert answer.headers["Access-Control-Max-Age"] == "3600"
 
 
-def test_allowed_origins(service: Service) -> None:
+def test_only_listed_origins_can_read_answers(service: Service) -> None:
     """Where origins are listed, other pages cannot read the answers."""
     settings = dict(service.settings) | {"CORS_ALLOWED_ORIGINS": f"{ORIGIN},https://b.example"}
     with running_service(settings) as strict:
@@ -419,14 +427,14 @@ def test_allowed_origins(service: Service) -> None:
 @pytest.mark.parametrize(
     ("path", "body"), [("/health", b'{"status":"ok"}'), ("/ready", b'{"status":"ready"}')]
 )
-def test_health(service: Service, path: str, body: bytes) -> None:
+def test_health_over_http_needs_no_key(service: Service, path: str, body: bytes) -> None:
     """Health and readiness answer with the documented bytes, without a key."""
     answer = send(service, "GET", path)
     assert (answer.status, answer.body) == (200, body)
     assert answer.headers["Content-Type"] == "application/json"
 
 
-def test_server_error(tenant: Tenant) -> None:
+def test_a_server_fault_is_answered_500_without_details(tenant: Tenant) -> None:
     """A fault of the server's is answered 500 without details, and the next request is stored."""
     with tenant.failing_storage() as word:
         answer = tenant.post({"events": [tenant.make_event()]})

@@ -117,7 +117,7 @@ def list_commands() -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize(
     "environment", [pytest.param(values, id=name) for name, values in list_environments()]
 )
-def test_settings(environment: dict[str, str]) -> None:
+def test_deployments_set_only_known_variables_to_valid_values(environment: dict[str, str]) -> None:
     """Every variable that a deployment sets is a setting, with a value that it can have."""
     known = list_variables()
     assert environment.keys() - {"PATH"} <= known
@@ -129,7 +129,9 @@ def test_settings(environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "arguments", [pytest.param(arguments, id=name) for name, arguments in list_commands()]
 )
-def test_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_containers_run_only_commands_that_exist(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """What a container runs is a command that there is, with options that it has."""
     with pytest.raises(SystemExit) as end:
         main([*arguments, "--help"])
@@ -142,7 +144,7 @@ def list_ports() -> dict[str, str]:
     return {name.upper(): str(port) for name, port in settings.items() if name.endswith("port")}
 
 
-def test_ports() -> None:
+def test_containers_open_the_default_ports() -> None:
     """The ports that a service has by default are those that containers open and are asked at."""
     ports = list_ports()
     numbers = set(ports.values())
@@ -165,7 +167,7 @@ def test_ports() -> None:
     assert published == {ports["PORT"], ports["GRPC_PORT"]}
 
 
-def test_probes(service: Service) -> None:
+def test_kubernetes_probes_agree_with_the_answers(service: Service) -> None:
     """Kubernetes asks for what the service answers, and only readiness takes it out of use."""
     [container] = PODS["ingestion"]["spec"]["containers"]
     paths = {
@@ -176,7 +178,7 @@ def test_probes(service: Service) -> None:
     assert {ask(f"{service.http_url}{path}") for path in paths.values()} == {200}
 
 
-def test_health_check(service: Service) -> None:
+def test_the_image_health_check_passes_only_while_alive(service: Service) -> None:
     """The image's health check passes on a live service, and on nothing else."""
     [check] = read_instruction("HEALTHCHECK")
     python, *arguments = json.loads(check.partition("CMD ")[2])
@@ -195,7 +197,7 @@ def test_health_check(service: Service) -> None:
 
 
 @each_pod
-def test_pods_are_restricted(pod: Node) -> None:
+def test_pods_meet_the_restricted_security_standard(pod: Node) -> None:
     """Every pod meets the Pod Security Standard `restricted`, and has a root that it cannot write.
 
     https://kubernetes.io/docs/concepts/security/pod-security-standards/
@@ -213,7 +215,7 @@ def test_pods_are_restricted(pod: Node) -> None:
 
 
 @each_pod
-def test_pods_are_sparing(pod: Node) -> None:
+def test_pods_request_resources_and_no_token(pod: Node) -> None:
     """Every pod asks for what it needs, and has neither a token nor variables of other services."""
     spec = pod["spec"]
     assert (
@@ -228,7 +230,7 @@ def test_pods_are_sparing(pod: Node) -> None:
     assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/tmp"]
 
 
-def test_compose_containers() -> None:
+def test_compose_containers_write_only_to_tmp() -> None:
     """Containers of ours can write nowhere but to /tmp, and gain no rights."""
     assert SERVICES.keys() == {"ingestion", "forwarder", "migrate"}
     for service in SERVICES.values():
@@ -238,7 +240,7 @@ def test_compose_containers() -> None:
         assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_mounts() -> None:
+def test_compose_mounts_exist_and_match_their_readers() -> None:
     """What compose.yaml mounts is here, and is found where Prometheus and Grafana look for it."""
     mounted = {
         target: ROOT / source
@@ -266,7 +268,7 @@ def test_mounts() -> None:
     assert urlsplit(source["url"]).hostname in COMPOSE["services"]
 
 
-def test_runbook() -> None:
+def test_every_alert_links_to_its_runbook_section() -> None:
     """Every alert has a section of OPERATIONS.md, which its link names."""
     alerts = yaml.safe_load((ROOT / "scripts/deploy/alerts.yml").read_text())
     rules = [rule for group in alerts["groups"] for rule in group["rules"]]
@@ -276,7 +278,7 @@ def test_runbook() -> None:
     assert {rule["annotations"]["runbook_url"] for rule in rules} <= sections
 
 
-def test_user() -> None:
+def test_the_image_account_is_the_pods_account() -> None:
     """The image's account is a number other than root's, the same that the pods name."""
     [user] = read_instruction("USER")
     assert re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", user)
@@ -285,7 +287,7 @@ def test_user() -> None:
         assert f"{context['runAsUser']}:{context['runAsGroup']}" == user
 
 
-def test_time_to_drain() -> None:
+def test_draining_processes_are_given_enough_time() -> None:
     """Nothing kills a service or a forwarder that is still draining."""
     assert read_instruction("STOPSIGNAL") == ["SIGTERM"]
     for name in ("ingestion", "forwarder"):
@@ -296,7 +298,7 @@ def test_time_to_drain() -> None:
         assert PODS[name]["spec"]["terminationGracePeriodSeconds"] > DRAIN_SECONDS + pause
 
 
-def test_forwarders_run_once() -> None:
+def test_forwarders_never_run_in_two_places() -> None:
     """Where forwarders are deployments of their own, the service runs none beside itself."""
     environments = dict(list_environments())
     for place in ("compose.yaml: ingestion", "kustomization.yaml"):
@@ -304,7 +306,7 @@ def test_forwarders_run_once() -> None:
     assert {"forwarder"} <= PODS.keys() & SERVICES.keys()
 
 
-def test_selectors() -> None:
+def test_selectors_match_the_pods_of_one_workload() -> None:
     """Whatever selects pods selects those of one workload; the autoscaler finds its own."""
     labels = [pod["metadata"]["labels"] for pod in PODS.values()]
     selectors = [o["spec"]["selector"] for o in OBJECTS if "selector" in o.get("spec", {})]
@@ -317,7 +319,7 @@ def test_selectors() -> None:
     assert "replicas" not in deployment["spec"]
 
 
-def test_kustomization() -> None:
+def test_the_kustomization_lists_every_manifest_and_setting() -> None:
     """The kustomization has every manifest, our image, and the settings that the pods name."""
     files = {path.name for path in MANIFESTS.iterdir()} - {"kustomization.yaml"}
     assert set(KUSTOMIZATION["resources"]) == files
@@ -331,7 +333,7 @@ def test_kustomization() -> None:
     ]
 
 
-def test_secrets() -> None:
+def test_deployment_files_contain_no_password() -> None:
     """No password is in these files: compose.yaml demands them from the environment."""
     text = (ROOT / "compose.yaml").read_text()
     secrets = re.findall(r"^ +\w*(?:PASSWORD|TOKEN|KEY|SECRET)\w*: *(.+)", text, re.MULTILINE)
@@ -359,7 +361,9 @@ def copy_context(directory: Path) -> None:
             shutil.copy(ROOT / name, target)
 
 
-def test_package(tmp_path: Path, create_database: Callable[[], str]) -> None:
+def test_the_image_context_builds_a_working_package(
+    tmp_path: Path, create_database: Callable[[], str]
+) -> None:
     """What .dockerignore lets through makes a package that works, and does not change itself."""
     copy_context(tmp_path / "context")
     application = tmp_path / "app"

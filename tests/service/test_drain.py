@@ -75,7 +75,9 @@ def is_listening(service: Service) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_in_flight(number: signal.Signals, leaver: Service, tenant: Project) -> None:
+def test_requests_in_flight_at_sigterm_get_true_answers(
+    number: signal.Signals, leaver: Service, tenant: Project
+) -> None:
     """Requests in flight at SIGTERM or Ctrl-C get their true answers, and the exit status is 0."""
     with ExitStack() as stack:
         clients = open_clients(leaver, tenant, stack)
@@ -88,7 +90,7 @@ def test_in_flight(number: signal.Signals, leaver: Service, tenant: Project) -> 
     assert event_ids <= set(read_stored(leaver, tenant))
 
 
-def test_last_answer(leaver: Service, tenant: Project) -> None:
+def test_the_last_held_answer_closes_its_connection(leaver: Service, tenant: Project) -> None:
     """An answer that was held when the end began tells the client that its connection closes."""
     with closing(HttpClient(leaver, tenant.key)) as client:
         with locked_events(leaver):
@@ -99,7 +101,7 @@ def test_last_answer(leaver: Service, tenant: Project) -> None:
         assert not client.is_open
 
 
-def test_queued_on_listener(leaver: Service, tenant: Project) -> None:
+def test_connections_queued_at_sigterm_are_answered(leaver: Service, tenant: Project) -> None:
     """Connections that no one has accepted yet when SIGTERM comes are answered too."""
     (worker,) = leaver.find_workers()
     with ExitStack() as stack:
@@ -112,7 +114,7 @@ def test_queued_on_listener(leaver: Service, tenant: Project) -> None:
     assert event_ids <= set(read_stored(leaver, tenant))
 
 
-def test_readiness(leaver: Service) -> None:
+def test_a_draining_service_is_unready_but_healthy(leaver: Service) -> None:
     """While draining, the service calls itself unready over both protocols, but healthy."""
     with ExitStack() as stack:
         channel = stack.enter_context(grpc.insecure_channel(leaver.grpc_target))
@@ -146,7 +148,7 @@ def finish_get(connection: http.client.HTTPConnection) -> tuple[int, object]:
         return answer.status, json.loads(answer.read())
 
 
-def test_rolling_restart(create_migrated: Callable[[], str]) -> None:
+def test_a_rolling_restart_loses_no_accepted_request(create_migrated: Callable[[], str]) -> None:
     """While SIGHUP replaces all workers, clients lose no request that was accepted."""
     with running_service({"DATABASE_URL": create_migrated(), "WORKERS": "2"}) as service:
         project, workers = create_project(service), service.find_workers()

@@ -130,7 +130,7 @@ def directory(open_directory: Path) -> Path:
     return open_directory / "faults"
 
 
-def test_stopped_database(
+def test_a_stopped_database_costs_503s_until_its_start(
     postgres: EmbeddedPostgres, directory: Path, exposed: Service, tenant: Project
 ) -> None:
     """A stopped database costs 503s, which end within five seconds of its start."""
@@ -148,7 +148,9 @@ def test_stopped_database(
     wait_until(lambda: ask(f"{exposed.http_url}/ready") == 200)
 
 
-def test_frozen_database(directory: Path, exposed: Service, tenant: Project) -> None:
+def test_a_frozen_database_delays_answers_but_not_health(
+    directory: Path, exposed: Service, tenant: Project
+) -> None:
     """A frozen database delays answers to their deadline, then fails them fast; never health."""
     with running_load(exposed, tenant, http_clients=40, grpc_clients=8) as load:
         wait_until(lambda: load.statuses() >= STORED)
@@ -170,7 +172,7 @@ def test_frozen_database(directory: Path, exposed: Service, tenant: Project) -> 
 
 
 @pytest.mark.parametrize("outage", ["stopped", "frozen"])
-def test_metrics_in_an_outage(
+def test_metrics_are_served_without_the_database(
     outage: str, postgres: EmbeddedPostgres, directory: Path, exposed: Service
 ) -> None:
     """The metrics are served without the database, and lack what only that knows."""
@@ -188,7 +190,7 @@ def test_metrics_in_an_outage(
 
 
 @pytest.mark.parametrize("kind", [HttpClient, GrpcClient])
-def test_unknown_key_in_an_outage(
+def test_an_outage_answers_unknown_keys_with_503(
     kind: Callable[[Service, str], Client],
     postgres: EmbeddedPostgres,
     directory: Path,
@@ -206,7 +208,7 @@ def test_unknown_key_in_an_outage(
         wait_until(lambda: send(unknown, [make_event(tenant.id)]) in STORED, RECOVERY_SECONDS)
 
 
-def test_killed_worker(pair: Service) -> None:
+def test_one_worker_answers_while_the_other_is_replaced(pair: Service) -> None:
     """When one of two workers is killed, the other one answers until it is replaced."""
     project = create_project(pair)
     with running_load(pair, project, http_clients=40, grpc_clients=8) as load:
@@ -222,7 +224,7 @@ def test_killed_worker(pair: Service) -> None:
     assert load.stored() <= set(read_stored(pair, project))
 
 
-def test_killed_parent(open_directory: Path) -> None:
+def test_a_killed_parent_takes_its_workers_along(open_directory: Path) -> None:
     """When the parent is killed its workers end, and a new start in its place takes over."""
     settings = {"DATA_DIR": str(open_directory / "orphaned"), "WORKERS": "2"}
     with running_service(settings) as service, ExitStack() as stack:
@@ -240,7 +242,7 @@ def test_killed_parent(open_directory: Path) -> None:
         assert load.stored() <= set(read_stored(successor, project))
 
 
-def test_same_events_from_all(pair: Service) -> None:
+def test_the_same_events_from_eight_clients_are_stored_once(pair: Service) -> None:
     """The same events, sent by eight clients at once and in other orders, are stored once."""
     project = create_project(pair)
     events = [make_event(project.id) for _ in range(200)]
@@ -256,7 +258,7 @@ def test_same_events_from_all(pair: Service) -> None:
     assert sorted(read_stored(pair, project)) == sorted(event["event_id"] for event in events)
 
 
-def test_disconnecting_clients(service: Service, project: Project) -> None:
+def test_two_hundred_disconnecting_clients_harm_nobody(service: Service, project: Project) -> None:
     """Two hundred clients that leave in the middle of their bodies harm nobody."""
     (worker,) = service.find_workers()
     head = "POST /v1/events HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"

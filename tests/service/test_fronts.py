@@ -192,14 +192,14 @@ def front(
         yield running
 
 
-def test_syntax(kind: Kind, tmp_path: Path) -> None:
+def test_each_proxy_accepts_its_example_configuration(kind: Kind, tmp_path: Path) -> None:
     """The program itself finds its example in order."""
     file = write_configuration(kind, Places(1, "127.0.0.1:2", "127.0.0.1:3", tmp_path))
     done = subprocess.run(kind.check(file, tmp_path), capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_http(front: Front, project: Project) -> None:
+def test_events_over_https_pass_through_a_proxy(front: Front, project: Project) -> None:
     """Events that come over HTTPS are accepted."""
     event = {
         "event_id": "evt_1",
@@ -216,7 +216,7 @@ def test_http(front: Front, project: Project) -> None:
     )
 
 
-def test_grpc(front: Front, project: Project) -> None:
+def test_grpc_calls_and_errors_pass_through_a_proxy(front: Front, project: Project) -> None:
     """Calls over gRPC come through the same port, and so do its errors."""
     credentials = grpc.ssl_channel_credentials(CA.cert_pem.bytes())
     with grpc.secure_channel(f"localhost:{front.port}", credentials) as channel:
@@ -228,7 +228,7 @@ def test_grpc(front: Front, project: Project) -> None:
             ingest(b"", timeout=10)
 
 
-def test_size(front: Front, project: Project) -> None:
+def test_a_proxy_refuses_only_far_too_large_bodies(front: Front, project: Project) -> None:
     """The service itself refuses what is a little too large, its front what is far too large."""
     headers = {"Content_Type": "application/json", "X_PG_API_Key": project.key}
     status, body = front.request("/v1/events", b" " * (10 * MEGABYTE + 1), **headers)
@@ -245,7 +245,7 @@ def test_size(front: Front, project: Project) -> None:
     ],
     ids=["head", "body"],
 )
-def test_slow_client(sent: str, front: Front) -> None:
+def test_a_proxy_sends_a_slow_client_away(sent: str, front: Front) -> None:
     """A client that does not finish its request is sent away."""
     with (
         socket.create_connection(("127.0.0.1", front.port), timeout=30) as plain,
@@ -295,7 +295,7 @@ def running_behind() -> Iterator[Behind]:
             thread.join()
 
 
-def test_names_and_connections(kind: Kind, tmp_path: Path) -> None:
+def test_a_proxy_names_requests_and_shares_connections(kind: Kind, tmp_path: Path) -> None:
     """Each request has a name, its own where it came with one; all share a connection."""
     with running_behind() as behind:
         places = Places(find_port(), behind.address, "127.0.0.1:3", tmp_path)

@@ -71,7 +71,7 @@ def write_event(event: Event, **numbers: str) -> str:
 
 @pytest.mark.parametrize("name", REQUIRED)
 @pytest.mark.parametrize("value", ["absent", None, ""])
-def test_required(sender: Sender, name: str, value: str | None) -> None:
+def test_a_missing_required_field_is_named(sender: Sender, name: str, value: str | None) -> None:
     """A required field that is missing, null or empty is named."""
     event = sender.make_event({name: value})
     if value == "absent":
@@ -79,7 +79,7 @@ def test_required(sender: Sender, name: str, value: str | None) -> None:
     assert sender.reject(event) == f"{name}: required"
 
 
-def test_order_of_failures(sender: Sender) -> None:
+def test_the_first_failure_in_schema_order_is_reported(sender: Sender) -> None:
     """Of several failures the first in the order of the schema is told, the size last of all."""
     bad = [*REQUIRED, "duration_ms", "metadata"]
     event = sender.make_event({**dict.fromkeys(bad, True), "page.path": "x" * 102_400})
@@ -90,13 +90,13 @@ def test_order_of_failures(sender: Sender) -> None:
 
 
 @pytest.mark.parametrize("event", [None, 5, "event", [], True, [{}]], ids=repr)
-def test_event_is_an_object(sender: Sender, event: object) -> None:
+def test_an_event_that_is_no_object_is_rejected(sender: Sender, event: object) -> None:
     """Anything but an object is rejected by itself."""
     assert sender.reject(event) == "event: must be an object"
 
 
 @pytest.mark.parametrize("other", ["proj_demo", "PROJ", " ", "x" * 255])
-def test_other_project(sender: Sender, other: str) -> None:
+def test_an_event_of_another_project_is_rejected(sender: Sender, other: str) -> None:
     """An event of another project is rejected, whether or not that project exists."""
     error = sender.reject(sender.make_event({"project_id": other}))
     assert error == "project_id: does not match the API key"
@@ -104,14 +104,14 @@ def test_other_project(sender: Sender, other: str) -> None:
 
 @pytest.mark.parametrize("name", STRINGS)
 @pytest.mark.parametrize("value", [5, 1.5, True, [], {}], ids=repr)
-def test_string_is_no_string(sender: Sender, name: str, value: object) -> None:
+def test_a_string_field_must_be_a_string(sender: Sender, name: str, value: object) -> None:
     """What is documented as a string must be one."""
     assert sender.reject(sender.make_event({name: value})) == f"{name}: must be a string"
 
 
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("text", ["x" * 255, "é" * 127 + "x", "😀" * 63 + "xyz"])
-def test_longest_id(sender: Sender, name: str, text: str) -> None:
+def test_an_id_has_at_most_255_bytes(sender: Sender, name: str, text: str) -> None:
     """An id of 255 bytes of UTF-8 is kept whole; one byte more, and its event is rejected."""
     assert sender.store({name: text})[column(name)] == text
     assert sender.reject(sender.make_event({name: f"{text}x"})).startswith(f"{name}: ")
@@ -132,7 +132,9 @@ def test_longest_id(sender: Sender, name: str, text: str) -> None:
     ],
     ids=repr,
 )
-def test_strings(sender: Sender, text: str, stored: str) -> None:
+def test_strings_are_stored_with_only_unstorable_characters_replaced(
+    sender: Sender, text: str, stored: str
+) -> None:
     """Strings are stored as they are, but for what cannot be: it becomes U+FFFD."""
     free_form = {text: text, "list": [text]}
     sent = {"event_id": f"{text}.", "page.title": text, "metadata": free_form}
@@ -165,7 +167,9 @@ def test_strings(sender: Sender, text: str, stored: str) -> None:
         ("9999-12-31T23:59:59.999999999Z", "9999-12-31T23:59:59.999999"),
     ],
 )
-def test_timestamps(sender: Sender, text: str, stored: str) -> None:
+def test_rfc_3339_timestamps_are_stored_in_utc_microseconds(
+    sender: Sender, text: str, stored: str
+) -> None:
     """An RFC 3339 timestamp is stored in UTC, cut to microseconds."""
     assert sender.store({"event.timestamp": text})["event_timestamp"] == f"{stored}+00:00"
 
@@ -188,7 +192,7 @@ def test_timestamps(sender: Sender, text: str, stored: str) -> None:
     ],
     ids=repr,
 )
-def test_bad_timestamps(sender: Sender, value: object) -> None:
+def test_other_timestamps_are_rejected(sender: Sender, value: object) -> None:
     """Anything else, or a moment outside the years 1 to 9999, is rejected."""
     error = sender.reject(sender.make_event({"event.timestamp": value}))
     assert error == "event.timestamp: must be an ISO 8601 date-time"
@@ -202,7 +206,9 @@ def test_bad_timestamps(sender: Sender, value: object) -> None:
         *(('"200"', 200), ('"-7"', -7), ('"0"', 0), ("null", None)),
     ],
 )
-def test_integers(sender: Sender, name: str, sent: str, stored: int | None) -> None:
+def test_integers_come_as_numbers_or_as_texts(
+    sender: Sender, name: str, sent: str, stored: int | None
+) -> None:
     """Integers come as integers, as integral floats and as strings; null is none."""
     event = write_event(sender.make_event({name: "SENT"}), SENT=sent)
     assert sender.store_text(event)[column(name)] == stored
@@ -210,7 +216,7 @@ def test_integers(sender: Sender, name: str, sent: str, stored: int | None) -> N
 
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("quote", ["", '"'], ids=["number", "string"])
-def test_range_of_integers(sender: Sender, name: str, quote: str) -> None:
+def test_a_field_takes_every_integer_of_its_column(sender: Sender, name: str, quote: str) -> None:
     """A field takes the integers that its column can hold, to the last one."""
     for limit, beyond in ((LARGEST[name], 1), (-LARGEST[name] - 1, -1)):
         event = sender.make_event({name: "SENT"})
@@ -223,7 +229,9 @@ def test_range_of_integers(sender: Sender, name: str, quote: str) -> None:
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("number", ["1e19", "-1e300", "1" + "0" * 5000], ids=len)
 @BESIDE
-def test_huge_integers(sender: Sender, name: str, number: str, beside: str) -> None:
+def test_a_huge_integer_rejects_only_its_own_event(
+    sender: Sender, name: str, number: str, beside: str
+) -> None:
     """A number far out of range is rejected with its event alone."""
     event = sender.make_event({name: "SENT", "page.path": beside})
     assert sender.reject_text(write_event(event, SENT=number)).startswith(f"{name}: ")
@@ -238,14 +246,16 @@ def test_huge_integers(sender: Sender, name: str, number: str, beside: str) -> N
     ],
     ids=repr,
 )
-def test_bad_integers(sender: Sender, name: str, value: object) -> None:
+def test_a_value_that_is_no_integer_is_rejected(sender: Sender, name: str, value: object) -> None:
     """What is no integer is rejected."""
     assert sender.reject(sender.make_event({name: value})) == f"{name}: must be an integer"
 
 
 @pytest.mark.parametrize("name", ["event.sequence", "api.status_code"])
 @pytest.mark.parametrize("value", [200.5, 0.1, -1.5])
-def test_fractions(sender: Sender, name: str, value: float) -> None:
+def test_an_integer_that_is_no_duration_has_no_fraction(
+    sender: Sender, name: str, value: float
+) -> None:
     """An integer that is no duration has no fraction."""
     assert sender.reject(sender.make_event({name: value})) == f"{name}: must be an integer"
 
@@ -255,13 +265,15 @@ def test_fractions(sender: Sender, name: str, value: float) -> None:
     ("sent", "stored"),
     [(123.4, 123), (123.6, 124), (0.4, 0), (-1.6, -2), (0.5, 1), (1.5, 2), (2.5, 3), (-0.5, -1)],
 )
-def test_durations(sender: Sender, name: str, sent: float, stored: int) -> None:
+def test_durations_are_rounded_to_the_nearest_millisecond(
+    sender: Sender, name: str, sent: float, stored: int
+) -> None:
     """Durations are rounded to the nearest millisecond, halves away from zero."""
     assert sender.store({name: sent})[column(name)] == stored
 
 
 @pytest.mark.parametrize("value", ["ui.hover", "PAGE.VIEW", "page.view ", "clic é 漢"])
-def test_unknown_type(sender: Sender, value: str) -> None:
+def test_an_unknown_event_type_is_quoted(sender: Sender, value: str) -> None:
     """An event type that is not documented is quoted."""
     error = sender.reject(sender.make_event({"event.type": value}))
     assert error == f"event.type: unknown type '{value}'"
@@ -270,7 +282,7 @@ def test_unknown_type(sender: Sender, value: str) -> None:
 @pytest.mark.parametrize(
     "character", ["x", "é", "\n", "\x1b", "\x7f", "\x9b", "\u202e", "\0", "\ud83d", "'"], ids=ascii
 )
-def test_quoting(sender: Sender, character: str) -> None:
+def test_quoted_values_are_short_and_harmless_to_terminals(sender: Sender, character: str) -> None:
     """At most 64 characters of a value are quoted, and none that controls a terminal."""
     error = sender.reject(sender.make_event({"event.type": f"begin{character * 60}end"}))
     assert error.startswith("event.type: unknown type 'begin")
@@ -279,7 +291,7 @@ def test_quoting(sender: Sender, character: str) -> None:
 
 
 @pytest.mark.parametrize("value", [[], [{}], "x", "", "{}", 5, 0, True, False], ids=repr)
-def test_metadata_is_an_object(sender: Sender, value: object) -> None:
+def test_metadata_that_is_no_object_is_rejected(sender: Sender, value: object) -> None:
     """Metadata that is no object is rejected."""
     assert sender.reject(sender.make_event({"metadata": value})) == "metadata: must be an object"
 
@@ -304,7 +316,9 @@ def test_metadata_is_an_object(sender: Sender, value: object) -> None:
     ids=lambda text: text[:24],
 )
 @BESIDE
-def test_free_form_values(sender: Sender, sent: str, stored: str, beside: str) -> None:
+def test_free_form_values_are_stored_as_sent(
+    sender: Sender, sent: str, stored: str, beside: str
+) -> None:
     """Values are stored as sent: numbers as doubles, or as text where a double loses digits."""
     event = {"metadata": {"x": "SENT"}, "attributes": {"x": "SENT"}, "page.path": beside}
     row = sender.store_text(write_event(sender.make_event(event), SENT=sent))
@@ -332,7 +346,9 @@ def test_free_form_values(sender: Sender, sent: str, stored: str, beside: str) -
         ({"": 1, " ": 2}, {"": 1, " ": 2}),
     ],
 )
-def test_attributes(sender: Sender, sent: dict[str, Any], stored: object) -> None:
+def test_fields_outside_the_schema_become_attributes(
+    sender: Sender, sent: dict[str, Any], stored: object
+) -> None:
     """Whatever the schema does not name is kept in attributes, and maps to no column."""
     row = sender.store({"page.path": "/outer"} | sent)
     assert row["attributes"] == stored
@@ -340,14 +356,16 @@ def test_attributes(sender: Sender, sent: dict[str, Any], stored: object) -> Non
 
 
 @pytest.mark.parametrize("name", ["page.path", "event.sequence", "user.id", "metadata"])
-def test_null(sender: Sender, name: str) -> None:
+def test_null_means_that_a_field_is_absent(sender: Sender, name: str) -> None:
     """Null means absent."""
     assert sender.store({name: None})[column(name)] is None
 
 
 @pytest.mark.parametrize(("opening", "closing"), [('{"k":', "}"), ("[", "]")])
 @BESIDE
-def test_nesting(sender: Sender, opening: str, closing: str, beside: str) -> None:
+def test_an_event_may_nest_32_levels(
+    sender: Sender, opening: str, closing: str, beside: str
+) -> None:
     """32 levels are stored, the metadata's own among them; deeper events are rejected alone."""
 
     def write_nested(levels: int) -> str:

@@ -208,7 +208,7 @@ def count_requests(worker: psutil.Process) -> int:
     return int(sum(sample.value for sample in requests.samples))
 
 
-def test_adding_up(pair: Service, load: Load) -> None:
+def test_metrics_count_every_event_of_a_known_load(pair: Service, load: Load) -> None:
     """A known load over both protocols and both workers is on the page, to the last event."""
     before = read_samples(pair)
     load.run()
@@ -218,7 +218,7 @@ def test_adding_up(pair: Service, load: Load) -> None:
     assert reasons == {f"reason={reason}" for reason in REASONS} - {"reason=other"}
 
 
-def test_killed_worker(pair: Service, load: Load) -> None:
+def test_counts_of_a_killed_worker_stay(pair: Service, load: Load) -> None:
     """What a worker has counted stays on the page when it is killed; its successor goes on."""
     before = read_samples(pair)
     load.run()
@@ -233,7 +233,7 @@ def test_killed_worker(pair: Service, load: Load) -> None:
     settle(load, before, pair)
 
 
-def test_replaced_workers(pair: Service, load: Load) -> None:
+def test_replaced_workers_lose_no_count_and_leave_no_files(pair: Service, load: Load) -> None:
     """A rolling restart loses no count, is no restart by death, and leaves no files behind."""
     before = read_samples(pair)
     load.run()
@@ -248,7 +248,7 @@ def test_replaced_workers(pair: Service, load: Load) -> None:
     assert numbers == {"0", *(str(worker.pid) for worker in new)}
 
 
-def test_outbox(pair: Service, load: Load) -> None:
+def test_metrics_show_what_waits_for_each_provider(pair: Service, load: Load) -> None:
     """What waits for a provider is on the page, as the database has it."""
     before = read_samples(pair)
     load.run()
@@ -266,7 +266,7 @@ def test_outbox(pair: Service, load: Load) -> None:
     assert now[spell("outbox_dead", **lane)] == now[spell("lane_stopped", **lane)] == 0
 
 
-def test_page(pair: Service) -> None:
+def test_metrics_have_one_page_in_both_formats(pair: Service) -> None:
     """The page is at /metrics alone, in both formats that Prometheus asks for."""
     place = pair.metrics_url.removesuffix("/metrics")
     assert [ask(f"{place}{path}") for path in ("/", "/metrics/", "/health")] == [404, 404, 404]
@@ -277,7 +277,7 @@ def test_page(pair: Service) -> None:
     assert {metric.name for metric in found} == {metric.name for metric in read_page(pair)}
 
 
-def test_no_metrics(create_migrated: Callable[[], str]) -> None:
+def test_requests_are_answered_without_a_metrics_page(create_migrated: Callable[[], str]) -> None:
     """With METRICS_PORT=off there is no page, and requests are answered as ever."""
     with running_service({"DATABASE_URL": create_migrated(), "METRICS_PORT": "off"}) as service:
         assert "metrics" not in service.output.read_text()
@@ -292,7 +292,7 @@ def find_expressions() -> list[str]:
     return [target["expr"].replace("$__rate_interval", "5m") for target in targets]
 
 
-def test_dashboard_and_alerts(pair: Service, load: Load) -> None:
+def test_dashboard_and_alerts_use_only_exported_metrics(pair: Service, load: Load) -> None:
     """Every metric and label in the dashboard and the alert rules is on a real page."""
     before = read_samples(pair)
     load.run()
@@ -309,7 +309,7 @@ def test_dashboard_and_alerts(pair: Service, load: Load) -> None:
         assert grouped | matched <= labels | {"instance", "job"}
 
 
-def test_promql(tmp_path: Path) -> None:
+def test_prometheus_accepts_rules_and_dashboard_expressions(tmp_path: Path) -> None:
     """Prometheus accepts its configuration, the alert rules and the dashboard's expressions."""
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
@@ -390,7 +390,7 @@ TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("alert", [None, *TROUBLES])
-def test_alerts(alert: str | None, tmp_path: Path) -> None:
+def test_each_alert_fires_alone_in_its_trouble(alert: str | None, tmp_path: Path) -> None:
     """Each alert fires in the trouble that it is for, by itself, and none when all is well."""
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
@@ -414,7 +414,7 @@ def test_alerts(alert: str | None, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_alert_names() -> None:
+def test_every_alert_is_tried_and_documented() -> None:
     """Every alert is tried out above, and leads to the section of its name."""
     rules = (DEPLOY / "alerts.yml").read_text()
     names = re.findall(r"alert: (\w+)", rules)
@@ -423,7 +423,7 @@ def test_alert_names() -> None:
     assert re.findall(r"runbook_url: OPERATIONS\.md#(\S+)", rules) == anchors
 
 
-def test_abandoned_directory() -> None:
+def test_metrics_of_a_killed_service_are_removed() -> None:
     """What a killed service left in memory is removed by the next; what one uses is not."""
     with opened_directory() as used:
         abandoned = Path(tempfile.mkdtemp(prefix="productgraph-metrics-", dir=used.parent))

@@ -52,20 +52,20 @@ def schema(service: Service) -> BaseSchema:
     return schemathesis.openapi.from_url(f"{service.http_url}/openapi.json")
 
 
-def test_it_is_valid(schema: BaseSchema) -> None:
+def test_the_description_is_valid_openapi_3_1(schema: BaseSchema) -> None:
     """The document is OpenAPI 3.1, by the rules of that."""
     schema.validate()
     assert schema.raw_schema["openapi"].startswith("3.1.")
 
 
-def test_pages_can_read_it(served: Answer) -> None:
+def test_pages_of_any_origin_can_read_the_description(served: Answer) -> None:
     """It needs no key, and a page of any origin may have it."""
     assert served.status == 200
     assert served.json["info"]["title"]
     assert served.headers["Access-Control-Allow-Origin"] == "https://shop.example"
 
 
-def test_rules_come_from_the_schema(served: Answer) -> None:
+def test_the_description_has_the_rules_of_the_schema(served: Answer) -> None:
     """Every field is there by its wire name, with what its options say and no more."""
     event = served.json["components"]["schemas"]["Event"]
     assert list(event["properties"]) == [field.json_name for field in Event.DESCRIPTOR.fields]
@@ -78,13 +78,13 @@ def test_rules_come_from_the_schema(served: Answer) -> None:
         assert ("null" in described["type"]) != rules.required
 
 
-def test_limits_come_from_their_owners() -> None:
+def test_the_described_body_limit_is_the_given_one() -> None:
     """The size of a body is the one that is given."""
     assert b"at most 12345 bytes" in encode_description(EVENT_SCHEMA, 12345)
 
 
 @pytest.mark.parametrize(("path", "method", "mode"), OPERATIONS)
-def test_answers_are_as_described(
+def test_every_request_is_answered_as_described(
     path: str, method: str, mode: GenerationMode, schema: BaseSchema, project: Project
 ) -> None:
     """Whatever is sent, within the description or against it, is answered as that says."""
@@ -98,7 +98,9 @@ def test_answers_are_as_described(
     check()
 
 
-def test_described_events_are_accepted(schema: BaseSchema, project: Project) -> None:
+def test_described_events_are_rejected_only_for_byte_lengths(
+    schema: BaseSchema, project: Project
+) -> None:
     """Only what JSON Schema cannot say, a length in bytes, rejects an event that it allows."""
     operation = schema["/v1/events"]["post"]
 

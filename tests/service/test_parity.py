@@ -91,7 +91,9 @@ def empty_value(field: FieldDescriptor) -> object:
 
 
 @pytest.mark.parametrize("make_value", [typical_value, empty_value])
-def test_fields(twin: Twin, make_value: Callable[[FieldDescriptor], object]) -> None:
+def test_fields_are_stored_alike_over_both_protocols(
+    twin: Twin, make_value: Callable[[FieldDescriptor], object]
+) -> None:
     """Each optional field alone, and all of them, are stored the same, and no value as null."""
     values = {field.json_name: make_value(field) for field in OPTIONAL_FIELDS}
     single = [twin.make_event({"event_id": name, name: values[name]}) for name in values]
@@ -101,7 +103,7 @@ def test_fields(twin: Twin, make_value: Callable[[FieldDescriptor], object]) -> 
     assert {field.json_name: row[field.name] for field in OPTIONAL_FIELDS} == values
 
 
-def test_unnamed_fields(twin: Twin) -> None:
+def test_unnamed_fields_become_attributes_over_both_protocols(twin: Twin) -> None:
     """A field that the schema does not name is an attribute, wherever HTTP found it."""
     unnamed: Event = {
         "performance.lcp_ms": 12.5,
@@ -134,7 +136,7 @@ def test_unnamed_fields(twin: Twin) -> None:
     ],
     ids=ascii,
 )
-def test_strings(twin: Twin, text: str) -> None:
+def test_odd_strings_are_stored_alike_over_both_protocols(twin: Twin, text: str) -> None:
     """Odd strings are stored the same, in ids, columns, keys and values."""
     free_form = {text: text, "list": [text], "nested": {text: {text: text}}}
     ids = {"event_id": f"x{text}", "session.id": f"{text}x", "user.id": text}
@@ -151,7 +153,7 @@ def test_strings(twin: Twin, text: str) -> None:
     ],
     ids=lambda text: f"{text[:3]!a} {len(text)}",
 )
-def test_long_ids(twin: Twin, name: str, text: str) -> None:
+def test_long_ids_are_judged_alike_over_both_protocols(twin: Twin, name: str, text: str) -> None:
     """Ids around the limit, U+0000 among them, are judged and told of the same."""
     twin.send_one({name: text})
 
@@ -164,14 +166,14 @@ def test_long_ids(twin: Twin, name: str, text: str) -> None:
     ],
     ids=repr,
 )
-def test_numbers(twin: Twin, number: float) -> None:
+def test_free_form_numbers_are_stored_alike_over_both_protocols(twin: Twin, number: float) -> None:
     """Free-form numbers are stored the same, whatever their text was."""
     free_form = {"x": number, "list": [number]}
     assert twin.send_one({"metadata": free_form, "attributes": free_form}) == accepted(1)
 
 
 @pytest.mark.parametrize("number", [0, -1, 2**31 - 1, -(2**31), "7", 2**63 - 1, -(2**63)])
-def test_integers(twin: Twin, number: int | str) -> None:
+def test_integers_are_stored_alike_over_both_protocols(twin: Twin, number: int | str) -> None:
     """Integers are stored the same, zero and the limits among them."""
     sent: dict[str, object] = dict.fromkeys(["event.sequence", "duration_ms"], number)
     if int(number).bit_length() < 32:
@@ -183,7 +185,7 @@ def test_integers(twin: Twin, number: int | str) -> None:
 @pytest.mark.parametrize("wrap", [lambda x: {"k": x}, lambda x: [x]], ids=["objects", "arrays"])
 @pytest.mark.parametrize("leaf", [0, {}, []], ids=repr)
 @pytest.mark.parametrize("levels", [31, 32, 33, 34])
-def test_nesting(
+def test_nesting_is_measured_alike_over_both_protocols(
     twin: Twin, name: str, wrap: Callable[[object], object], leaf: object, levels: int
 ) -> None:
     """Nesting is measured the same; 32 levels with the field's own are taken, 33 are not."""
@@ -197,7 +199,7 @@ def test_nesting(
 
 
 @pytest.mark.parametrize("levels", [50, 500])
-def test_deep_nesting(twin: Twin, levels: int) -> None:
+def test_a_very_deep_protobuf_event_is_rejected_alone(twin: Twin, levels: int) -> None:
     """An event too deep for any protobuf parser is rejected alone, as over HTTP."""
     inner: object = 0
     encoded = Value(number_value=0).SerializeToString()
@@ -215,7 +217,9 @@ def test_deep_nesting(twin: Twin, levels: int) -> None:
 @pytest.mark.parametrize("over", range(-2, 3))
 @pytest.mark.parametrize("filler", ["x", "é", "\0"], ids=ascii)
 @pytest.mark.parametrize("name", ["page.path", "metadata"])
-def test_size(twin: Twin, over: int, filler: str, name: str) -> None:
+def test_a_protobuf_event_has_at_most_102400_bytes(
+    twin: Twin, over: int, filler: str, name: str
+) -> None:
     """An event may have 102,400 bytes as protobuf, and not one more."""
     outcome = twin.send([pad_event(twin.make_event(), MAX_EVENT_BYTES + over, filler, name)])
     if filler != "\0":
@@ -246,7 +250,7 @@ def pad_event(event: Event, size: int, filler: str = "x", name: str = "page.path
         *("2024-01-15T10:30:00.000000499Z", "2024-01-15T10:30:00.123456789Z"),
     ],
 )
-def test_timestamps(twin: Twin, text: str) -> None:
+def test_timestamps_are_cut_alike_over_both_protocols(twin: Twin, text: str) -> None:
     """Timestamps are cut to microseconds the same, from the year 1 to the year 9999."""
     assert twin.send_one({"event.timestamp": text}) == accepted(1)
 
@@ -259,7 +263,9 @@ def test_timestamps(twin: Twin, text: str) -> None:
         *(("no such nanoseconds", 0, nanos) for nanos in (-1, 10**9, -(2**31), 2**31 - 1)),
     ],
 )
-def test_bad_timestamps(twin: Twin, text: str, seconds: int, nanos: int) -> None:
+def test_bad_timestamps_are_rejected_alike_over_both_protocols(
+    twin: Twin, text: str, seconds: int, nanos: int
+) -> None:
     """What is no moment of the years 1 to 9999 is rejected the same."""
     message = to_message(twin.make_event())
     message.event_timestamp.seconds, message.event_timestamp.nanos = seconds, nanos
@@ -268,7 +274,7 @@ def test_bad_timestamps(twin: Twin, text: str, seconds: int, nanos: int) -> None
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, None])
-def test_values_that_json_has_not(twin: Twin, number: float | None) -> None:
+def test_protobuf_values_that_json_lacks_become_null(twin: Twin, number: float | None) -> None:
     """A number that is none, and a Value without a kind, become null."""
     free_form = {"x": None, "list": [None]}
     event = twin.make_event({"metadata": free_form, "attributes": free_form})
@@ -297,7 +303,9 @@ FAULTS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_bad_event(twin: Twin, fault: str, position: int) -> None:
+def test_a_bad_event_leaves_neighbours_stored_over_both_protocols(
+    twin: Twin, fault: str, position: int
+) -> None:
     """A bad event is refused for the same reason wherever it stands, and its neighbours stored."""
     events = twin.make_events(3)
     events[position] |= FAULTS[fault]
@@ -318,7 +326,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("fault", UNREADABLE)
-def test_unreadable_event(twin: Twin, fault: str, position: int) -> None:
+def test_unreadable_bytes_are_rejected_as_one_event(twin: Twin, fault: str, position: int) -> None:
     """Bytes that are no event are rejected as one, and their neighbours are stored."""
     events: list[EventMessage | bytes] = [to_message(event) for event in twin.make_events(3)]
     events[position], beginning = UNREADABLE[fault]
@@ -329,13 +337,13 @@ def test_unreadable_event(twin: Twin, fault: str, position: int) -> None:
     assert len(twin.read_rows()) == 2
 
 
-def test_newer_client(twin: Twin) -> None:
+def test_a_field_of_a_newer_schema_is_harmless(twin: Twin) -> None:
     """A field that only a newer schema has harms nothing."""
     newer = to_message(twin.make_event()).SerializeToString() + frame(999, b"x")
     assert twin.ingest([newer]) == accepted(1)
 
 
-def test_sent_again(twin: Twin) -> None:
+def test_an_event_is_known_over_the_other_protocol(twin: Twin) -> None:
     """An event that came over one protocol is known to the other, and its first content stays."""
     events = [twin.make_event({"page.path": "/a"}), twin.make_event()]
     for _ in range(2):
@@ -344,7 +352,7 @@ def test_sent_again(twin: Twin) -> None:
     assert [row["page_path"] for row in twin.read_rows()] == ["/a"]
 
 
-def test_unauthenticated(twin: Twin) -> None:
+def test_a_bad_key_is_unauthenticated_over_grpc(twin: Twin) -> None:
     """Whatever is no key is answered UNAUTHENTICATED, with the text that HTTP has."""
     text = twin.post({"events": []}, x_pg_api_key="x").json["error"]
     revoked = create_revoked_key(twin.service, twin.project.id)
@@ -352,7 +360,7 @@ def test_unauthenticated(twin: Twin) -> None:
         assert twin.refuse(b"", key) == ("UNAUTHENTICATED", text)
 
 
-def test_batch_limit(twin: Twin) -> None:
+def test_both_protocols_refuse_1001_events_alike(twin: Twin) -> None:
     """A thousand events are a batch, and one more is refused with the text that HTTP has."""
     events = twin.make_events(1001)
     assert twin.send([]) == accepted(0)
@@ -361,7 +369,7 @@ def test_batch_limit(twin: Twin) -> None:
     assert twin.refuse(encode_request(map(to_message, events))) == ("INVALID_ARGUMENT", text)
 
 
-def test_request_limit(twin: Twin) -> None:
+def test_grpc_takes_messages_of_up_to_10_mb(twin: Twin) -> None:
     """A message of 10 MB is read, compressed or not, and a larger one RESOURCE_EXHAUSTED."""
     padding = {"page.path": "x" * 102_000}
     request = encode_request(to_message(event | padding) for event in twin.make_events(102))
@@ -375,12 +383,12 @@ def test_request_limit(twin: Twin) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\x0a", b"\x0a\x05ab", b"\xff" * 12, b"\x08"], ids=repr)
-def test_unreadable_request(twin: Twin, content: bytes) -> None:
+def test_an_unreadable_grpc_request_is_an_invalid_argument(twin: Twin, content: bytes) -> None:
     """Bytes that are no request are answered INVALID_ARGUMENT."""
     assert twin.refuse(content)[0] == "INVALID_ARGUMENT"
 
 
-def test_server_error(twin: Twin) -> None:
+def test_a_server_fault_is_internal_over_grpc(twin: Twin) -> None:
     """A fault of the server's is answered INTERNAL with the text that HTTP has."""
     request = encode_request([to_message(twin.make_event())])
     with twin.failing_storage():
@@ -390,7 +398,7 @@ def test_server_error(twin: Twin) -> None:
 
 
 @pytest.mark.parametrize("name", ["", SERVICE_NAME])
-def test_health(service: Service, name: str) -> None:
+def test_health_over_grpc_needs_no_key(service: Service, name: str) -> None:
     """The standard health service answers for the server and for the service, without a key."""
     with grpc.insecure_channel(service.grpc_target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -411,7 +419,7 @@ def run_buf(service: Service, body: str, key: str) -> "subprocess.CompletedProce
     )
 
 
-def test_examples_through_reflection(twin: Twin) -> None:
+def test_documented_json_through_reflection_makes_the_same_rows(twin: Twin) -> None:
     """The documented JSON goes through reflection unchanged, and makes the rows of HTTP."""
     bodies = [body.replace("proj_demo", twin.project.id) for body in EXAMPLES.values()]
     for body in bodies:
@@ -425,7 +433,7 @@ def test_examples_through_reflection(twin: Twin) -> None:
     assert twin.read_rows() == over_grpc
 
 
-def test_without_reflection(twin: Twin) -> None:
+def test_ingestion_works_with_reflection_switched_off(twin: Twin) -> None:
     """Reflection can be switched off, and ingestion works without it."""
     settings = dict(twin.service.settings) | {"GRPC_REFLECTION": "false"}
     with running_service(settings) as closed:

@@ -76,7 +76,7 @@ def as_doubles(value: object) -> Any:
 @bounded
 @given(metadata=st.dictionaries(TEXT, JSON, max_size=4))
 @example(metadata={"ids": [2**53 + 1, 2**63 - 1, 2**64 + 1, 10**400], "cut": "\ud83d", "\0": "\0"})
-def test_round_trip(tenant: Tenant, metadata: dict[str, Any]) -> None:
+def test_any_free_form_json_is_stored_as_sent(tenant: Tenant, metadata: dict[str, Any]) -> None:
     """Free-form JSON is stored as it was sent, under metadata and under a name of its own."""
     event = tenant.make_event({"metadata": metadata, "custom": [metadata]})
     tenant.take_rows()
@@ -95,7 +95,7 @@ def test_round_trip(tenant: Tenant, metadata: dict[str, Any]) -> None:
 @example(body=b'{"events":[{"a":' * 20_000)
 @example(body=b'{"events":["\\ud83d",' + b"[" * 200_000)
 @example(body=b"9" * 100_000)
-def test_arbitrary_bytes(tenant: Tenant, body: bytes) -> None:
+def test_any_bytes_that_are_no_batch_are_answered_400(tenant: Tenant, body: bytes) -> None:
     """Bytes that are no batch are answered 400, declared as compressed or not."""
     for encoding in ("identity", "gzip"):
         assert tenant.post(body, content_encoding=encoding).status == 400
@@ -103,7 +103,7 @@ def test_arbitrary_bytes(tenant: Tenant, body: bytes) -> None:
 
 @bounded
 @given(document=JSON)
-def test_arbitrary_json(tenant: Tenant, document: object) -> None:
+def test_any_json_that_is_no_batch_is_answered_400(tenant: Tenant, document: object) -> None:
     """JSON that is no batch is answered 400."""
     assert tenant.post(document).status == 400
     if not isinstance(document, list):
@@ -112,7 +112,7 @@ def test_arbitrary_json(tenant: Tenant, document: object) -> None:
 
 @bounded
 @given(events=st.lists(JSON | st.dictionaries(NAMES, JSON), max_size=4))
-def test_arbitrary_events(tenant: Tenant, events: list[object]) -> None:
+def test_events_of_any_shape_harm_no_neighbour(tenant: Tenant, events: list[object]) -> None:
     """Events of any shape are rejected one by one, and a good one behind them is accepted."""
     outcome = tenant.post_events([*events, tenant.make_event()])
     assert (outcome["accepted"], outcome["rejected"]) == (1, len(events))
@@ -126,7 +126,7 @@ def test_arbitrary_events(tenant: Tenant, events: list[object]) -> None:
 @example(name="duration_ms", value=1e308)
 @example(name="duration_ms", value="1e999999999")
 @example(name="event.timestamp", value="9" * 10_000)
-def test_one_thing_wrong(tenant: Tenant, name: str, value: object) -> None:
+def test_any_odd_value_is_accepted_or_named(tenant: Tenant, name: str, value: object) -> None:
     """An event with one odd value is accepted or told of that field, and hurts no neighbour."""
     events = tenant.make_events(3)
     events[1][name] = value
@@ -147,7 +147,9 @@ def damage(good: bytes, junk: bytes, data: st.DataObject) -> bytes:
 
 @bounded
 @given(data=st.data(), junk=st.binary(max_size=3))
-def test_damaged_body(tenant: Tenant, data: st.DataObject, junk: bytes) -> None:
+def test_any_damaged_body_is_answered_202_or_400(
+    tenant: Tenant, data: st.DataObject, junk: bytes
+) -> None:
     """A body with some bytes changed, cut out or put in is answered 202 or 400."""
     body = json.dumps({"events": tenant.make_events(2)}).encode()
     assert tenant.post(damage(body, junk, data)).status in (202, 400)
@@ -155,7 +157,9 @@ def test_damaged_body(tenant: Tenant, data: st.DataObject, junk: bytes) -> None:
 
 @bounded
 @given(data=st.data(), junk=st.binary(max_size=3))
-def test_damaged_message(tenant: Tenant, data: st.DataObject, junk: bytes) -> None:
+def test_any_damaged_grpc_request_is_read_or_refused(
+    tenant: Tenant, data: st.DataObject, junk: bytes
+) -> None:
     """A gRPC request with some bytes changed, cut out or put in is read or refused."""
     good = encode_request(map(to_message, tenant.make_events(2)))
     assert call_for_code(tenant, damage(good, junk, data)) in ("OK", "INVALID_ARGUMENT")
@@ -163,7 +167,7 @@ def test_damaged_message(tenant: Tenant, data: st.DataObject, junk: bytes) -> No
 
 @bounded
 @given(content=st.binary(max_size=200))
-def test_arbitrary_message(tenant: Tenant, content: bytes) -> None:
+def test_any_bytes_over_grpc_are_refused_or_rejected(tenant: Tenant, content: bytes) -> None:
     """Bytes that are no gRPC request are refused, and bytes that are no event rejected."""
     assert call_for_code(tenant, content) in ("OK", "INVALID_ARGUMENT")
     assert tenant.ingest([content])["rejected"] == 1

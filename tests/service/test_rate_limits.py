@@ -46,7 +46,7 @@ def read_quotas(tenant: Tenant, count: int = 0) -> tuple[int, dict[str, Any], di
     return answer.status, dict(parsed[0]), dict(parsed[1])
 
 
-def test_off(tenant: Tenant) -> None:
+def test_without_limits_no_answer_speaks_of_limits(tenant: Tenant) -> None:
     """Without limits nothing is refused, and no answer speaks of limits."""
     for _ in range(5):
         answer = tenant.post({"events": tenant.make_events(1000)})
@@ -55,7 +55,7 @@ def test_off(tenant: Tenant) -> None:
         assert "RateLimit-Policy" not in answer.headers
 
 
-def test_refusal_over_http(tenant: Tenant) -> None:
+def test_a_request_over_its_rate_is_answered_429(tenant: Tenant) -> None:
     """A refused request is answered 429 with when to come back, and nothing of it is kept."""
     slow = limited(tenant, event_rate=10)
     assert slow.post_events(slow.make_events(1000)) == accepted(1000)
@@ -69,7 +69,7 @@ def test_refusal_over_http(tenant: Tenant) -> None:
     assert slow.read_rows() == []
 
 
-def test_refusal_over_grpc(tenant: Tenant) -> None:
+def test_both_protocols_share_one_rate_limit(tenant: Tenant) -> None:
     """Over gRPC it is RESOURCE_EXHAUSTED with RetryInfo, and one limit is for both protocols."""
     slow = limited(tenant, event_rate=10)
     assert slow.post_events(slow.make_events(1000)) == accepted(1000)
@@ -89,7 +89,7 @@ def test_refusal_over_grpc(tenant: Tenant) -> None:
     assert slow.read_rows() == []
 
 
-def test_headers(tenant: Tenant) -> None:
+def test_answers_carry_rate_limits_as_structured_fields(tenant: Tenant) -> None:
     """Answers tell the policies, and what is left, as structured fields."""
     slow = limited(tenant, event_rate=1000, byte_rate=10**9)
     status, limits, policies = read_quotas(slow, 500)
@@ -103,7 +103,7 @@ def test_headers(tenant: Tenant) -> None:
     assert {limit["t"] for limit in limits.values()} <= {0, 1}
 
 
-def test_headers_of_a_refusal(tenant: Tenant) -> None:
+def test_a_refusal_says_when_the_quota_is_restored(tenant: Tenant) -> None:
     """When nothing is left, the fields say so, and when all will be there again."""
     slow = limited(tenant, event_rate=10)
     for status in (202, 429):
@@ -114,7 +114,7 @@ def test_headers_of_a_refusal(tenant: Tenant) -> None:
         assert 90 < limits["events"]["t"] <= 100
 
 
-def test_events_count_whatever_becomes_of_them(tenant: Tenant) -> None:
+def test_rejected_and_repeated_events_count_towards_the_rate(tenant: Tenant) -> None:
     """Rejected events and repeated ones count like others."""
     slow = limited(tenant, event_rate=10)
     assert slow.post_events([{}] * 50)["rejected"] == 50
@@ -122,7 +122,7 @@ def test_events_count_whatever_becomes_of_them(tenant: Tenant) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_bytes_over_http(chunked: bool, tenant: Tenant) -> None:
+def test_bytes_over_http_count_before_they_are_read(chunked: bool, tenant: Tenant) -> None:
     """A body's bytes are counted before it is read: what is refused for them may be no JSON."""
     slow = limited(tenant, byte_rate=1024)
     body = json.dumps({"events": [slow.make_event({"page.path": "/" * 50_000})]}).encode()
@@ -135,7 +135,7 @@ def test_bytes_over_http(chunked: bool, tenant: Tenant) -> None:
     assert 40 < int(answer.headers["Retry-After"]) <= 50
 
 
-def test_bytes_over_grpc(tenant: Tenant) -> None:
+def test_bytes_over_grpc_count_before_they_are_read(tenant: Tenant) -> None:
     """The same holds for the messages of gRPC."""
     slow = limited(tenant, byte_rate=1024)
     event = to_message(slow.make_event({"page.path": "/" * 50_000}))
@@ -145,7 +145,7 @@ def test_bytes_over_grpc(tenant: Tenant) -> None:
     assert refusal.value == Refusal("RESOURCE_EXHAUSTED", "rate limit exceeded: 1024 bytes/s")
 
 
-def test_compressed_bytes(tenant: Tenant) -> None:
+def test_a_compressed_body_counts_as_it_was_sent(tenant: Tenant) -> None:
     """Of a compressed body those bytes count that were sent."""
     slow = limited(tenant, byte_rate=1024)
     body = json.dumps({"events": [slow.make_event({"page.path": "/" * 50_000})]}).encode()
@@ -153,7 +153,7 @@ def test_compressed_bytes(tenant: Tenant) -> None:
         assert slow.post(gzip.compress(body), content_encoding="gzip").status == 202
 
 
-def test_refused_requests_cost_nothing(tenant: Tenant) -> None:
+def test_refused_requests_do_not_use_up_the_rate(tenant: Tenant) -> None:
     """However many requests are refused, the next that fits passes when its time has come."""
     slow = limited(tenant, event_rate=100)
     assert slow.post({"events": slow.make_events(150)}).status == 202
@@ -165,7 +165,7 @@ def test_refused_requests_cost_nothing(tenant: Tenant) -> None:
     assert (status, refused > 0) == (202, True)
 
 
-def test_commands(tenant: Tenant) -> None:
+def test_the_rates_of_a_key_can_be_set_singly(tenant: Tenant) -> None:
     """A key is made with rates, shows them, and gets other ones, each by itself."""
     run, name = tenant.service.run, f"key_{tenant.project.id}"
     options = ("--name", name, "--rate", "500", "--byte-rate", "5MB")
@@ -197,7 +197,7 @@ def test_commands(tenant: Tenant) -> None:
 
 
 @pytest.mark.parametrize("rate", [0, 1, 1023, 1024, 1025, 1536, 5 * 1024**2, 3 * 1024**3, 10**9])
-def test_spelling(rate: int) -> None:
+def test_a_rate_is_shown_as_it_is_given(rate: int) -> None:
     """A rate is shown as it can be given."""
     assert parse_event_rate(format_event_rate(rate % 10**9)) == rate % 10**9
     if 1024 <= rate <= 10**9:
@@ -225,7 +225,7 @@ def all_have_connections(service: Service) -> bool:
     )
 
 
-def test_rate_across_workers(two_workers: Service) -> None:
+def test_two_workers_share_the_rate_of_a_key(two_workers: Service) -> None:
     """Two workers accept what one may, within a tenth, over both protocols and both together."""
     project = create_project(two_workers)
     accepted_at: list[float] = []
@@ -261,7 +261,7 @@ def test_rate_across_workers(two_workers: Service) -> None:
     assert rate == pytest.approx(RATE, rel=0.1)
 
 
-def test_default_can_be_lifted(two_workers: Service) -> None:
+def test_a_key_can_be_exempt_from_the_default_rate(two_workers: Service) -> None:
     """A key whose rate is off is not limited by the default, and others of its project are."""
     project = create_project(two_workers)
     with connected(open_engine(for_sqlalchemy(two_workers.database_url))) as connection:

@@ -64,7 +64,7 @@ def reject(tenant: Tenant, **changes: object) -> dict[str, Any]:
     return event
 
 
-def test_http(tenant: Tenant) -> None:
+def test_rejected_events_over_http_are_kept_with_reasons(tenant: Tenant) -> None:
     """Over HTTP, each rejected event is kept as its JSON value with its reason, and no other is."""
     events: list[Any] = [
         tenant.make_event({"event.type": "ui.hover", "plan": {"seats": 3, "é": [None, 1.5]}}),
@@ -80,7 +80,7 @@ def test_http(tenant: Tenant) -> None:
     assert all((protocol, size) == ("http", len(event)) for _, protocol, _, size, event in kept)
 
 
-def test_grpc(tenant: Tenant) -> None:
+def test_rejected_events_over_grpc_are_kept_byte_by_byte(tenant: Tenant) -> None:
     """Over gRPC, rejected events are kept byte by byte."""
     unknown = frame(3000, b"\xff")
     frames = [
@@ -108,7 +108,7 @@ def test_grpc(tenant: Tenant) -> None:
     ],
     ids=lambda text: text[:10],
 )
-def test_odd_values(value: str, tenant: Tenant) -> None:
+def test_odd_json_is_kept_with_its_meaning(value: str, tenant: Tenant) -> None:
     """What JSON's fast parsers cannot hold is kept as it is read, and means the same again."""
     sent = json.dumps(tenant.make_event({"metadata": {"x": "VALUE"}})).replace('"VALUE"', value)
     bad = sent.replace('"custom"', '"ui.hover"')
@@ -121,7 +121,7 @@ def test_odd_values(value: str, tenant: Tenant) -> None:
 
 
 @given(JSON)
-def test_any_value(value: object) -> None:
+def test_any_json_survives_being_kept(value: object) -> None:
     """Whatever JSON was read is written so that the same is read again."""
     document = parse_exactly(json.dumps(value).encode())
     assert parse_exactly(encode_document(document)) == document
@@ -129,7 +129,7 @@ def test_any_value(value: object) -> None:
     assert parse_document(encode_document(document)) == document
 
 
-def test_unread_digits(tenant: Tenant) -> None:
+def test_a_rejected_event_keeps_digits_of_unread_integers(tenant: Tenant) -> None:
     """An integer keeps its digits also in an event that is rejected before they are looked at."""
     bad = json.dumps(tenant.make_event({"event.type": 5, "metadata": {"x": 10**29 + 1}}))
     assert tenant.post(b'{"events":[' + bad.encode() + b"]}").json["rejected"] == 1
@@ -137,7 +137,7 @@ def test_unread_digits(tenant: Tenant) -> None:
     assert json.loads(event) == json.loads(bad)
 
 
-def test_nested_beyond_reading(tenant: Tenant) -> None:
+def test_a_bottomless_event_is_kept_to_a_depth(tenant: Tenant) -> None:
     """An event that nests thousands of levels deep is kept down to a depth no valid event has."""
     deep = json.dumps(tenant.make_event({"metadata": "DEEP"}))
     body = deep.replace('"DEEP"', '{"x":' * 900 + "1" + "}" * 900).encode()
@@ -147,7 +147,7 @@ def test_nested_beyond_reading(tenant: Tenant) -> None:
     assert event.count(b'{"x":') == 63
 
 
-def test_large(tenant: Tenant) -> None:
+def test_the_first_100_kb_of_large_events_are_kept(tenant: Tenant) -> None:
     """Of an event over 100 KB the first 100 KB are kept, and it is said how large it was."""
     reject(tenant, **{"event.type": "custom", "page.title": "a" * 200_000})
     [(number, _, reason, size, event)] = wait_for_kept(tenant, 1)
@@ -160,7 +160,7 @@ def test_large(tenant: Tenant) -> None:
     assert reason == "event: kept in part, and cannot be replayed"
 
 
-def test_strangers(tenant: Tenant) -> None:
+def test_nothing_is_kept_without_a_valid_key(tenant: Tenant) -> None:
     """Nothing is kept of a request without a valid key, over both protocols."""
     before = count_all(tenant)
     event = tenant.make_event({"event.type": "ui.hover"})
@@ -179,14 +179,14 @@ def count_all(tenant: Tenant) -> int:
         return int(cursor.fetchone()[0])  # type: ignore[index]
 
 
-def test_another_project(tenant: Tenant) -> None:
+def test_a_foreign_event_is_kept_for_the_key(tenant: Tenant) -> None:
     """An event that names another project is kept for the project of the key."""
     event = reject(tenant, project_id="proj_somebody_else", **{"event.type": "custom"})
     [(_, _, reason, _, kept)] = wait_for_kept(tenant, 1)
     assert (reason, json.loads(kept)) == ("project_id: does not match the API key", event)
 
 
-def test_list(tenant: Tenant) -> None:
+def test_rejected_events_are_listed_with_reasons_newest_first(tenant: Tenant) -> None:
     """The list shows a project's rejected events with their reasons, the newest first."""
     for number in range(3):
         reject(tenant, event_id=f"evt_{number}")
@@ -200,7 +200,7 @@ def test_list(tenant: Tenant) -> None:
     assert run(tenant.service, "list --project proj_none") == []
 
 
-def test_show_json(tenant: Tenant) -> None:
+def test_shown_json_does_not_control_the_terminal(tenant: Tenant) -> None:
     """JSON is shown in full, one field a line, and nothing in it controls the terminal."""
     event = reject(tenant, **{"page.title": "é \x1b[31m \u009b31m \u202e"})
     [(number, *_)] = wait_for_kept(tenant, 1)
@@ -220,14 +220,14 @@ def test_show_json(tenant: Tenant) -> None:
         (b"\xff\xff", "ff ff"),
     ],
 )
-def test_show_protobuf(encoded: bytes, shown: str, tenant: Tenant) -> None:
+def test_rejected_protobuf_is_shown_as_text(encoded: bytes, shown: str, tenant: Tenant) -> None:
     """Protobuf is shown as text, by its fields' numbers or as bytes where it is not readable."""
     assert tenant.ingest([encoded])["rejected"] == 1
     [(number, *_)] = wait_for_kept(tenant, 1)
     assert run(tenant.service, f"show {number}")[1:] == [shown]
 
 
-def test_show_missing(service: Service) -> None:
+def test_showing_a_missing_rejected_event_is_an_error(service: Service) -> None:
     """A number that is not there is an error of one line."""
     for command in ("show 4000000000", "replay 4000000000"):
         assert run(service, command, 1) == ["productgraph: no rejected event 4000000000"]
@@ -251,7 +251,7 @@ def reject_over_both(tenant: Tenant) -> None:
     wait_for_kept(tenant, 2)
 
 
-def test_replay(tenant: Tenant) -> None:
+def test_valid_events_are_replayed_once_and_leave_the_list(tenant: Tenant) -> None:
     """What is valid by now is stored for its project, once, and leaves the list; the rest stays."""
     reject_over_both(tenant)
     reject(tenant, event_id=None)
@@ -266,7 +266,7 @@ def test_replay(tenant: Tenant) -> None:
     assert run(tenant.service, command) == ["0 accepted, 1 rejected again"]
 
 
-def test_replay_numbers(tenant: Tenant) -> None:
+def test_only_the_chosen_events_are_replayed(tenant: Tenant) -> None:
     """Only those asked for are replayed, and a number that is not there is told."""
     reject_over_both(tenant)
     (first, *_), (second, *_) = read_kept(tenant)
@@ -278,7 +278,7 @@ def test_replay_numbers(tenant: Tenant) -> None:
     assert [number for number, *_ in read_kept(tenant)] == [first]
 
 
-def test_new_reason(tenant: Tenant) -> None:
+def test_an_event_rejected_again_has_the_new_reason(tenant: Tenant) -> None:
     """What is rejected again has the reason of the last time."""
     reject(tenant)
     [(number, *_)] = wait_for_kept(tenant, 1)
@@ -288,7 +288,7 @@ def test_new_reason(tenant: Tenant) -> None:
     assert (again, reason) == (number, "event.type: unknown type 'ui.swipe'")
 
 
-def test_replay_is_forwarded(tenant: Tenant) -> None:
+def test_a_replayed_event_goes_to_the_providers(tenant: Tenant) -> None:
     """A replayed event goes to the analytics providers like any other."""
     reject(tenant)
     [(number, *_)] = wait_for_kept(tenant, 1)
@@ -306,7 +306,7 @@ def test_replay_is_forwarded(tenant: Tenant) -> None:
         assert cursor.fetchall() == [("mixpanel", 1)]
 
 
-def test_nothing_waits(tenant: Tenant) -> None:
+def test_requests_do_not_wait_for_rejected_events(tenant: Tenant) -> None:
     """While rejected events cannot be written, requests that have some are answered at once."""
     with closing(psycopg2.connect(tenant.service.database_url)) as other:
         other.cursor().execute("LOCK TABLE rejected_events IN ACCESS EXCLUSIVE MODE")
@@ -334,7 +334,9 @@ def leaver(create_migrated: Callable[[], str]) -> Callable[..., AbstractContextM
     return start
 
 
-def test_drain(leaver: Callable[..., AbstractContextManager[Tenant]]) -> None:
+def test_rejected_events_are_written_before_the_end(
+    leaver: Callable[..., AbstractContextManager[Tenant]],
+) -> None:
     """What waits to be kept at SIGTERM is kept before the end."""
     with leaver() as tenant:
         events = [tenant.make_event({"event.type": "ui.hover"})] * 1000
@@ -344,7 +346,9 @@ def test_drain(leaver: Callable[..., AbstractContextManager[Tenant]]) -> None:
         assert len(read_kept(tenant)) == 3000
 
 
-def test_off(leaver: Callable[..., AbstractContextManager[Tenant]]) -> None:
+def test_no_rejected_event_is_kept_when_switched_off(
+    leaver: Callable[..., AbstractContextManager[Tenant]],
+) -> None:
     """With REJECTED_KEEP=off nothing is kept, and events are rejected as ever."""
     with leaver(REJECTED_KEEP="off") as tenant:
         reject(tenant)

@@ -91,7 +91,7 @@ def locked(tenant: Tenant) -> Iterator[None]:
         yield
 
 
-def test_http(tenant: Tenant, request_id: str) -> None:
+def test_an_http_request_is_one_log_line(tenant: Tenant, request_id: str) -> None:
     """An HTTP request is one line, with its id, its project and what became of it."""
     body = json.dumps({"events": [tenant.make_event(), {}]}).encode()
     assert tenant.post(body, x_request_id=request_id).headers[ID] == request_id
@@ -107,7 +107,7 @@ def test_http(tenant: Tenant, request_id: str) -> None:
     assert (line["accepted"], line["rejected"]) == (1, 1)
 
 
-def test_grpc(tenant: Tenant, request_id: str) -> None:
+def test_a_grpc_request_is_one_log_line(tenant: Tenant, request_id: str) -> None:
     """A gRPC request is the same line, with the names that gRPC has."""
     request = encode_request([to_message(tenant.make_event()), b"\xff"])
     metadata = {"x-pg-api-key": tenant.project.key, "x-request-id": request_id}
@@ -137,7 +137,7 @@ def test_grpc(tenant: Tenant, request_id: str) -> None:
         (415, b"{}", {"content_type": "text/plain"}),
     ],
 )
-def test_http_refused(
+def test_a_refused_http_request_is_no_warning(
     status: int, body: bytes, headers: dict[str, str | None], tenant: Tenant, request_id: str
 ) -> None:
     """What is refused over HTTP has its id too, and is no warning: it is its client's fault."""
@@ -148,7 +148,9 @@ def test_http_refused(
 
 
 @pytest.mark.parametrize(("code", "key"), [("UNAUTHENTICATED", "x"), ("INVALID_ARGUMENT", None)])
-def test_grpc_refused(code: str, key: str | None, tenant: Tenant, request_id: str) -> None:
+def test_a_refused_grpc_request_is_no_warning(
+    code: str, key: str | None, tenant: Tenant, request_id: str
+) -> None:
     """What is refused over gRPC has its id too, and is no warning."""
     metadata = {"x-pg-api-key": key or tenant.project.key, "x-request-id": request_id}
     answered, _, trailers = call(tenant, b"\xff", metadata)
@@ -157,7 +159,7 @@ def test_grpc_refused(code: str, key: str | None, tenant: Tenant, request_id: st
     assert (line["level"], line["status"]) == ("INFO", code)
 
 
-def test_new_ids(tenant: Tenant) -> None:
+def test_a_request_without_usable_id_gets_its_own(tenant: Tenant) -> None:
     """A request without an id that can be used gets one that no other has."""
     sent = [None, "", "a b", "a" * 129, "a,b", "\xe4", "a\tb"]
     got = [tenant.post(b"{}", x_request_id=each).headers[ID] for each in sent]
@@ -169,13 +171,13 @@ def test_new_ids(tenant: Tenant) -> None:
     assert {read_line(tenant.service, each)["request_id"] for each in got} == set(got)
 
 
-def test_cross_origin(tenant: Tenant) -> None:
+def test_a_page_may_read_the_request_id(tenant: Tenant) -> None:
     """A page may read the id."""
     answer = tenant.post(b"{}", origin="https://example.com")
     assert ID in answer.headers["Access-Control-Expose-Headers"].split(", ")
 
 
-def test_fault(tenant: Tenant, request_id: str) -> None:
+def test_a_failed_request_is_one_warning_with_its_id(tenant: Tenant, request_id: str) -> None:
     """A request that fails by a fault of the service is one warning, under the fault's own id."""
     with tenant.failing_storage():
         answer = tenant.post({"events": [tenant.make_event()]}, x_request_id=request_id)
@@ -184,7 +186,7 @@ def test_fault(tenant: Tenant, request_id: str) -> None:
     assert (line["level"], line["status"], line["accepted"]) == ("WARNING", 500, 1)
 
 
-def test_deadline(tenant: Tenant, request_id: str) -> None:
+def test_a_request_not_stored_in_time_is_a_warning(tenant: Tenant, request_id: str) -> None:
     """A request that is not stored in time is one warning."""
     metadata = {"x-pg-api-key": tenant.project.key, "x-request-id": f"{request_id}.grpc"}
     event = tenant.make_event()
@@ -207,7 +209,7 @@ def send_and_leave(tenant: Tenant, request_id: str, key: str) -> None:
         http.request("POST", "/v1/events", body, headers)
 
 
-def test_gone_before_commit(tenant: Tenant, request_id: str) -> None:
+def test_a_client_gone_before_commit_is_logged_once(tenant: Tenant, request_id: str) -> None:
     """A request whose client does not wait for the answer is one line, with what was stored."""
     tenant.post_events([])
     with locked(tenant):
@@ -218,7 +220,7 @@ def test_gone_before_commit(tenant: Tenant, request_id: str) -> None:
     assert read_line(tenant.service, request_id)["status"] == 202
 
 
-def test_gone_before_failure(tenant: Tenant, request_id: str) -> None:
+def test_a_failure_after_the_client_left_is_logged(tenant: Tenant, request_id: str) -> None:
     """Where nothing was stored for a client that is gone, the line does not say it was."""
     tenant.post_events([])
     with locked(tenant):
@@ -226,7 +228,7 @@ def test_gone_before_failure(tenant: Tenant, request_id: str) -> None:
         assert read_line(tenant.service, request_id)["status"] == 503
 
 
-def test_cancelled_call(tenant: Tenant, request_id: str) -> None:
+def test_a_cancelled_grpc_call_is_one_log_line(tenant: Tenant, request_id: str) -> None:
     """A gRPC call that its client gives up is one line."""
     tenant.post_events([])
     metadata = (("x-pg-api-key", tenant.project.key), ("x-request-id", request_id))
@@ -241,7 +243,7 @@ def test_cancelled_call(tenant: Tenant, request_id: str) -> None:
 SECRET = "c0nfidential"
 
 
-def test_secrecy(tenant: Tenant) -> None:
+def test_the_request_log_shows_no_keys_or_events(tenant: Tenant) -> None:
     """Neither keys nor anything of an event is in the log, whatever becomes of the request."""
     good = tenant.make_event(
         {
@@ -310,7 +312,9 @@ def complaining_storage(tenant: Tenant, sqlstate: str, message: str) -> Iterator
         ("22P02", "NEW.page_title", "InvalidTextRepresentation"),  # the data itself
     ],
 )
-def test_database_errors(sqlstate: str, message: str, said: str, tenant: Tenant) -> None:
+def test_database_errors_are_logged_without_the_row(
+    sqlstate: str, message: str, said: str, tenant: Tenant
+) -> None:
     """What PostgreSQL says of the row that it was busy with is not in the log, but what failed."""
     event = tenant.make_event({"page.title": SECRET})
     with complaining_storage(tenant, sqlstate, message):
@@ -336,7 +340,7 @@ def finish_request(recorder: RequestRecorder, status: int | str) -> RequestRecor
     return record
 
 
-def test_sampling(caplog: pytest.LogCaptureFixture) -> None:
+def test_sampled_out_log_lines_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     """A level gets its lines of each second; what it leaves out is counted in its next line."""
     clock = Clock()
     recorder = RequestRecorder((RequestLog(3),), clock)
@@ -364,7 +368,7 @@ def test_sampling(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_level(caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_are_not_counted_below_the_log_level(caplog: pytest.LogCaptureFixture) -> None:
     """Where INFO is off, requests that went well are neither written nor counted."""
     recorder = RequestRecorder((RequestLog(1),), Clock())
     with caplog.at_level(logging.WARNING):
@@ -375,7 +379,7 @@ def test_level(caplog: pytest.LogCaptureFixture) -> None:
     assert "omitted" not in vars(line)
 
 
-def test_broken_sink(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_sink_leaves_the_others_working(caplog: pytest.LogCaptureFixture) -> None:
     """A sink that fails is logged, and takes nothing from the others."""
 
     class Broken:
@@ -394,7 +398,7 @@ def test_broken_sink(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @given(st.text("azAZ09._-", max_size=130) | st.text("aZ09._-/ \n\0\xe4\u0661", max_size=9))
-def test_ids(sent: str) -> None:
+def test_only_short_harmless_request_ids_are_taken_over(sent: str) -> None:
     """An id is taken over if it is short and of harmless characters, and else replaced."""
     got = RequestRecorder().begin("http", sent).request_id
     harmless = sent.isascii() and sent.replace(".", "").replace("_", "").replace("-", "")
@@ -403,7 +407,7 @@ def test_ids(sent: str) -> None:
     assert 0 < len(got) <= 128
 
 
-def test_durations() -> None:
+def test_logged_durations_cover_only_what_happened() -> None:
     """The parts of a request follow each other; of what it did not come to, there is none."""
     clock = Clock()
     whole, refused = (

@@ -113,7 +113,7 @@ def read_places(tenant: Tenant) -> dict[str, str]:
         return dict(cursor.fetchall())
 
 
-def test_months(tenant: Tenant) -> None:
+def test_old_months_go_while_ingestion_loses_nothing(tenant: Tenant) -> None:
     """With ingestion running, old months go and nothing else: no request fails, no event is lost.
 
     Events are deduplicated as before, and those of a dropped month that come later are stored in
@@ -141,7 +141,7 @@ def test_months(tenant: Tenant) -> None:
     assert OLD.isoformat() not in read_places(tenant)
 
 
-def test_dry_run(tenant: Tenant, engine: Engine) -> None:
+def test_retention_without_yes_deletes_nothing(tenant: Tenant, engine: Engine) -> None:
     """Without --yes, what would go is shown, and stays."""
     post_at(tenant, OLD, PART, NEW, datetime(2001, 1, 1, tzinfo=UTC))
     before, partitions = read_places(tenant), query(engine, PARTITIONS)
@@ -162,7 +162,7 @@ def query_nothing(engine: Engine, statement: str) -> None:
         connection.execute(text(statement))
 
 
-def test_long_reader(tenant: Tenant, engine: Engine) -> None:
+def test_retention_gives_up_for_a_long_reader(tenant: Tenant, engine: Engine) -> None:
     """A long reader makes it give up, with ingestion running meanwhile; later it works."""
     partitions = query(engine, PARTITIONS)
     with (
@@ -181,7 +181,7 @@ def test_long_reader(tenant: Tenant, engine: Engine) -> None:
     assert (name_of(OLD),) not in query(engine, PARTITIONS)
 
 
-def test_at_once(database_url: str, engine: Engine) -> None:
+def test_two_retention_runs_at_once_both_succeed(database_url: str, engine: Engine) -> None:
     """Two that run at the same moment both succeed."""
     run = partial(run_command, settings={"DATABASE_URL": database_url})
     with ThreadPoolExecutor(2) as threads:
@@ -190,7 +190,9 @@ def test_at_once(database_url: str, engine: Engine) -> None:
     assert (name_of(OLD),) not in query(engine, PARTITIONS)
 
 
-def test_batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_default_rows_go_in_small_transactions(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The default partition loses its old rows a part at a time, each in a transaction."""
     monkeypatch.setattr("server.storage.retention._PAGES", 4)
     columns = "event_id, project_id, session_id, event_type, event_timestamp"
@@ -207,7 +209,7 @@ def test_batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert left == 3000 - (cut - datetime(2001, 1, 2, tzinfo=UTC)).days
 
 
-def test_bounds(engine: Engine) -> None:
+def test_a_partition_goes_once_its_end_is_reached(engine: Engine) -> None:
     """A partition goes once its end is reached, whatever the time zone and whoever made it."""
     name = engine.url.database
     query_nothing(engine, f"ALTER DATABASE {name} SET timezone = 'Pacific/Kiritimati'")
@@ -222,7 +224,7 @@ def test_bounds(engine: Engine) -> None:
     assert ("Odd one",) not in query(engine, PARTITIONS)
 
 
-def test_rejected_and_dead(database_url: str, engine: Engine) -> None:
+def test_rejected_and_dead_events_expire_by_arrival(database_url: str, engine: Engine) -> None:
     """Rejected and dead events go by the time at which they came."""
     with connected(transactional(engine)) as connection:
         for days in (29, 31):
@@ -243,7 +245,7 @@ def test_rejected_and_dead(database_url: str, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("keep", ["5m", "0d", "90", "-1d", "1.5d", "100000d"])
-def test_keep(keep: str) -> None:
+def test_retention_keeps_only_whole_days(keep: str) -> None:
     """Only whole days can be kept, so that no unit is mistaken for another."""
     done = run_command("retention", f"--keep={keep}", "--yes", settings={})
     assert done.returncode == 2

@@ -24,7 +24,7 @@ from tests.support.clients import INGEST, Tenant, accepted
 from tests.support.services import ROOT, Service, ask, clean_environment
 
 SECURITY = (ROOT / "SECURITY.md").read_text()
-NAMED = re.findall(r"`(test_\w+\.py)::(test_\w+)`", SECURITY)
+NAMED = re.findall(r"`(test_\w+)`", SECURITY)
 # Services whose methods need no key.
 OPEN = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 
@@ -35,31 +35,30 @@ def tenant(service: Service, project: Project, database: Connection) -> Tenant:
     return Tenant(service, project, database)
 
 
-@pytest.mark.parametrize(("file", "test"), sorted(set(NAMED)))
-def test_named_tests(file: str, test: str) -> None:
+def test_the_tests_named_in_security_md_exist() -> None:
     """Each test that SECURITY.md names is there."""
-    [path] = (ROOT / "tests").rglob(file)
-    tree = ast.parse(path.read_text())
-    assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    files = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    nodes = [node for text in files for node in ast.parse(text).body]
+    assert set(NAMED) <= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_item_is_proven() -> None:
+def test_every_security_item_names_its_tests() -> None:
     """Each numbered item names tests, and names them so that they are found."""
     numbers = re.findall(r"^(\d+)\. ", SECURITY, re.MULTILINE)
     assert numbers == [str(number) for number in range(1, 16)]
     items = re.split(r"^\d+\. |^## Dependencies", SECURITY, flags=re.MULTILINE)[1:-1]
     assert all("`test_" in item for item in items)
-    assert len(NAMED) == SECURITY.count("::")
+    assert len(NAMED) == SECURITY.count("test_")
 
 
 @pytest.mark.parametrize(("name", "version"), re.findall(r"`([\w-]+) (\d[\d.]*)`", SECURITY))
-def test_audited_versions(name: str, version: str) -> None:
+def test_the_audited_versions_are_installed(name: str, version: str) -> None:
     """The versions that were audited are those that are installed: a new one is audited again."""
     assert f"{name}=={version}" in (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
 
 
 @pytest.mark.parametrize("name", ["__proto__", "constructor", "$where", "__class__", "a.b[0]"])
-def test_names_are_data(name: str, tenant: Tenant) -> None:
+def test_names_with_meanings_elsewhere_are_mere_data(name: str, tenant: Tenant) -> None:
     """Names that mean something elsewhere are stored like any other."""
     value = {name: {"polluted": True}}
     event = tenant.make_event({name: "x", "metadata": value})
@@ -68,7 +67,7 @@ def test_names_are_data(name: str, tenant: Tenant) -> None:
     assert (row["attributes"], row["metadata"]) == ({name: "x"}, value)
 
 
-def test_repeated_names(tenant: Tenant) -> None:
+def test_the_last_of_repeated_names_counts(tenant: Tenant) -> None:
     """Of a name that is there twice the last value counts: no check sees another one."""
     text = f'"project_id": "{tenant.project.id}", "session.id": "s", "event.type": "custom"'
     stranger = f'{{"event_id": "1", {text}, "event.timestamp": "2024-01-15", "project_id": "x"}}'
@@ -80,7 +79,7 @@ def test_repeated_names(tenant: Tenant) -> None:
     assert [row["event_id"] for row in tenant.read_rows()] == ["2"]
 
 
-def test_dripping_clients(tenant: Tenant) -> None:
+def test_dripping_clients_do_not_block_others(tenant: Tenant) -> None:
     """Two hundred clients that never finish their heads keep nobody else from being served."""
     with ExitStack() as stack:
         for _ in range(200):
@@ -91,7 +90,7 @@ def test_dripping_clients(tenant: Tenant) -> None:
         assert ask(f"{tenant.service.http_url}/health") == 200
 
 
-def test_forwarded_headers(tenant: Tenant) -> None:
+def test_forwarded_headers_of_a_client_change_nothing(tenant: Tenant) -> None:
     """What a client says of itself as a proxy would changes nothing."""
     forwarded = {"x_forwarded_for": "127.0.0.1", "x_forwarded_host": "evil.example"}
     forwarded |= {"forwarded": "for=127.0.0.1;host=evil.example", "x_forwarded_proto": "gopher"}
@@ -101,7 +100,7 @@ def test_forwarded_headers(tenant: Tenant) -> None:
     assert tenant.post({"events": []}, x_pg_api_key="x", **forwarded).status == 401
 
 
-def test_other_projects(tenant: Tenant) -> None:
+def test_other_projects_are_not_revealed(tenant: Tenant) -> None:
     """An event of another project is rejected in the same words, whether that exists or not."""
     existing = create_project(tenant.service).id
     events = [tenant.make_event({"project_id": name}) for name in (existing, "proj_none")]
@@ -110,7 +109,7 @@ def test_other_projects(tenant: Tenant) -> None:
     assert len({error["error"] for error in outcome["errors"]}) == 1
 
 
-def test_ambient_credentials(tenant: Tenant) -> None:
+def test_credentials_that_browsers_add_are_ignored(tenant: Tenant) -> None:
     """Nothing that a browser adds by itself is taken for a key, and no cookie is set."""
     key = tenant.project.key
     ambient = {"cookie": f"X-PG-API-Key={key}", "authorization": f"Bearer {key}"}
@@ -134,7 +133,7 @@ def run_logging(stderr: int) -> None:
     subprocess.run([sys.executable, "-c", LOGGING], env=environment, stderr=stderr, check=True)
 
 
-def test_log_injection() -> None:
+def test_hostile_log_texts_stay_one_json_line() -> None:
     """Whatever is logged is one JSON object on one line, with its control characters escaped."""
     with tempfile.TemporaryFile() as log:
         run_logging(log.fileno())
@@ -147,7 +146,7 @@ def test_log_injection() -> None:
     assert (record["level"], record["message"], record["field"]) == ("INFO", FORGED, FORGED)
 
 
-def test_log_injection_on_a_terminal() -> None:
+def test_hostile_log_texts_cannot_control_a_terminal() -> None:
     """A terminal is shown one line too, and gets nothing to obey."""
     reading, writing = pty.openpty()
     with open(reading, "rb", buffering=0) as terminal:
@@ -168,7 +167,7 @@ def list_closed_methods(channel: grpc.Channel) -> Iterator[tuple[str, str]]:
             yield name, method.name
 
 
-def test_methods_need_a_key(service: Service) -> None:
+def test_every_grpc_method_but_health_needs_a_key(service: Service) -> None:
     """Without a key, nothing can be called but health and reflection."""
     with grpc.insecure_channel(service.grpc_target) as channel:
         closed = list(list_closed_methods(channel))
@@ -179,7 +178,7 @@ def test_methods_need_a_key(service: Service) -> None:
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_large_metadata(tenant: Tenant) -> None:
+def test_large_grpc_metadata_is_refused_alone(tenant: Tenant) -> None:
     """Metadata far over gRPC's default limit is refused, and the next call served."""
     with grpc.insecure_channel(tenant.service.grpc_target) as channel:
         ingest = channel.unary_unary(INGEST, bytes, bytes)
@@ -208,7 +207,7 @@ def read_frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
             yield head[3], stream.read(int.from_bytes(head[:3], "big"))
 
 
-def test_pings(service: Service) -> None:
+def test_a_client_that_floods_pings_is_dismissed(service: Service) -> None:
     """A gRPC client that floods the server with pings is sent away."""
     host, port = service.grpc_target.split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:

@@ -207,7 +207,7 @@ def find_children(spans: list[Span], parent: Span) -> list[Span]:
         ),
     ],
 )
-def test_request(
+def test_a_request_span_continues_its_clients_trace(
     request_id: str,
     name: str,
     attributes: dict[str, object],
@@ -231,7 +231,7 @@ def test_request(
 
 
 @pytest.mark.parametrize("request_id", ["of-http", "of-grpc"])
-def test_steps(request_id: str, spans: list[Span]) -> None:
+def test_decoding_and_storing_are_spans_in_sequence(request_id: str, spans: list[Span]) -> None:
     """Decoding and storing follow each other within their request."""
     parent = find(spans, request_id)
     decode, store = find_children(spans, parent)
@@ -243,20 +243,20 @@ def test_steps(request_id: str, spans: list[Span]) -> None:
     assert store.duration[1] == parent.duration[1]
 
 
-def test_sampling(spans: list[Span]) -> None:
+def test_an_unsampled_client_trace_is_not_recorded(spans: list[Span]) -> None:
     """What a client does not sample is not traced here either."""
     assert not [span for span in spans if span.request_id == "unsampled"]
     assert not [span for span in spans if span.message.trace_id.hex() == "a" * 32]
 
 
-def test_malformed_parent(spans: list[Span]) -> None:
+def test_a_malformed_traceparent_begins_a_new_trace(spans: list[Span]) -> None:
     """A traceparent in another form begins a trace of its own."""
     span = find(spans, "malformed-parent")
     assert not span.message.parent_span_id
     assert len(find_children(spans, span)) == 2
 
 
-def test_refused(spans: list[Span]) -> None:
+def test_a_refused_request_is_no_error_span(spans: list[Span]) -> None:
     """A refused request has no steps, and is no error of the service's."""
     span = find(spans, "refused")
     assert span.attributes["http.response.status_code"] == 401
@@ -265,7 +265,7 @@ def test_refused(spans: list[Span]) -> None:
     assert find_children(spans, span) == []
 
 
-def test_forward(spans: list[Span]) -> None:
+def test_each_request_to_a_provider_is_a_span(spans: list[Span]) -> None:
     """Each request to a provider is a span, in error where the provider did not take it."""
     forwarded = [span for span in spans if span.name == "forward amplitude"]
     forwarded.sort(key=lambda span: span.duration)
@@ -279,7 +279,7 @@ def test_forward(spans: list[Span]) -> None:
     assert {span.attributes["server.address"] for span in forwarded} == {"127.0.0.1"}
 
 
-def test_secrecy(traced: tuple[list[Span], Project]) -> None:
+def test_spans_contain_neither_keys_nor_credentials(traced: tuple[list[Span], Project]) -> None:
     """Neither keys nor credentials are in any span."""
     spans, project = traced
     assert len(spans) > 10
@@ -288,7 +288,9 @@ def test_secrecy(traced: tuple[list[Span], Project]) -> None:
         assert project.key not in str(span.message)
 
 
-def test_names_of_the_operator(create_migrated: Callable[[], str]) -> None:
+def test_standard_otel_variables_name_and_sample_the_service(
+    create_migrated: Callable[[], str],
+) -> None:
     """OpenTelemetry's own variables name the service, and choose what is sampled."""
     settings = {
         "DATABASE_URL": create_migrated(),
@@ -331,7 +333,7 @@ traces.stop()
 """
 
 
-def test_silent_collector() -> None:
+def test_a_silent_collector_does_not_delay_the_end() -> None:
     """A collector that does not answer does not keep a process from its end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -371,12 +373,14 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     ("settings", "imported"),
     [({}, False), (ENDPOINT, True), (ENDPOINT | {"OTEL_SDK_DISABLED": "true"}, False)],
 )
-def test_off(settings: dict[str, str], imported: bool) -> None:
+def test_opentelemetry_is_not_imported_without_traces(
+    settings: dict[str, str], imported: bool
+) -> None:
     """Where traces are off, nothing of OpenTelemetry is imported."""
     assert build_worker(settings).stdout == f"{imported}\n"
 
 
-def test_missing_extra() -> None:
+def test_a_worker_serves_without_the_otel_extra() -> None:
     """Where traces are asked for without the extra, a warning names it, and the worker serves."""
     without = "sys.modules['opentelemetry'] = None"
     built = build_worker(ENDPOINT, without)

@@ -44,7 +44,9 @@ def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_side_by_side(previous: Path, create_migrated: Callable[[], str]) -> None:
+def test_the_previous_version_runs_beside_this_one(
+    previous: Path, create_migrated: Callable[[], str]
+) -> None:
     """On the newest tables the previous version runs beside this one, and both store events."""
     settings = {"DATABASE_URL": create_migrated()}
     with ExitStack() as stack:
@@ -68,7 +70,7 @@ def test_side_by_side(previous: Path, create_migrated: Callable[[], str]) -> Non
         assert stored == ids
 
 
-def test_check(create_database: Callable[[], str]) -> None:
+def test_migrate_check_fails_until_nothing_is_to_do(create_database: Callable[[], str]) -> None:
     """`migrate --check` fails, changing nothing, until there is nothing to do."""
     url = create_database()
     engine, settings = open_engine(for_sqlalchemy(url)), {"DATABASE_URL": url}
@@ -81,7 +83,7 @@ def test_check(create_database: Callable[[], str]) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_check_older(create_migrated: Callable[[], str]) -> None:
+def test_migrate_check_names_both_revisions(create_migrated: Callable[[], str]) -> None:
     """Where the tables are older, both revisions are named in one line; newer ones will do."""
     url = create_migrated()
     older = r"productgraph: the database is at revision 0001, revision \d{4} is needed: .+\n"
@@ -94,7 +96,7 @@ def test_check_older(create_migrated: Callable[[], str]) -> None:
         assert re.fullmatch(said, done.stderr)
 
 
-def test_check_makes_nothing(tmp_path: Path) -> None:
+def test_migrate_check_creates_no_database(tmp_path: Path) -> None:
     """Where there is no database at all, none is made."""
     done = run_command("migrate", "--check", settings={"DATA_DIR": str(tmp_path / "none")})
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
@@ -135,7 +137,7 @@ def compare(root: Path) -> "subprocess.CompletedProcess[str]":
         ("// User session.", "string added = 99; // User session.", 0),
     ],
 )
-def test_breaking(old: str, new: str, status: int, released: Path) -> None:
+def test_a_breaking_schema_change_is_found(old: str, new: str, status: int, released: Path) -> None:
     """A change of the schema that clients of the last release would notice is found."""
     assert (compare(released).returncode, compare(released).stdout) == (77, "no release tag\n")
     git("tag", "v1.0.0", root=released)

@@ -78,7 +78,7 @@ def run_torture(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return run_program("tests.torture", *arguments, timeout=_RUN_SECONDS)
 
 
-def test_quick(tmp_path: Path) -> None:
+def test_a_few_rounds_of_each_fault_pass(tmp_path: Path) -> None:
     """A few rounds of each fault find nothing wrong."""
     record = tmp_path / "record.md"
     finished = run_torture("--quick", f"--record={record}", f"--logs={tmp_path / 'logs'}")
@@ -87,7 +87,7 @@ def test_quick(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_bug(name: str, tmp_path: Path) -> None:
+def test_the_harness_finds_a_seeded_bug(name: str, tmp_path: Path) -> None:
     """A build with this bug is found out, by what it does to events."""
     bug = BUGS[name]
     break_build(tmp_path / "root", f"server/{bug.file}", bug.right, bug.wrong)
@@ -102,7 +102,7 @@ def test_bug(name: str, tmp_path: Path) -> None:
     assert bug.finding in finished.stdout
 
 
-def test_unknown_fault() -> None:
+def test_an_unknown_fault_is_answered_with_known_ones() -> None:
     """A misspelt fault ends the command with the names there are."""
     finished = run_torture("--fault", "servise-kill")
     assert finished.returncode == 2
@@ -122,7 +122,7 @@ COMMIT = frame(b"Q", b"COMMIT\0")
 
 
 @given(st.lists(st.integers(0, 200)))
-def test_commit_of_rows(cuts: list[int]) -> None:
+def test_the_commit_of_copied_rows_is_recognised(cuts: list[int]) -> None:
     """The COMMIT of a COPY is recognised wherever the stream is cut, and nothing else as one."""
     stream = SSL_REQUEST + STARTUP + COMMIT + COPY + ROWS + COMMIT
     ends = sorted({*(cut % len(stream) for cut in cuts), 0, len(stream)})

@@ -115,7 +115,7 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_defaults(name: str) -> None:
+def test_a_blank_variable_leaves_the_default(name: str) -> None:
     """A variable that is missing, empty or blank leaves its setting at the default."""
     variable, default, _, _ = SETTINGS[name]
     for environment in ({}, {variable: ""}, {variable: "  "}):
@@ -125,7 +125,7 @@ def test_defaults(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"), [(name, text) for name, (_, _, good, _) in SETTINGS.items() for text in good]
 )
-def test_accepted_values(name: str, text: str) -> None:
+def test_settings_take_every_documented_value(name: str, text: str) -> None:
     """Each setting takes the values that the documentation names."""
     variable, _, good, _ = SETTINGS[name]
     assert getattr(read_settings({variable: text}), name) == good[text]
@@ -139,7 +139,7 @@ def test_accepted_values(name: str, text: str) -> None:
         for text in bad
     ],
 )
-def test_refused_values(name: str, text: str) -> None:
+def test_a_refused_value_is_reported_with_its_variable(name: str, text: str) -> None:
     """An unusable value is refused in one line that begins with the variable's name."""
     variable = SETTINGS[name][0]
     with pytest.raises(InvalidSetting) as failure:
@@ -150,7 +150,7 @@ def test_refused_values(name: str, text: str) -> None:
     assert len(message) < 300
 
 
-def test_every_setting_is_in_the_table() -> None:
+def test_every_setting_is_tested_by_a_table() -> None:
     """A new setting is tested like the others; groups of them have tests of their own."""
     assert set(SETTINGS) | {"destinations", "grpc_tls", "tracing"} == set(vars(read_settings({})))
 
@@ -170,18 +170,20 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
         ({"OTEL_SDK_DISABLED": "false", "OTEL_TRACES_EXPORTER": "otlp"}, False),
     ],
 )
-def test_tracing(environment: dict[str, str], tracing: bool) -> None:
+def test_otel_variables_switch_traces_on_and_off(
+    environment: dict[str, str], tracing: bool
+) -> None:
     """Traces are on where OpenTelemetry's variables name a collector and do not turn them off."""
     assert read_settings(environment).tracing is tracing
 
 
 @pytest.mark.parametrize(("debug", "level"), [("true", "DEBUG"), ("0", "ERROR"), ("", "ERROR")])
-def test_debug(debug: str, level: str) -> None:
+def test_debug_prevails_over_log_level(debug: str, level: str) -> None:
     """DEBUG prevails over LOG_LEVEL."""
     assert read_settings({"DEBUG": debug, "LOG_LEVEL": "ERROR"}).log_level == level
 
 
-def test_refused_debug() -> None:
+def test_debug_refuses_anything_but_a_flag() -> None:
     """DEBUG is a flag like any other."""
     with pytest.raises(InvalidSetting, match="DEBUG: must be true or false, is 'very'"):
         read_settings({"DEBUG": "very"})
@@ -189,7 +191,7 @@ def test_refused_debug() -> None:
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "mysql", "", "postgresql+asyncpg"])
 @pytest.mark.parametrize("place", ["me:{}@db/app", "me:{}@db:port/app", "me:x@{}@db/app"])
-def test_password_stays_secret(scheme: str, place: str) -> None:
+def test_settings_never_show_the_database_password(scheme: str, place: str) -> None:
     """The password of a good or a bad DATABASE_URL is in no message and no representation."""
     url = f"{scheme}://{place.format(PASSWORD)}"
     try:
@@ -223,7 +225,9 @@ ANALYTICS = {
     ],
     ids=str,
 )
-def test_destinations(changes: dict[str, str], endpoints: dict[str, str]) -> None:
+def test_only_enabled_providers_are_destinations(
+    changes: dict[str, str], endpoints: dict[str, str]
+) -> None:
     """Events go to the providers that are enabled, and a credential is never shown."""
     settings = read_settings(ANALYTICS | changes)
     assert {name: place.endpoint for name, place in settings.destinations.items()} == endpoints
@@ -241,7 +245,7 @@ def test_destinations(changes: dict[str, str], endpoints: dict[str, str]) -> Non
         ("AMPLITUDE_ENDPOINT", "https://api2.amplitude.com:port/batch"),
     ],
 )
-def test_refused_destinations(variable: str, text: str) -> None:
+def test_a_destination_needs_credential_and_safe_endpoint(variable: str, text: str) -> None:
     """An enabled provider needs a credential, and an endpoint that nobody can listen in on."""
     with pytest.raises(InvalidSetting, match=f"^{variable}: ") as failure:
         read_settings(ANALYTICS | {variable: text})
@@ -252,7 +256,7 @@ TLS = {name: f"/{name}" for name in ("GRPC_TLS_CERT_FILE", "GRPC_TLS_KEY_FILE")}
 CLIENT_CA = {"GRPC_TLS_CLIENT_CA_FILE": "clients.pem"}
 
 
-def test_tls() -> None:
+def test_tls_settings_need_certificate_and_key() -> None:
     """TLS takes a certificate and its key; clients' certificates are asked for only if set so."""
     chain, key = map(Path, TLS.values())
     assert read_settings({}).grpc_tls is None
@@ -264,7 +268,7 @@ def test_tls() -> None:
 
 @pytest.mark.parametrize("missing", TLS)
 @pytest.mark.parametrize("others", [{}, CLIENT_CA], ids=["alone", "with an authority"])
-def test_half_of_tls(missing: str, others: dict[str, str]) -> None:
+def test_half_of_tls_never_opens_plain_text(missing: str, others: dict[str, str]) -> None:
     """A port that was meant to be secure is never opened in plain text."""
     with pytest.raises(InvalidSetting, match=f"^{missing}: must be set"):
         read_settings(TLS | others | {missing: ""})

@@ -54,7 +54,7 @@ def client() -> TestClient:
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_http(kind: type[IngestError], client: TestClient) -> None:
+def test_every_error_has_its_http_status(kind: type[IngestError], client: TestClient) -> None:
     """Over HTTP, each error has the status that corresponds to its code, and its text."""
     error = kind.__new__(kind, "what went wrong")
     answer = client.simulate_post("/v1/events", extras={"productgraph.failure": error})
@@ -65,13 +65,13 @@ def test_http(kind: type[IngestError], client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_grpc(kind: type[IngestError]) -> None:
+def test_every_error_has_its_grpc_code(kind: type[IngestError]) -> None:
     """In gRPC, each error's code is one of the protocol's, and it is no success."""
     assert grpc.StatusCode[kind.code] is not grpc.StatusCode.OK
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_retries(kind: type[IngestError]) -> None:
+def test_only_retryable_errors_say_when(kind: type[IngestError]) -> None:
     """What can be sent again says when, and nothing else does."""
     assert (kind.retry_after_seconds is not None) is issubclass(
         kind, Unavailable | ResourceExhausted

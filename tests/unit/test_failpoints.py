@@ -22,7 +22,7 @@ def start(point: str, settings: Mapping[str, str]) -> "subprocess.Popen[bytes]":
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_one_process_dies(point: str, tmp_path: Path) -> None:
+def test_an_armed_failpoint_kills_one_process(point: str, tmp_path: Path) -> None:
     """Of several processes that reach an armed point, one is killed, and no other point kills."""
     (tmp_path / point).touch()
     settings = {"PRODUCTGRAPH_FAILPOINTS": str(tmp_path)}
@@ -33,7 +33,7 @@ def test_one_process_dies(point: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unarmed_failpoint_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the variable no file kills, be it where the process runs."""
     point = tmp_path / failpoints.BEFORE_COMMIT
     point.touch()

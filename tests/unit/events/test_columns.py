@@ -56,7 +56,7 @@ def describe(parsed: ParsedEvent | MalformedEvent) -> dict[str, Any]:
 @example({"metadata": nest(32), "ui.viewport": [nest(31)]})
 @example({"event.sequence": 0, "api.duration_ms": -0.4, "user.id": ""})
 @example({"metadata": {"": [1] * 900 + [[], {}, True, None, "", "\U0001f600"] * 50}})
-def test_agreement(event: dict[str, Any]) -> None:
+def test_both_codecs_agree_on_columns_and_size(event: dict[str, Any]) -> None:
     """What the JSON edge knows of columns and size is what the event itself says."""
     [parsed] = CODEC.parse_batch(json.dumps({"events": [REQUIRED | event]}).encode())
     if isinstance(parsed, ParsedEvent):
@@ -67,7 +67,7 @@ def test_agreement(event: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_nesting(name: str) -> None:
+def test_json_objects_may_nest_32_levels(name: str) -> None:
     """An object of 32 levels is read, one of 33 is malformed, under its documented name."""
     parsed, malformed = read(**{name: nest(32)}), read(**{name: nest(33)})
     assert isinstance(parsed, ParsedEvent)
@@ -80,7 +80,7 @@ def test_nesting(name: str) -> None:
 @pytest.mark.parametrize(
     "metadata", [{"zero": 0, "one": 1, "no": False}, {}], ids=["full", "empty"]
 )
-def test_empty_is_present(field: Field, metadata: dict[str, Any]) -> None:
+def test_an_empty_optional_field_is_not_absent(field: Field, metadata: dict[str, Any]) -> None:
     """A zero or empty optional field is told from an absent one, whatever else the event holds."""
     empty: Any = "" if field.kind is Kind.TEXT else 0
     columns = describe(read(metadata=metadata, **{field.name: empty}))

@@ -55,19 +55,19 @@ def encode(**fields: Any) -> dict[str, str]:
     return dict(zip(ENCODER.columns, values, strict=False))
 
 
-def test_columns() -> None:
+def test_every_schema_field_has_a_column() -> None:
     """There is a column for each field of the schema, under its name."""
     assert sorted(ENCODER.columns) == sorted(field.name for field in EVENT_SCHEMA.fields)
 
 
-def test_absent_fields() -> None:
+def test_an_absent_field_is_null_in_its_row() -> None:
     """What an event does not have is NULL."""
     required = {field.name for field in EVENT_SCHEMA.fields if field.rules.required}
     assert {name for name, value in encode().items() if value} == required
 
 
 @pytest.mark.parametrize("name", OPTIONAL_TEXTS)
-def test_empty_text(name: str) -> None:
+def test_an_empty_text_stays_empty_in_its_row(name: str) -> None:
     """An empty text that was sent is an empty text, in every optional field."""
     assert encode(**{name: ""})[name] == "\x01\x01"
 
@@ -76,7 +76,7 @@ def test_empty_text(name: str) -> None:
     "field", EVENT_SCHEMA.of_kind(Kind.INTEGER, Kind.LONG), ids=lambda field: field.name
 )
 @pytest.mark.parametrize("end", ["first", "zero", "last"])
-def test_numbers(field: Any, end: str) -> None:
+def test_zeros_and_extreme_numbers_stay_in_their_row(field: Any, end: str) -> None:
     """A zero that was sent is a zero, and the ends of a field's range are kept."""
     number = {"first": field.range.start, "zero": 0, "last": field.range.stop - 1}[end]
     assert encode(**{field.name: number})[field.name] == str(number)
@@ -97,20 +97,20 @@ def test_numbers(field: Any, end: str) -> None:
     ],
     ids=repr,
 )
-def test_quotes(text: str, written: str) -> None:
+def test_characters_with_meaning_to_copy_are_quoted(text: str, written: str) -> None:
     """What means something to COPY is quoted, in every column and nothing else."""
     assert encode(event_name=text, user_id=text)["event_name"] == written
     assert encode(event_name="plain", user_id=text)["event_name"] == "plain"
 
 
-def test_objects() -> None:
+def test_json_stands_in_its_column_unchanged() -> None:
     """JSON stands in its column as it is: what it escapes means nothing to COPY."""
     metadata = {'a"b': "line\nend\\"}
     assert encode(metadata=metadata)["metadata"] == r'{"a\"b":"line\nend\\"}'
 
 
 @pytest.mark.parametrize(("nanos", "fraction"), [(0, "000000"), (999_999_999, "999999")])
-def test_timestamps(nanos: int, fraction: str) -> None:
+def test_instants_are_written_in_utc_microseconds(nanos: int, fraction: str) -> None:
     """Instants are written in microseconds of UTC."""
     assert encode(nanos=nanos)["event_timestamp"] == f"2024-01-15 12:00:00.{fraction}+00"
 
@@ -120,7 +120,9 @@ identities = st.tuples(ids, st.integers(0, 3), ids)
 
 
 @given(identities, identities)
-def test_keys(one: tuple[str, int, str], other: tuple[str, int, str]) -> None:
+def test_row_keys_equal_and_sort_as_primary_keys(
+    one: tuple[str, int, str], other: tuple[str, int, str]
+) -> None:
     """Keys are equal where the primary key is, and sort as its bytes do."""
 
     def make_key(identity: tuple[str, int, str]) -> str:

@@ -39,13 +39,13 @@ def pass_through(source: dict[str, Any], depth: int = DEPTH) -> dict[str, Any]:
 
 
 @given(st.dictionaries(texts, values, max_size=5))
-def test_round_trip(source: dict[str, Any]) -> None:
+def test_any_storable_json_object_survives(source: dict[str, Any]) -> None:
     """Any JSON object of storable texts and exact numbers comes back as it was."""
     assert pass_through(source) == source
 
 
 @given(st.dictionaries(texts, values, max_size=5), st.integers(1, 6))
-def test_plain(source: dict[str, Any], depth: int) -> None:
+def test_plain_json_comes_back_and_nests_safely(source: dict[str, Any], depth: int) -> None:
     """What is called plain is, as JSON, what comes back; and nothing plain is nested too deep."""
     if is_plain(source, depth):
         struct = Struct()
@@ -82,14 +82,14 @@ def test_plain(source: dict[str, Any], depth: int) -> None:
         ("-1e400", None),
     ],
 )
-def test_numbers(digits: str, stored: Any) -> None:
+def test_an_integer_without_a_double_becomes_text(digits: str, stored: Any) -> None:
     """Numbers are doubles; an integer that no double is equal to keeps its digits as a text."""
     result = pass_through(parse_exactly(b'{"n": %s}' % digits.encode()))["n"]
     assert (result, type(result)) == (stored, type(stored))
 
 
 @pytest.mark.parametrize("number", [2.0**63, -(2.0**63), 1e300])
-def test_lost_digits(number: float) -> None:
+def test_a_float_with_lost_digits_asks_for_reparsing(number: float) -> None:
     """A float that may have been a long integer asks for a second, exact parsing."""
     with pytest.raises(LostDigits):
         pass_through({"list": [{"n": number}]})
@@ -104,13 +104,13 @@ def test_lost_digits(number: float) -> None:
     ],
     ids=lambda value: str(value).strip() or "empty",
 )
-def test_null_for_what_json_lacks(value: Value) -> None:
+def test_values_without_a_json_form_become_null(value: Value) -> None:
     """An empty Value and a number that is not finite become null, in objects and in arrays."""
     struct = Struct(fields={"v": value, "list": Value(list_value=ListValue(values=[value]))})
     assert read_struct(struct, DEPTH) == {"v": None, "list": [None]}
 
 
-def test_nul_characters() -> None:
+def test_nul_characters_become_replacement_characters() -> None:
     """U+0000, which PostgreSQL refuses, becomes U+FFFD in keys and in values."""
     struct = Struct()
     fill_struct(struct, {"a\0b": ["\0", {"\0": "x\0\0y"}]}, DEPTH)
@@ -119,7 +119,7 @@ def test_nul_characters() -> None:
 
 
 @pytest.mark.parametrize("value", ["", {}, [], False, 0, "0", [[]], [{}], {"": ""}], ids=repr)
-def test_empty_is_not_null(value: Any) -> None:
+def test_empty_and_zero_values_are_not_null(value: Any) -> None:
     """Empty and zero values stay what they are."""
     assert repr(pass_through({"v": value})) == repr({"v": value})
 
@@ -133,7 +133,7 @@ def nest(levels: int, pattern: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("pattern", ["{", "[", "{[", "[{", "{{[", "[[{"])
-def test_deepest_nesting(pattern: str) -> None:
+def test_nesting_of_32_levels_survives(pattern: str) -> None:
     """32 levels of objects, arrays or a mix come back as they were."""
     source = nest(DEPTH, pattern)
     assert pass_through(source) == source
@@ -141,7 +141,7 @@ def test_deepest_nesting(pattern: str) -> None:
 
 @pytest.mark.parametrize("levels", [DEPTH + 1, DEPTH + 2, 100, 900])
 @pytest.mark.parametrize("pattern", ["{", "[", "{[", "[{", "{{[", "[[{"])
-def test_too_deep_nesting(levels: int, pattern: str) -> None:
+def test_nesting_of_33_levels_is_reported(levels: int, pattern: str) -> None:
     """33 levels and more of objects, arrays or a mix are told, not cut short in silence."""
     with pytest.raises(TooDeep):
         pass_through(nest(levels, pattern))

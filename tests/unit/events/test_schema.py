@@ -104,13 +104,13 @@ with connected(open_engine(sys.argv[1])) as connection:
 """
 
 
-def test_documented_names() -> None:
+def test_schema_fields_have_documented_names_and_order() -> None:
     """The fields are the documented ones, in the documented order of checking."""
     assert [field.wire_name for field in EVENT_SCHEMA.fields] == DOCUMENTED
     assert [field.position for field in EVENT_SCHEMA.fields] == list(range(len(DOCUMENTED)))
 
 
-def test_names() -> None:
+def test_wire_and_column_names_differ_only_in_dots() -> None:
     """A field is called alike on the wire and in the table, but for the dots."""
     assert all(name.replace(".", "_") == field.name for name, field in FIELDS.items())
 
@@ -124,12 +124,12 @@ def test_names() -> None:
         (Kind.OBJECT, {"metadata", "attributes"}),
     ],
 )
-def test_kinds(kind: Kind, names: set[str]) -> None:
+def test_schema_kinds_are_the_documented_ones(kind: Kind, names: set[str]) -> None:
     """Numbers, instants and objects are what the documentation says; all else is text."""
     assert {field.wire_name for field in EVENT_SCHEMA.of_kind(kind)} == names
 
 
-def test_rules() -> None:
+def test_schema_rules_are_the_documented_ones() -> None:
     """Required are the first five fields, limited the ids and the whole, rounded the durations."""
     assert (MAX_BATCH_SIZE, EVENT_SCHEMA.max_bytes, EVENT_SCHEMA.max_depth) == (1000, 102_400, 32)
     found = {
@@ -152,7 +152,7 @@ def test_rules() -> None:
     assert EVENT_SCHEMA.catch_all is FIELDS["attributes"]
 
 
-def test_presence() -> None:
+def test_optional_fields_tell_zero_from_absence() -> None:
     """Of every optional field it is known whether it was sent, so that 0 and '' are not absence."""
     lacking = {field.json_name for field in Event.DESCRIPTOR.fields if not field.has_presence}
     assert lacking == {"event_id", "project_id", "session.id", "event.type"}
@@ -182,7 +182,7 @@ def describe(**changes: object) -> Descriptor:
     ],
     ids=str,
 )
-def test_unsuitable_type(change: dict[str, object]) -> None:
+def test_a_field_without_a_column_type_is_refused(change: dict[str, object]) -> None:
     """A field of a type that has no column is refused when the service starts, by its name."""
     descriptor = describe(**change)
     with pytest.raises(ValueError, match=r"Odd\.odd: no column type"):
@@ -204,7 +204,9 @@ def extended_gen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gen
 
 
-def test_adding_a_field(extended_gen: Path, create_migrated: Callable[[], str]) -> None:
+def test_a_new_field_needs_only_proto_and_migration(
+    extended_gen: Path, create_migrated: Callable[[], str]
+) -> None:
     """To add a field, one edits the .proto, generates, and adds a column: nothing else."""
     url = create_migrated()
     required = dict.fromkeys(DOCUMENTED[:3], "p")

@@ -52,7 +52,7 @@ instants = st.integers(FIRST_SECOND, END_SECOND - 1)
         ("9999-12-31T23:59:59.999999999Z", END_SECOND - 1, 999_999_999),
     ],
 )
-def test_accepted_forms(text: str, seconds: int, nanos: int) -> None:
+def test_timestamps_are_read_in_every_documented_form(text: str, seconds: int, nanos: int) -> None:
     """The T may be a space, letters lower case; seconds, fraction and offset may be missing."""
     assert parse_timestamp(text) == (seconds, nanos)
 
@@ -74,7 +74,7 @@ def test_accepted_forms(text: str, seconds: int, nanos: int) -> None:
         *("\uff12024-01-15T12:00:00Z", "2024-01-15T12:00:0\u0660Z", "2024-01-15T12:00:00.\u096bZ"),
     ],
 )
-def test_refused_forms(text: str) -> None:
+def test_timestamps_in_other_forms_are_refused(text: str) -> None:
     """Other forms of ISO 8601, impossible dates and digits that are not ASCII are refused."""
     with pytest.raises(ValueError):  # noqa: PT011 - its text is the input
         parse_timestamp(text)
@@ -95,13 +95,13 @@ def test_refused_forms(text: str) -> None:
         (2**63 - 1, 0, False),
     ],
 )
-def test_storable_range(seconds: int, nanos: int, storable: bool) -> None:
+def test_the_years_1_to_9999_can_be_stored(seconds: int, nanos: int, storable: bool) -> None:
     """The years 1 to 9999 of UTC can be stored, and a fraction is one of a second."""
     assert is_storable(Timestamp(seconds=seconds, nanos=nanos)) is storable
 
 
 @given(st.datetimes(timezones=offsets), st.sampled_from("T "))
-def test_agrees_with_datetime(moment: datetime, separator: str) -> None:
+def test_timestamps_agree_with_datetime(moment: datetime, separator: str) -> None:
     """What Python writes is read as the same instant, whatever its offset and fraction."""
     seconds, nanos = parse_timestamp(moment.isoformat(separator))
     assert (seconds * 1_000_000 + nanos // 1000, nanos % 1000) == (
@@ -111,7 +111,7 @@ def test_agrees_with_datetime(moment: datetime, separator: str) -> None:
 
 
 @given(instants, st.integers(0, 999_999_999))
-def test_written_as_the_same_instant(seconds: int, nanos: int) -> None:
+def test_instants_are_written_unchanged_in_one_width(seconds: int, nanos: int) -> None:
     """What is written for PostgreSQL is the instant in whole microseconds, always of one width."""
     written = format_timestamp(Timestamp(seconds=seconds, nanos=nanos))
     expected = EPOCH + timedelta(seconds=seconds, microseconds=nanos // 1000)
@@ -119,7 +119,7 @@ def test_written_as_the_same_instant(seconds: int, nanos: int) -> None:
 
 
 @given(instants, st.integers(0, 999_999_999))
-def test_truncated_towards_the_past(seconds: int, nanos: int) -> None:
+def test_nanoseconds_are_cut_towards_the_past(seconds: int, nanos: int) -> None:
     """Nanoseconds are cut, not rounded: before 1970 too, an event never moves to a later time."""
     timestamp = Timestamp(seconds=seconds, nanos=nanos)
     truncate_timestamp(timestamp)

@@ -54,7 +54,7 @@ def post(url: str) -> Answer | None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects(status: int) -> None:
+def test_outgoing_requests_follow_no_redirect(status: int) -> None:
     """No redirect is followed: events and credential stay where the settings send them."""
     with serving(lambda connection: connection.sendall(HEAD % 0)) as (other, strays):
         head = f"HTTP/1.1 {status} Over There\r\nLocation: {other}\r\nContent-Length: 0\r\n\r\n"
@@ -66,7 +66,7 @@ def test_redirects(status: int) -> None:
     assert strays == []
 
 
-def test_endless_answer() -> None:
+def test_an_endless_answer_is_read_to_a_limit() -> None:
     """An answer is read up to a limit, however much comes."""
 
     def answer(connection: socket.socket) -> None:
@@ -80,7 +80,7 @@ def test_endless_answer() -> None:
     assert len(received.body) == MAX_ANSWER_BYTES
 
 
-def test_compressed_answer() -> None:
+def test_a_compressed_answer_is_not_unpacked() -> None:
     """No compressed answer is asked for, and one that comes all the same is not unpacked."""
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n"
     with serving(lambda connection: connection.sendall(head + b"bomb")) as (url, requests):
@@ -90,7 +90,7 @@ def test_compressed_answer() -> None:
     assert b"accept-encoding: identity\r\n" in requests[0].lower()
 
 
-def test_dripping_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_drips_for_ever_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that never pauses and never ends is given up."""
     monkeypatch.setattr(transport, "_TOTAL_SECONDS", 0.5)
 

@@ -273,7 +273,7 @@ def make_events(project: str, count: int, **fields: Any) -> list[Event]:
     ("failures", "limit"),
     [(1, 2), (2, 4), (3, 8), (7, 128), (8, 256), (9, 300), (100, 300), (10**9, 300)],
 )
-def test_backoff(failures: int, limit: float) -> None:
+def test_the_wait_between_tries_doubles_to_five_minutes(failures: int, limit: float) -> None:
     """The wait is drawn evenly from nothing up to 2 s, doubled each time, 5 min at the most."""
     assert [backoff_seconds(failures, lambda d=d: d) for d in (0.0, 0.25, 1.0)] == [  # type: ignore[misc]
         *(0, limit / 4, limit),
@@ -290,7 +290,7 @@ def make_items(sizes: Sequence[int]) -> list[Item]:
 
 
 @given(sizes=st.lists(st.integers(1, 12), max_size=40), count=st.integers(1, 5))
-def test_cut_requests(sizes: list[int], count: int) -> None:
+def test_requests_are_cut_in_order_within_limits(sizes: list[int], count: int) -> None:
     """Requests keep order and limits, a payload too large goes alone, and none could be joined."""
     items = make_items(sizes)
     requests = cut_requests(items, count, 10)
@@ -301,7 +301,7 @@ def test_cut_requests(sizes: list[int], count: int) -> None:
     assert all(len(a) == count or sum(a) + b[0] > 10 for a, b in pairwise(weights))
 
 
-def test_forwards_everything(bench: Bench) -> None:
+def test_each_event_reaches_each_provider_once(bench: Bench) -> None:
     """Each event goes to each provider once, in full requests."""
     for project in "abc":
         bench.store(make_events(project, 1500))
@@ -315,7 +315,7 @@ def test_forwards_everything(bench: Bench) -> None:
     assert lanes == [(name, 4500, None) for name in NAMES]
 
 
-def test_limit_in_bytes(bench: Bench) -> None:
+def test_no_request_exceeds_a_providers_bytes(bench: Bench) -> None:
     """No request is larger than a provider takes."""
     bench.store(make_events("p", 800, metadata={f"k{number}": "x" * 255 for number in range(100)}))
     with bench.forwarding():
@@ -325,7 +325,9 @@ def test_limit_in_bytes(bench: Bench) -> None:
         assert len(server.statuses) == -(-23_000_000 // server.max_bytes)
 
 
-def test_order(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claimed_events_are_sent_in_time_order(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is claimed of a session is sent in the order of time, over commits and requests."""
     monkeypatch.setattr(Amplitude, "max_events", 100)
     monkeypatch.setattr(Mixpanel, "max_events", 100)
@@ -350,7 +352,7 @@ def test_order(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_identical_tries(bench: Bench) -> None:
+def test_every_try_sends_the_same_bytes(bench: Bench) -> None:
     """Every try sends the same bytes."""
     bodies: dict[str, list[bytes]] = defaultdict(list)
 
@@ -384,7 +386,7 @@ FAULTS = {
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("scripts", FAULTS.values(), ids=FAULTS.keys())
-def test_faults(scripts: list[Script], bench: Bench) -> None:
+def test_every_event_arrives_despite_failing_answers(scripts: list[Script], bench: Bench) -> None:
     """Whatever happens to the answers, everything arrives, unchanged at every try."""
     for server in bench.servers.values():
         server.scripts.extend(scripts)
@@ -401,7 +403,7 @@ def test_faults(scripts: list[Script], bench: Bench) -> None:
 
 @pytest.mark.usefixtures("quick")
 @each
-def test_outage(name: str, bench: Bench) -> None:
+def test_an_outage_of_one_provider_delays_only_that(name: str, bench: Bench) -> None:
     """A provider that is down for a while gets everything afterwards; the other does not wait."""
     server, [other] = bench.servers[name], [s for n, s in bench.servers.items() if n != name]
     server.behave = lambda _: Script(Reply(500, b"down"))
@@ -416,7 +418,7 @@ def test_outage(name: str, bench: Bench) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_too_large(bench: Bench) -> None:
+def test_a_request_refused_as_too_large_is_halved(bench: Bench) -> None:
     """A request refused as too large is halved until it fits."""
     for server in bench.servers.values():
         server.max_events = 60
@@ -429,7 +431,7 @@ def test_too_large(bench: Bench) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_throttled_devices(bench: Bench) -> None:
+def test_only_the_throttled_devices_wait(bench: Bench) -> None:
     """Throttled devices wait, and nobody else does."""
     server = bench.servers["amplitude"]
     begun = time.monotonic()
@@ -456,7 +458,7 @@ def test_throttled_devices(bench: Bench) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_refused_events(bench: Bench) -> None:
+def test_one_bad_event_is_dead_and_199_arrive(bench: Bench) -> None:
     """Of two hundred events with a bad one, 199 arrive, and one is dead with its reason."""
 
     def refuse(events: Sequence[provider_servers.Event]) -> Script | None:
@@ -480,7 +482,7 @@ def test_refused_events(bench: Bench) -> None:
 
 @pytest.mark.usefixtures("quick")
 @each
-def test_retry_after(name: str, bench: Bench) -> None:
+def test_a_provider_rests_as_long_as_it_asks(name: str, bench: Bench) -> None:
     """A provider is left alone for as long as it asks."""
     server = bench.servers[name]
     server.scripts.append(Script(Reply(503, b"", {"Retry-After": "2"})))
@@ -493,7 +495,7 @@ def test_retry_after(name: str, bench: Bench) -> None:
 
 @pytest.mark.usefixtures("quick")
 @each
-def test_given_up(name: str, bench: Bench) -> None:
+def test_an_event_in_vain_for_three_days_dies(name: str, bench: Bench) -> None:
     """What was in vain for three days is dead, with the last answer; the rest is tried on."""
     bench.store(make_events("old", 3))
     bench.query("UPDATE outbox_payloads SET received_at = now() - '3 days 1 s'::interval")
@@ -511,7 +513,7 @@ def test_given_up(name: str, bench: Bench) -> None:
 
 @pytest.mark.usefixtures("quick")
 @each
-def test_wrong_credentials(name: str, bench: Bench) -> None:
+def test_wrong_credentials_stop_only_their_own_lane(name: str, bench: Bench) -> None:
     """Wrong credentials stop their lane alone, lose nothing, and it resumes once they are right."""
     server, [other] = bench.servers[name], [s for n, s in bench.servers.items() if n != name]
     state = "SELECT stopped_reason FROM forward_lanes WHERE provider = %s AND stopped_reason <> ''"
@@ -536,7 +538,7 @@ def test_wrong_credentials(name: str, bench: Bench) -> None:
     assert len(server.insert_ids) == 110
 
 
-def test_newer_versions(bench: Bench) -> None:
+def test_payloads_of_a_newer_release_are_left_alone(bench: Bench) -> None:
     """What a newer release has kept is left to it, and does not hold up the rest."""
     for number in range(30):
         bench.store(make_events(f"newer{number}", 2))
@@ -556,7 +558,7 @@ def test_newer_versions(bench: Bench) -> None:
 
 @pytest.mark.usefixtures("quick")
 @each
-def test_hung_provider(name: str, bench: Bench) -> None:
+def test_a_hung_provider_does_not_slow_the_other(name: str, bench: Bench) -> None:
     """A provider that hangs does not slow the other."""
     hung, [other] = bench.servers[name], [s for n, s in bench.servers.items() if n != name]
 
@@ -579,7 +581,7 @@ def test_hung_provider(name: str, bench: Bench) -> None:
         bench.finish()
 
 
-def test_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwarding_uses_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events and credentials go to no proxy that the environment names."""
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
@@ -603,7 +605,7 @@ def test_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 MOMENTS = ("after the 200", "after the claim", "during a batch", "at random")
 
 
-def test_killed_forwarders(bench: Bench) -> None:
+def test_killed_forwarders_lose_no_event(bench: Bench) -> None:
     """Forwarders killed at the worst moments lose nothing, and send again with the same ids."""
     draw = random.Random(3)
     for number in range(10):
@@ -660,7 +662,7 @@ def kill_at(
     assert process.wait(20) == -signal.SIGKILL
 
 
-def test_stop_while_hung(bench: Bench) -> None:
+def test_sigterm_ends_a_forwarder_with_a_hung_provider(bench: Bench) -> None:
     """SIGTERM ends a forwarder in time, however much is still to be sent to one that hangs."""
     server = bench.servers["amplitude"]
     bench.store(make_events("first", 1))
@@ -675,7 +677,7 @@ def test_stop_while_hung(bench: Bench) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_two_forwarders(bench: Bench) -> None:
+def test_two_forwarders_send_nothing_twice(bench: Bench) -> None:
     """Forwarders share the work, and nothing is sent twice where none of them dies."""
     for number in range(50):
         bench.store(make_events(f"p{number}", 20))
@@ -685,7 +687,7 @@ def test_two_forwarders(bench: Bench) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_commands(bench: Bench) -> None:
+def test_forward_commands_manage_lanes_and_dead_events(bench: Bench) -> None:
     """The commands show how far each provider is, and list, retry and purge dead events."""
     bad = [make_event("p", f"bad{number}", seconds=5) for number in range(3)]
     bench.store([*make_events("p", 10), *bad])
@@ -740,7 +742,9 @@ def read_status(bench: Bench) -> dict[str, tuple[str, ...]]:
 
 @pytest.mark.parametrize("command", ["serve", "forward"])
 @pytest.mark.parametrize("variable", ["AMPLITUDE_API_KEY", "MIXPANEL_TOKEN"])
-def test_missing_credential(command: str, variable: str, bench: Bench) -> None:
+def test_a_provider_without_credential_fails_the_start(
+    command: str, variable: str, bench: Bench
+) -> None:
     """A provider enabled without its credential is a start-up error that names the variable."""
     settings = bench.settings | {variable: "", "PORT": "0", "GRPC_PORT": "0"}
     done = run_command(command, settings=settings)
@@ -749,7 +753,9 @@ def test_missing_credential(command: str, variable: str, bench: Bench) -> None:
     assert f"{variable}: must be set" in line
 
 
-def test_service(create_migrated: Callable[[], str], servers: dict[str, ProviderServer]) -> None:
+def test_two_workers_forward_every_accepted_event(
+    create_migrated: Callable[[], str], servers: dict[str, ProviderServer]
+) -> None:
     """Over two workers, 2,000 events in are 2,000 at each provider, and nothing rejected is."""
     bench = Bench(create_migrated(), servers)
     with (
@@ -781,7 +787,7 @@ def test_service(create_migrated: Callable[[], str], servers: dict[str, Provider
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_forwarders(
+def test_serve_runs_as_many_forwarders_as_set(
     count: int, create_migrated: Callable[[], str], servers: dict[str, ProviderServer]
 ) -> None:
     """`serve` runs FORWARDERS of them; with none, events wait for one that runs elsewhere."""
@@ -798,7 +804,7 @@ def test_forwarders(
         assert service.stop() == 0
 
 
-def test_priority(bench: Bench) -> None:
+def test_ingestion_has_priority_over_forwarding(bench: Bench) -> None:
     """Ingestion goes first, also where sessions share the processor as groups."""
     with running_service(bench.settings) as service:
         (process,) = service.find_forwarders()
@@ -808,7 +814,7 @@ def test_priority(bench: Bench) -> None:
         assert not group.exists() or group.read_text().endswith(" nice 10\n")
 
 
-def test_nothing_to_forward(bench: Bench) -> None:
+def test_a_forwarder_without_providers_waits(bench: Bench) -> None:
     """A forwarder without a provider says so and waits, for who restarts what has ended."""
     settings = bench.settings | {"ANALYTICS_ENABLED": "false"}
     with bench.process(settings, subprocess.PIPE) as process:

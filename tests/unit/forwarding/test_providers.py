@@ -148,7 +148,9 @@ EXAMPLES: list[tuple[str, str, str, int, dict[str, str]]] = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example[0])
-def test_frozen_payloads(example: tuple[str, str, str, int, dict[str, str]]) -> None:
+def test_version_1_payloads_never_change(
+    example: tuple[str, str, str, int, dict[str, str]],
+) -> None:
     """Version 1 of the mapping yields these bytes, in this and in every later release."""
     event_id, event_type, insert_id, second, sent = example
     instant = f"2024-01-15T10:{30 + second // 60}:{second % 60:02}Z"
@@ -169,7 +171,7 @@ def test_frozen_payloads(example: tuple[str, str, str, int, dict[str, str]]) -> 
     )
 
 
-def test_frozen_payload_of_everything() -> None:
+def test_the_version_1_payload_of_everything_never_changes() -> None:
     """So do the parts that no example of the documentation has."""
     sent = {"event.timestamp": "2024-01-15T10:30:00.123999Z", "event.name": "Päge ✓"}
     sent |= {
@@ -185,7 +187,7 @@ def test_frozen_payload_of_everything() -> None:
 
 
 @both
-def test_versions(provider: Provider) -> None:
+def test_every_mapping_version_is_known(provider: Provider) -> None:
     """Every version up to the current one is known, and none after it."""
     for version in range(1, CURRENT_MAPPING_VERSION + 1):
         assert json.loads(provider.encode_event(make_event(), version))
@@ -207,7 +209,7 @@ def test_versions(provider: Provider) -> None:
         ("é" * 255, "é" * 255),
     ],
 )
-def test_names(name: str | None, expected: str) -> None:
+def test_event_names_avoid_the_providers_commands(name: str | None, expected: str) -> None:
     """An event has its own name, else its type's; no name is one of a provider's commands."""
     event = make_event(event__name=name)
     assert (encode(AMPLITUDE, event)["event_type"], encode(MIXPANEL, event)["event"]) == (
@@ -239,14 +241,16 @@ ODD_IDS: list[Any] = ["", " ", 7, None, {}, []]
     ],
     ids=repr,
 )
-def test_ids(fields: dict[str, Any], user: str | None, device: str) -> None:
+def test_user_and_device_come_from_the_documented_fields(
+    fields: dict[str, Any], user: str | None, device: str
+) -> None:
     """The user is `user.id`, the device `user.anonymous_id` or else the session."""
     assert read_ids(make_event(**fields)) == [(user, device)] * 2
 
 
 @pytest.mark.parametrize("refused", sorted(REFUSED_IDS - {""}))
 @pytest.mark.parametrize("change", [str, str.upper, " {} ".format], ids=["as is", "upper", "blank"])
-def test_refused_ids(refused: str, change: Callable[[str], str]) -> None:
+def test_accidental_ids_are_sent_as_digests(refused: str, change: Callable[[str], str]) -> None:
     """An id that providers take for an accident is sent as its digest."""
     value = change(refused)
     digest = hashlib.sha256(value.encode()).hexdigest()
@@ -255,7 +259,7 @@ def test_refused_ids(refused: str, change: Callable[[str], str]) -> None:
     assert read_ids(make_event(session__id=value)) == [(None, digest)] * 2
 
 
-def test_long_ids() -> None:
+def test_ids_too_long_are_sent_as_digests() -> None:
     """An id longer than a provider takes is sent as its digest, so that it stays an id."""
     fits, over, enormous = "a" * 247, "é" * 124, "b" * 1025
     for value, expected in (
@@ -267,7 +271,7 @@ def test_long_ids() -> None:
         assert tuple(device for _, device in ids) == expected
 
 
-def test_short_names() -> None:
+def test_every_field_is_a_property_by_short_name() -> None:
     """Every documented field is a property under its short name, empty and zero ones too."""
     for text, number in (("text", 7), ("", 0)):
         values = {
@@ -298,7 +302,9 @@ def test_short_names() -> None:
     ],
     ids=repr,
 )
-def test_free_form(provider: Provider, fields: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_attributes_and_metadata_never_overwrite_each_other(
+    provider: Provider, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
     """Attributes have underscores for dots, metadata keeps its keys, and neither overwrites."""
     properties = encode_properties(provider, make_event(**fields))
     assert {name: properties.get(name) for name in expected} == expected
@@ -309,7 +315,7 @@ RESERVED = ["ip", "token", "time", "distinct_id", "$insert_id", "$user_id", "$",
 
 @both
 @pytest.mark.parametrize("name", RESERVED)
-def test_reserved_names(provider: Provider, name: str) -> None:
+def test_no_key_can_impersonate_user_or_project(provider: Provider, name: str) -> None:
     """No client can pose as another user, place or project by the names of its keys."""
     for fields in ({"metadata": {name: "forged"}}, {name: "forged"}, {"mp.lib": "forged"}):
         assert b"forged" not in provider.encode_event(make_event(**fields), 1)
@@ -325,7 +331,9 @@ def test_reserved_names(provider: Provider, name: str) -> None:
         (END_SECOND - 1, 999_999_999, END_SECOND * 1000 - 1),
     ],
 )
-def test_times(seconds: int, nanos: int, expected: int) -> None:
+def test_event_times_are_sent_in_whole_milliseconds(
+    seconds: int, nanos: int, expected: int
+) -> None:
     """Times are whole milliseconds, sent as they are even where a provider refuses them."""
     event = make_event()
     event.event_timestamp.CopyFrom(Timestamp(seconds=seconds, nanos=nanos))
@@ -334,7 +342,7 @@ def test_times(seconds: int, nanos: int, expected: int) -> None:
     assert encode_properties(MIXPANEL, event)["time"] == expected
 
 
-def test_insert_ids() -> None:
+def test_insert_ids_depend_only_on_event_identity() -> None:
     """Project, event id and microsecond make the insert id, and nothing else does."""
     event = make_event()
     others = [
@@ -375,7 +383,7 @@ WIDE = {f"{number:03}": number for number in range(300)}
     ],
     ids=lambda value: "" if value is ... else repr(value)[:20],
 )
-def test_limits_of_values(sent: Any, amplitude: Any, mixpanel: Any) -> None:
+def test_large_values_are_cut_to_provider_limits(sent: Any, amplitude: Any, mixpanel: Any) -> None:
     """Texts and containers are cut to what is taken; what is nested too deep becomes JSON text."""
     for provider, expected in ((AMPLITUDE, amplitude), (MIXPANEL, mixpanel)):
         properties = encode_properties(provider, make_event(metadata={"key": sent}))
@@ -383,7 +391,7 @@ def test_limits_of_values(sent: Any, amplitude: Any, mixpanel: Any) -> None:
 
 
 @both
-def test_order_of_keys(provider: Provider) -> None:
+def test_the_order_of_keys_changes_no_payload(provider: Provider) -> None:
     """The order in which a client sent its keys, or a map holds them, changes no payload."""
     wide = {name: {"list": [{"text": WIDE}], "x": WIDE} for name in WIDE if name < "010"}
     turned = {name: {"x": turn(WIDE), "list": [{"text": turn(WIDE)}]} for name in turn(wide)}
@@ -398,7 +406,7 @@ def turn(items: dict[str, Any]) -> dict[str, Any]:
     return dict(reversed(items.items()))
 
 
-def test_number_of_properties() -> None:
+def test_mixpanel_gets_at_most_254_properties() -> None:
     """Mixpanel takes 254 properties: the event's own come first, then the others by name."""
     event = make_event(**{"user.id": "u", "page.url": "x", **WIDE, "metadata": {"!": 1}})
     properties = encode_properties(MIXPANEL, event)
@@ -443,7 +451,7 @@ def storable_events(draw: st.DrawFn) -> Event:
 
 
 @given(storable_events())
-def test_any_event(event: Event) -> None:
+def test_any_event_becomes_json_within_every_limit(event: Event) -> None:
     """Any storable event becomes JSON within every limit, the same each time."""
     for provider in PROVIDERS:
         payload = provider.encode_event(event, 1)
@@ -468,7 +476,9 @@ def test_any_event(event: Event) -> None:
     ],
     ids=["keys", "texts", "nulls", "numbers", "text"],
 )
-def test_size(provider: Provider, build: Callable[[], dict[str, Any]]) -> None:
+def test_the_largest_payload_stays_below_a_megabyte(
+    provider: Provider, build: Callable[[], dict[str, Any]]
+) -> None:
     """The largest event makes a payload far from a megabyte, whatever its JSON has to escape."""
     event = make_event()
     fill_struct(event.metadata, build(), EVENT_SCHEMA.max_depth)
@@ -476,7 +486,7 @@ def test_size(provider: Provider, build: Callable[[], dict[str, Any]]) -> None:
     assert len(provider.encode_event(event, 1)) < 700_000
 
 
-def test_requests() -> None:
+def test_payloads_and_credentials_go_where_providers_look() -> None:
     """Payloads are joined as they are, and credentials go where a provider looks."""
     payloads = [b'{"a":1}', '{"é": 2}'.encode(), b"{}"]
     request = Amplitude('k"1', "http://127.0.0.1:1/batch").build_request(payloads)
@@ -501,7 +511,7 @@ def test_requests() -> None:
 
 
 @both
-def test_secrecy(provider: Provider) -> None:
+def test_no_representation_shows_provider_credentials(provider: Provider) -> None:
     """Neither a provider nor a request nor an answer shows credentials where it is printed."""
     answer = Answer(400, {"x": SECRET}, b'{"code":400,"error":"Invalid API key: s3cret"}')
     shown = [provider, provider.build_request([b"{}"]), answer, provider.decide([b"{}"], answer)]
@@ -550,7 +560,7 @@ def encode_all(provider: Provider, events: list[Event]) -> list[bytes]:
 
 
 @both
-def test_no_answer(provider: Provider) -> None:
+def test_without_an_answer_everything_is_sent_again(provider: Provider) -> None:
     """Without an answer nothing is known, and everything is sent again."""
     assert provider.decide(encode_all(provider, EVENTS), None) == LATER
 
@@ -563,7 +573,9 @@ BACKING_OFF += [402, 406, 408, 409, 411, 415, 418, 421, 422, 425, 426, 431, 451,
 @both
 @pytest.mark.parametrize("status", [*BACKING_OFF, 200, 400, 502, 503, *STOPPING])
 @pytest.mark.parametrize("body", [b"", HTML, b"\xff", b"[1]", b'{"code":', b"[" * 5000])
-def test_answers_without_a_report(provider: Provider, status: int, body: bytes) -> None:
+def test_an_answer_without_a_report_settles_nothing(
+    provider: Provider, status: int, body: bytes
+) -> None:
     """Without the provider's own report nothing is done and nothing dead, whatever the status."""
     decision = decide(provider, status, body)
     if status in STOPPING:
@@ -576,7 +588,7 @@ def test_answers_without_a_report(provider: Provider, status: int, body: bytes) 
 
 @both
 @pytest.mark.parametrize("body", [b"", HTML, {"error": "Payload too large"}])
-def test_too_large(provider: Provider, body: Any) -> None:
+def test_an_oversized_request_is_halved_to_one_event(provider: Provider, body: Any) -> None:
     """A request that is too large is halved, down to the event that is too large by itself."""
     assert decide(provider, 413, body) == HALVES
     assert decide(provider, 413, body, EVENTS[:2]) == Decision(resend=((0,), (1,)))
@@ -591,7 +603,9 @@ def test_too_large(provider: Provider, body: Any) -> None:
         (MIXPANEL, {"code": 200, "num_records_imported": 5, "status": "OK"}),
     ],
 )
-def test_success(provider: Provider, body: dict[str, Any]) -> None:
+def test_only_a_full_report_of_success_settles_events(
+    provider: Provider, body: dict[str, Any]
+) -> None:
     """Events are done where the whole report says so, and sent again where any of it does not."""
     assert decide(provider, 200, body) == Decision(done=frozenset(ALL))
     for name in body:
@@ -651,7 +665,9 @@ LENGTHS = "events_with_invalid_id_lengths"
         ({"missing_field": "api_key"}, STOPPED),
     ],
 )
-def test_amplitude_400(body: dict[str, Any], expected: Decision) -> None:
+def test_amplitude_400_drops_only_the_named_events(
+    body: dict[str, Any], expected: Decision
+) -> None:
     """Named events are dropped with the reason and the rest sent again; a lie is not believed."""
     assert decide(AMPLITUDE, 400, body) == expected
 
@@ -666,7 +682,9 @@ def test_amplitude_400(body: dict[str, Any], expected: Decision) -> None:
         (MIXPANEL, {"error": "not JSON", "failed_records": []}, "not JSON"),
     ],
 )
-def test_nothing_named(provider: Provider, body: dict[str, Any], reason: str) -> None:
+def test_an_unnamed_event_alone_is_the_refused_one(
+    provider: Provider, body: dict[str, Any], reason: str
+) -> None:
     """Where a 400 names no event, the one that is alone in its request is the one meant."""
     assert decide(provider, 400, body) == HALVES
     assert decide(provider, 400, body, EVENTS[:1]) == dead(reason, 0)
@@ -697,12 +715,12 @@ def test_nothing_named(provider: Provider, body: dict[str, Any], reason: str) ->
         ),
     ],
 )
-def test_amplitude_429(body: Any, expected: Decision) -> None:
+def test_amplitude_429_delays_only_the_throttled_events(body: Any, expected: Decision) -> None:
     """What is throttled waits half a minute and the rest is sent at once; else everything waits."""
     assert decide(AMPLITUDE, 429, body) == expected
 
 
-def test_amplitude_429_with_retry_after() -> None:
+def test_amplitude_429_respects_the_requested_time() -> None:
     """Nothing is sent before the time that a throttling provider has asked for."""
     body = {"throttled_events": [1]}
     expected = Decision(retry={0: 9.0, 1: 30.0, 2: 9.0, 3: 9.0, 4: 9.0})
@@ -738,14 +756,16 @@ INVALID = "'properties.time' is invalid"
         ({"error": "invalid"}, HALVES),
     ],
 )
-def test_mixpanel_400(body: dict[str, Any], expected: Decision) -> None:
+def test_mixpanel_400_settles_only_the_named_events(
+    body: dict[str, Any], expected: Decision
+) -> None:
     """Named events are dead and the others done; an answer with nonsense in it proves nothing."""
     assert decide(MIXPANEL, 400, body) == expected
 
 
 @pytest.mark.parametrize("status", [429, 502, 503])
 @pytest.mark.parametrize("body", [b"", HTML, {"status": "OK", "num_records_imported": 5}])
-def test_mixpanel_waits(status: int, body: Any) -> None:
+def test_mixpanel_is_retried_after_two_seconds_at_least(status: int, body: Any) -> None:
     """Mixpanel asks for two seconds at least."""
     assert decide(MIXPANEL, status, body) == wait(2)
     assert decide(MIXPANEL, status, body, headers={"Retry-After": "7"}) == wait(7)
@@ -772,7 +792,7 @@ MONDAY = "Mon, 15 Jan 2024 10:30:00 GMT"
         ({"retry-after": MONDAY}, 0),
     ],
 )
-def test_retry_after(
+def test_retry_after_is_respected_up_to_an_hour(
     provider: Provider, status: int, headers: dict[str, str], seconds: float
 ) -> None:
     """Retry-After is respected in both its forms, up to an hour, and nonsense is ignored."""
@@ -816,7 +836,9 @@ answers = st.none() | st.builds(
 
 @both
 @given(answer=answers, count=st.integers(0, 5))
-def test_any_answer(provider: Provider, answer: Answer | None, count: int) -> None:
+def test_any_answer_gives_each_event_one_fate(
+    provider: Provider, answer: Answer | None, count: int
+) -> None:
     """Whatever is answered, each event has exactly one fate, and none is done without success."""
     decision = provider.decide([provider.encode_event(e, 1) for e in EVENTS[:count]], answer)
     resent = [index for group in decision.resend for index in group]
@@ -871,7 +893,7 @@ def exchange(provider: Provider, payloads: list[bytes], timeout: float = 20.0) -
     return provider.decide(payloads, send(provider.build_request(payloads), timeout))
 
 
-def test_full_request(pair: Pair) -> None:
+def test_a_full_request_is_taken_and_repeatable(pair: Pair) -> None:
     """A request of as many events as are allowed is taken, and a second time changes nothing."""
     provider, server = pair
     payloads = encode_all(provider, [make_event(event_id=f"{i}") for i in range(2000)])
@@ -883,7 +905,7 @@ def test_full_request(pair: Pair) -> None:
     assert server.payloads_of(server.deliveries[0].insert_id) == {payloads[0]}
 
 
-def test_largest_request(pair: Pair) -> None:
+def test_only_requests_over_the_largest_are_halved(pair: Pair) -> None:
     """A request of as many bytes as are allowed is taken, and one of more is halved."""
     provider, server = pair
     large = {f"{number:03}": "x" * 250 for number in range(200)}
@@ -897,7 +919,7 @@ def test_largest_request(pair: Pair) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(event=storable_events())
-def test_any_event_is_taken(pairs: list[Pair], event: Event) -> None:
+def test_any_event_is_refused_only_for_its_time(pairs: list[Pair], event: Event) -> None:
     """No storable event is refused for anything but its time."""
     event.event_timestamp.seconds = abs(event.event_timestamp.seconds) % 10**9 + 10**8
     for provider, _ in pairs:
@@ -914,7 +936,7 @@ def pairs() -> Iterator[list[Pair]]:
         ]
 
 
-def test_refused_events(pair: Pair) -> None:
+def test_a_refused_event_is_dead_without_its_neighbours(pair: Pair) -> None:
     """One refused event is dead by name, its neighbours are taken."""
     provider, server = pair
     payloads = encode_all(provider, EVENTS)
@@ -927,7 +949,7 @@ def test_refused_events(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("ahead", [-(60 * 365 * 86_400), -1, 3500, 3700])
-def test_time_rules(pairs: list[Pair], ahead: int) -> None:
+def test_mixpanel_refuses_events_outside_its_times(pairs: list[Pair], ahead: int) -> None:
     """An event from before 1971 or over an hour ahead is dead at Mixpanel, with that reason."""
     event = make_event(event_id=f"{ahead}")
     event.event_timestamp.seconds = int(time.time()) + ahead
@@ -937,7 +959,7 @@ def test_time_rules(pairs: list[Pair], ahead: int) -> None:
     assert fates == [taken, taken if -1 <= ahead <= 3500 else refused]
 
 
-def test_wrong_credentials(pair: Pair) -> None:
+def test_wrong_credentials_stop_and_right_ones_resume(pair: Pair) -> None:
     """Wrong credentials stop a lane, and right ones are taken again."""
     provider, server = pair
     server.credential = "changed"
@@ -949,7 +971,7 @@ def test_wrong_credentials(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("fault", Fault)
-def test_faults(pair: Pair, fault: Fault) -> None:
+def test_events_with_lost_answers_are_repeated_harmlessly(pair: Pair, fault: Fault) -> None:
     """Where the answer to ingested events fails to arrive they are sent again, to no effect."""
     provider, server = pair
     server.scripts.append(Script(fault=fault))
@@ -958,7 +980,7 @@ def test_faults(pair: Pair, fault: Fault) -> None:
     assert (len(server.deliveries), len(server.ingested)) == (10, 5)
 
 
-def test_scripts(pair: Pair) -> None:
+def test_a_stand_in_answers_as_its_script_says(pair: Pair) -> None:
     """A server answers as it is told, once or until told otherwise, and ingests what it is told."""
     provider, server = pair
     redirect = Reply(307, b"", {"Location": server.url, "Retry-After": "3"})
@@ -973,7 +995,7 @@ def test_scripts(pair: Pair) -> None:
     assert len(server.insert_ids) == 6
 
 
-def test_servers_end(pair: Pair) -> None:
+def test_a_stand_in_ends_at_once_with_clients(pair: Pair) -> None:
     """A server with idle, stalled and dripping clients ends at once, and its port is free again."""
     provider, server = pair
     server.scripts += [Script(fault=Fault.HANG), Script(fault=Fault.DRIP)]

@@ -128,19 +128,19 @@ def mutual(
         yield running
 
 
-def test_tls(secured: Secured) -> None:
+def test_only_clients_that_trust_the_certificate_connect(secured: Secured) -> None:
     """A client that trusts the certificate is served, one that does not ends the connection."""
     assert secured.answer(trusting()) == "OK"
     assert secured.answer(trusting(trustme.CA())) == "UNAVAILABLE"
 
 
-def test_plain_text(secured: Secured) -> None:
+def test_a_tls_port_serves_no_plain_text(secured: Secured) -> None:
     """With TLS, a client that speaks plain text is not served, and breaks no line of the log."""
     assert secured.answer(None) == "UNAVAILABLE"
     assert secured.service.read_log()
 
 
-def test_client_certificates(mutual: Secured) -> None:
+def test_only_clients_with_certificates_are_served(mutual: Secured) -> None:
     """With an authority for clients, only those with a certificate of it are served."""
     known, stranger = CLIENT_CA.issue_cert("client"), CA.issue_cert("client")
     assert mutual.answer(trusting(client=known)) == "OK"
@@ -148,14 +148,14 @@ def test_client_certificates(mutual: Secured) -> None:
     assert mutual.answer(trusting()) == "UNAVAILABLE"
 
 
-def test_key_besides_a_client_certificate(mutual: Secured) -> None:
+def test_a_client_certificate_does_not_replace_the_key(mutual: Secured) -> None:
     """A client's certificate does not take the place of its API key."""
     client = trusting(client=CLIENT_CA.issue_cert("client"))
     nobody = Secured(mutual.service, mutual.files, Project("none", "none"))
     assert nobody.answer(client) == "UNAUTHENTICATED"
 
 
-def test_renewal(secured: Secured) -> None:
+def test_a_renewed_certificate_is_shown_without_restart(secured: Secured) -> None:
     """A new certificate is shown to new connections, without a restart; those before go on."""
     other = trustme.CA()
     with secured.connected(trusting()) as early:
@@ -170,7 +170,7 @@ def test_renewal(secured: Secured) -> None:
     wait_until(lambda: secured.answer(trusting()) == "OK")
 
 
-def test_renewal_of_the_client_authority(mutual: Secured) -> None:
+def test_the_client_authority_is_renewed_without_restart(mutual: Secured) -> None:
     """Whose certificates clients need can be changed without a restart as well."""
     assert mutual.files.client_ca is not None
     other = trustme.CA()
@@ -181,7 +181,7 @@ def test_renewal_of_the_client_authority(mutual: Secured) -> None:
     assert mutual.answer(trusting(client=CLIENT_CA.issue_cert("client"))) == "OK"
 
 
-def test_broken_renewal(secured: Secured) -> None:
+def test_a_broken_renewal_keeps_the_old_certificate(secured: Secured) -> None:
     """While the files are broken the old certificate stays, which one line of the log tells."""
 
     def warnings() -> list[str]:
@@ -215,7 +215,7 @@ class Clock:
         return self.now
 
 
-def test_looks_once_a_second(tmp_path: Path) -> None:
+def test_certificate_files_are_checked_once_a_second(tmp_path: Path) -> None:
     """However many connect, the files are looked at once a second, and read where they changed."""
     clock = Clock()
     source = CertificateSource(write_certificate(tmp_path), clock)
@@ -230,7 +230,7 @@ def test_looks_once_a_second(tmp_path: Path) -> None:
     assert source.find_renewed() is None
 
 
-def test_links(tmp_path: Path) -> None:
+def test_a_relinked_certificate_is_a_change(tmp_path: Path) -> None:
     """A link that comes to point elsewhere, as Kubernetes mounts secrets, is a change."""
     clock, current = Clock(), tmp_path / "current"
     for name in ("old", "new"):
@@ -295,7 +295,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[TlsFiles], object]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_unusable_files(fault: str, tmp_path: Path) -> None:
+def test_unusable_tls_files_are_named_with_their_variable(fault: str, tmp_path: Path) -> None:
     """Files that cannot be used are refused in one line that names the variable and the file."""
     variable, problem, break_files = FAULTS[fault]
     files = write_certificate(tmp_path)
@@ -309,7 +309,7 @@ def test_unusable_files(fault: str, tmp_path: Path) -> None:
     assert "\n" not in message
 
 
-def test_unusable_client_authority(tmp_path: Path) -> None:
+def test_an_unusable_client_authority_is_never_ignored(tmp_path: Path) -> None:
     """The authority for clients is checked like the others: it never counts as absent."""
     files = write_certificate(tmp_path)
     for content in (None, "", "junk"):
@@ -320,7 +320,7 @@ def test_unusable_client_authority(tmp_path: Path) -> None:
             read_certificates(TlsFiles(files.chain, files.key, client_ca))
 
 
-def test_start(tmp_path: Path) -> None:
+def test_a_service_without_usable_certificate_does_not_start(tmp_path: Path) -> None:
     """A service whose certificate cannot be used does not start, and says why in one line."""
     files = write_certificate(tmp_path)
     write_key_of_another = FAULTS["key of another"][2]

@@ -113,12 +113,12 @@ def read_to_end(connection: socket.socket) -> str:
     return received.decode()
 
 
-def test_waitress_version() -> None:
+def test_the_installed_waitress_is_the_expected_one() -> None:
     """The installed waitress is the one whose insides the server was written for."""
     assert importlib.metadata.version("waitress") == "3.0.2"
 
 
-def test_held_answer(app: HoldingApp, port: int) -> None:
+def test_a_held_answer_waits_for_its_future(app: HoldingApp, port: int) -> None:
     """A held answer is sent when its future is done, and not before."""
     with closing(send_get(port, "/held")) as connection:
         app.wait_for(1)
@@ -131,7 +131,7 @@ def test_held_answer(app: HoldingApp, port: int) -> None:
         assert connection.getresponse().read() == b"/held"
 
 
-def test_many_held(app: HoldingApp, port: int) -> None:
+def test_two_hundred_held_answers_take_no_thread(app: HoldingApp, port: int) -> None:
     """Two hundred held answers take none of two threads, and are all sent."""
     with ExitStack() as stack:
         connections = [stack.enter_context(closing(send_get(port, "/held"))) for _ in range(200)]
@@ -141,7 +141,7 @@ def test_many_held(app: HoldingApp, port: int) -> None:
         assert [c.getresponse().read() for c in connections] == [b"/held"] * 200
 
 
-def test_failure(app: HoldingApp, port: int) -> None:
+def test_a_failed_future_calls_the_application_again(app: HoldingApp, port: int) -> None:
     """When the future fails, the application is called again and answers the failure."""
     with closing(send_get(port, "/held")) as connection:
         app.wait_for(1)
@@ -149,7 +149,9 @@ def test_failure(app: HoldingApp, port: int) -> None:
         assert connection.getresponse().read() == b"failed: too late"
 
 
-def test_done_before_held(port: int, app: HoldingApp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_held_too_late_is_sent_at_once(
+    port: int, app: HoldingApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An answer held for a future that is done already is sent at once."""
     done: Future[None] = Future()
     done.set_result(None)
@@ -157,7 +159,7 @@ def test_done_before_held(port: int, app: HoldingApp, monkeypatch: pytest.Monkey
     assert get(port, "/held") == "/held"
 
 
-def test_keep_alive(app: HoldingApp, port: int) -> None:
+def test_a_connection_goes_on_after_a_held_answer(app: HoldingApp, port: int) -> None:
     """After a held answer the connection takes the next request."""
     with closing(send_get(port, "/held")) as connection:
         app.wait_for(1)
@@ -168,7 +170,7 @@ def test_keep_alive(app: HoldingApp, port: int) -> None:
         assert connection.getresponse().read() == b"/next"
 
 
-def test_pipelined(app: HoldingApp, port: int) -> None:
+def test_pipelined_held_answers_keep_their_order(app: HoldingApp, port: int) -> None:
     """Pipelined requests are answered in their order when the first and the third are held."""
     with connect(port) as connection:
         paths = ["/held", "/second", "/held", "/last"]
@@ -182,7 +184,7 @@ def test_pipelined(app: HoldingApp, port: int) -> None:
         assert re.findall(r"\r\n\r\n(/[a-z]+)", read_to_end(connection)) == paths
 
 
-def test_disconnect(app: HoldingApp, port: int) -> None:
+def test_a_client_gone_before_its_answer_disturbs_nobody(app: HoldingApp, port: int) -> None:
     """A client that is gone when its held answer is ready disturbs nobody."""
     with closing(send_get(port, "/held")) as connection:
         for _ in range(10):
@@ -194,7 +196,7 @@ def test_disconnect(app: HoldingApp, port: int) -> None:
         assert get(port, "/other") == "/other"
 
 
-def test_head(app: HoldingApp, port: int) -> None:
+def test_a_held_answer_to_head_has_no_body(app: HoldingApp, port: int) -> None:
     """A held answer to HEAD has no body, and the connection goes on."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, TIMEOUT_SECONDS)) as connection:
         connection.request("HEAD", "/held")
@@ -209,7 +211,9 @@ def test_head(app: HoldingApp, port: int) -> None:
 @pytest.mark.parametrize(
     "request_head", ["GET /held HTTP/1.0", "GET /held HTTP/1.1\r\nConnection: close"]
 )
-def test_close(request_head: str, app: HoldingApp, port: int) -> None:
+def test_a_closing_request_ends_its_connection(
+    request_head: str, app: HoldingApp, port: int
+) -> None:
     """HTTP/1.0 and Connection: close end the connection after a held answer."""
     with connect(port) as connection:
         connection.sendall(f"{request_head}\r\n\r\n".encode())
@@ -254,7 +258,7 @@ class KeepingApp(HoldingApp):
 
 
 @pytest.mark.parametrize(("path", "found"), [("/at-once", 0), ("/held", 0), ("/repeat", 1)])
-def test_kept(path: str, found: int) -> None:
+def test_what_a_request_keeps_is_closed_after_its_answer(path: str, found: int) -> None:
     """What is kept of a request is found when it is repeated, and closed once it is answered."""
     app = KeepingApp()
     with serving(app) as port, closing(send_get(port, path)) as connection:
@@ -271,7 +275,7 @@ def test_kept(path: str, found: int) -> None:
     assert app.count() == [(found, 1)] * 2
 
 
-def test_kept_for_a_failure() -> None:
+def test_what_a_request_keeps_is_found_on_failure() -> None:
     """What is kept of a request is found by the call that answers a failure, and closed once."""
     app = KeepingApp()
     with serving(app) as port, closing(send_get(port, "/held")) as connection:
@@ -283,7 +287,7 @@ def test_kept_for_a_failure() -> None:
 
 @pytest.mark.parametrize("failure", [None, Unavailable("too late")])
 @pytest.mark.parametrize("path", ["/held", "/repeat"])
-def test_kept_for_nobody(path: str, failure: Exception | None) -> None:
+def test_what_a_gone_client_kept_is_closed(path: str, failure: Exception | None) -> None:
     """What is kept of a request is closed once though its client is gone."""
     app = KeepingApp()
     with serving(app) as port:
@@ -348,13 +352,15 @@ def post(head: bytes, body: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize("head", BAD_HEADS.values(), ids=BAD_HEADS.keys())
-def test_ambiguous_head(head: bytes, service: Service) -> None:
+def test_an_ambiguous_head_is_refused_with_its_connection(head: bytes, service: Service) -> None:
     """A head that two servers could read differently is refused, and nothing after it is read."""
     assert exchange(service.http_port, post(head)) == [400]
 
 
 @pytest.mark.parametrize("chunks", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
-def test_malformed_chunks(chunks: bytes, service: Service) -> None:
+def test_malformed_chunks_are_refused_with_their_connection(
+    chunks: bytes, service: Service
+) -> None:
     """Malformed chunks are refused, and nothing after them is read."""
     request = post(b"Transfer-Encoding: chunked", chunks)
     assert exchange(service.http_port, request) == [400]
@@ -374,25 +380,27 @@ def test_malformed_chunks(chunks: bytes, service: Service) -> None:
     ],
     ids=["coding", "codings", "length", "headers", "header", "line feeds", "address", "garbage"],
 )
-def test_refused_by_waitress(request_bytes: bytes, status: int, service: Service) -> None:
+def test_a_refusal_by_waitress_has_the_documented_status(
+    request_bytes: bytes, status: int, service: Service
+) -> None:
     """What waitress refuses by itself ends the connection with the documented status."""
     assert exchange(service.http_port, request_bytes) == [status]
 
 
-def test_length_and_chunks(service: Service) -> None:
+def test_a_length_beside_chunks_ends_the_connection(service: Service) -> None:
     """A request with both a length and chunks is the last one that its connection takes."""
     head = b"Content-Length: %d\r\nTransfer-Encoding: chunked" % (5 + len(SMUGGLED))
     assert len(exchange(service.http_port, post(head, b"0\r\n\r\n"))) == 1
 
 
 @pytest.mark.parametrize("start", [b"", b"0\r\n"], ids=["size", "trailer"])
-def test_endless_line(start: bytes, service: Service) -> None:
+def test_an_endless_chunk_line_is_refused_early(start: bytes, service: Service) -> None:
     """The line of a chunk's size, and a trailer, are refused long before the largest body."""
     head = b"POST /v1/events HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert exchange(service.http_port, head + start + b"1" * (1 << 20)) == [400]
 
 
-def test_chunked_body(service: Service, project: Project) -> None:
+def test_a_chunked_body_is_one_request(service: Service, project: Project) -> None:
     """A chunked body with extensions and a trailer is one request, and the next one follows."""
     body = orjson.dumps({"events": [make_event(project.id)], "note": SMUGGLED.decode()})
     chunks = b'%x;a="b"\r\n%b\r\n0\r\nX: y\r\n\r\n' % (len(body), body)

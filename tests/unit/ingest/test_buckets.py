@@ -36,13 +36,15 @@ GAPS_AND_COSTS = st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 3
         (6 * SECOND, SECOND, None),
     ],
 )
-def test_take(full_in: int, cost: int, taken: int | None) -> None:
+def test_taking_moves_the_moment_a_bucket_is_full(
+    full_in: int, cost: int, taken: int | None
+) -> None:
     """What is taken moves the moment at which the bucket is full, unless it is too much."""
     assert take(NOW + full_in, NOW, cost) == (None if taken is None else NOW + taken)
 
 
 @given(GAPS_AND_COSTS)
-def test_never_too_much(requests: list[tuple[int, int]]) -> None:
+def test_no_time_yields_more_than_its_rate(requests: list[tuple[int, int]]) -> None:
     """In any time, no more is taken than that time and a bucket, or one large request, make up."""
     full_at, now = 0, NOW
     passed: list[tuple[int, int]] = []
@@ -59,7 +61,7 @@ def test_never_too_much(requests: list[tuple[int, int]]) -> None:
 
 
 @given(GAPS_AND_COSTS, st.integers(0, 10 * SECOND))
-def test_waiting_helps(requests: list[tuple[int, int]], cost: int) -> None:
+def test_a_full_bucket_lets_any_size_pass(requests: list[tuple[int, int]], cost: int) -> None:
     """Whatever was taken before, a request of any size passes once the bucket is full."""
     full_at, now = 0, NOW
     for gap, taken_cost in requests:
@@ -69,7 +71,7 @@ def test_waiting_helps(requests: list[tuple[int, int]], cost: int) -> None:
 
 
 @given(st.integers(1, 1000), st.integers(0, 20))
-def test_never_too_little(rate: int, seconds: int) -> None:
+def test_constant_demand_gets_all_of_the_rate(rate: int, seconds: int) -> None:
     """Who asks all the time gets all of the rate, and the bucket that was full at first."""
     cost, full_at, passed = SECOND // rate, 0, 0
     for now in range(NOW, NOW + seconds * SECOND + 1, cost):
@@ -117,7 +119,7 @@ def running(program: str, table: BucketTable) -> Iterator["subprocess.Popen[str]
             process.kill()
 
 
-def test_processes() -> None:
+def test_processes_and_threads_share_a_bucket_exactly() -> None:
     """What two processes and two threads take at the same time is taken to the last unit."""
     table = BucketTable(clock=lambda: 0)
     with running(CHARGE, table) as one, running(CHARGE, table) as other, ThreadPoolExecutor() as us:
@@ -128,7 +130,7 @@ def test_processes() -> None:
     assert table.seconds_to_full(5) == 60_000 / SECOND
 
 
-def test_killed_holder() -> None:
+def test_a_killed_process_leaves_its_bucket_usable() -> None:
     """A process that is killed in its turn neither keeps the bucket locked nor changes it."""
     table = BucketTable(clock=lambda: 0)
     with running(HOLD, table) as holder:
@@ -142,7 +144,7 @@ def test_killed_holder() -> None:
     assert table.seconds_to_full(5) == 2 / SECOND
 
 
-def test_numbers_beyond_the_end() -> None:
+def test_numbers_beyond_the_table_share_its_buckets() -> None:
     """A number beyond the table's size shares the bucket of a smaller one."""
     table = BucketTable(clock=lambda: 0)
     assert table.take(BucketTable.SIZE + 3, SECOND)

@@ -123,7 +123,7 @@ def is_open(writer: Writer, project: str) -> bool:
     return True
 
 
-def test_group_commit(writer: Writer, table: Table) -> None:
+def test_requests_during_a_commit_share_the_next(writer: Writer, table: Table) -> None:
     """All that arrives while a commit is in flight shares the next one."""
     with table.locked():
         stored = [submit(writer, "groups", "first")]
@@ -135,7 +135,7 @@ def test_group_commit(writer: Writer, table: Table) -> None:
     assert table.query(f"{commits} ORDER BY 1") == [(1,), (50,)]
 
 
-def test_bound(engine: Engine, table: Table) -> None:
+def test_bytes_over_the_bound_are_refused_at_once(engine: Engine, table: Table) -> None:
     """Bytes over the bound are refused at once, and taken again when there is room."""
     size = len(make_row("bound", "1").text)
     writer = make_writer(engine, max_waiting_bytes=2 * size)
@@ -149,7 +149,7 @@ def test_bound(engine: Engine, table: Table) -> None:
     assert table.find_events("bound") == {"1", "2", "4"}
 
 
-def test_expired_request(writer: Writer, table: Table) -> None:
+def test_a_request_that_expires_waiting_is_never_written(writer: Writer, table: Table) -> None:
     """A request whose time is up while it waits is answered in time, and never written."""
     with table.locked():
         first = submit(writer, "expired", "first")
@@ -164,7 +164,7 @@ def test_expired_request(writer: Writer, table: Table) -> None:
     assert table.find_events("expired") == {"first", "last"}
 
 
-def test_expired_before_start(engine: Engine, table: Table) -> None:
+def test_a_request_expired_on_arrival_is_never_written(engine: Engine, table: Table) -> None:
     """A request whose time was up before anybody looked is not written either."""
     now = [time.monotonic()]
     writer = make_writer(engine, clock=lambda: now[0])
@@ -178,7 +178,7 @@ def test_expired_before_start(engine: Engine, table: Table) -> None:
     assert table.find_events("stale") == {"on time"}
 
 
-def test_hanging_commit(writer: Writer, table: Table) -> None:
+def test_a_hanging_commit_is_answered_in_time(writer: Writer, table: Table) -> None:
     """Who waits for a commit that hangs is answered before the deadline, and the writer heals."""
     with table.locked():
         deadline = time.monotonic() + 1.5
@@ -193,7 +193,9 @@ def test_hanging_commit(writer: Writer, table: Table) -> None:
     assert table.find_events("hanging") - {"1"} == {"late"}
 
 
-def test_cut_that_comes_late(engine: Engine, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_ending_at_its_cut_keeps_writing(
+    engine: Engine, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A commit that ends in the very moment of its cut does not close the writer for good."""
     link = Link(engine)
     writer = Writer(link, EventStore(ENCODER.columns), max_waiting_bytes=1 << 20)
@@ -208,7 +210,9 @@ def test_cut_that_comes_late(engine: Engine, table: Table, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("company", ["alone", "in a group"])
-def test_refused_data(company: str, writer: Writer, table: Table) -> None:
+def test_refused_data_fails_only_its_own_request(
+    company: str, writer: Writer, table: Table
+) -> None:
     """Data that PostgreSQL refuses fails its own request, whole, and no other."""
     project = f"refused {company}"
     neighbours = []
@@ -228,7 +232,7 @@ def test_refused_data(company: str, writer: Writer, table: Table) -> None:
     assert is_open(writer, project)
 
 
-def test_cancelled_request(writer: Writer, table: Table) -> None:
+def test_a_request_cancelled_before_its_turn_is_unwritten(writer: Writer, table: Table) -> None:
     """A request whose caller has gone before its turn is not written."""
     with table.locked():
         first = submit(writer, "cancelled", "first")
@@ -240,7 +244,7 @@ def test_cancelled_request(writer: Writer, table: Table) -> None:
     assert table.find_events("cancelled") == {"first", "last"}
 
 
-def test_cancelled_in_flight(writer: Writer, table: Table) -> None:
+def test_a_caller_leaving_during_commit_disturbs_nobody(writer: Writer, table: Table) -> None:
     """A caller who goes during its commit disturbs nobody."""
     with table.locked():
         gone = submit(writer, "leaving", "gone")
@@ -251,7 +255,7 @@ def test_cancelled_in_flight(writer: Writer, table: Table) -> None:
     assert "last" in table.find_events("leaving")
 
 
-def test_stop(engine: Engine, table: Table) -> None:
+def test_stopping_stores_what_waits_and_refuses_more(engine: Engine, table: Table) -> None:
     """Stopping stores what waits, and refuses what comes after that."""
     with running(make_writer(engine)) as writer:
         with table.locked():
@@ -275,7 +279,7 @@ def is_accepting(writer: Writer) -> bool:
     return True
 
 
-def test_database_away() -> None:
+def test_writes_fail_at_once_during_an_outage() -> None:
     """While the database is away the first request fails in time, and the next ones at once."""
     engine = open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")
     with running(make_writer(engine)) as writer:
@@ -285,7 +289,7 @@ def test_database_away() -> None:
             submit(writer, "away", "2")
 
 
-def test_deadlock(writer: Writer, table: Table) -> None:
+def test_a_deadlocked_transaction_is_repeated_unseen(writer: Writer, table: Table) -> None:
     """A transaction that deadlocked with another one is run again, unseen by the caller."""
     with table.transaction("SET LOCAL deadlock_timeout = '10s'") as cursor:
         cursor.execute(INSERT, "b")

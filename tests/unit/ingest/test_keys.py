@@ -105,14 +105,14 @@ def known_project(directory: KeyCache, key: str) -> str | None:
     return caller and caller.project_id
 
 
-def test_generated_keys() -> None:
+def test_generated_keys_are_recognisable_and_different() -> None:
     """Keys are recognisable, all different, and well-formed."""
     keys = {generate_key() for _ in range(1000)}
     assert len(keys) == 1000
     assert all(key.startswith("pgk_") and len(key) == 44 and is_well_formed(key) for key in keys)
 
 
-def test_checksum() -> None:
+def test_a_key_with_any_typo_is_malformed() -> None:
     """A key with any one character changed, lost, doubled or swapped is malformed."""
     key = generate_key()
     alphabet = string.ascii_letters + string.digits + "_=-\0\n\u0131\uff12"
@@ -126,12 +126,12 @@ def test_checksum() -> None:
 
 
 @given(st.text() | st.from_regex(r"pgk_[a-z2-7]{40}", fullmatch=True))
-def test_guesses(guess: str) -> None:
+def test_no_guess_is_a_well_formed_key(guess: str) -> None:
     """Neither any text nor a guess of the right shape is well-formed, and none is an error."""
     assert not is_well_formed(guess)
 
 
-def test_life_of_a_key(engine: Engine) -> None:
+def test_a_key_is_created_listed_and_revoked_once(engine: Engine) -> None:
     """A key can be created, listed and revoked, once; others of its project stay."""
 
     def find(project: str) -> list[ApiKey]:
@@ -151,7 +151,7 @@ def test_life_of_a_key(engine: Engine) -> None:
         assert kept == new
 
 
-def test_table_has_digests_only(engine: Engine) -> None:
+def test_the_key_table_has_digests_only(engine: Engine) -> None:
     """Who reads the table learns the digest of a key, and nothing of the key itself."""
     key = add_key(engine)
     with connected(engine) as connection:
@@ -161,7 +161,9 @@ def test_table_has_digests_only(engine: Engine) -> None:
     assert not [part for part in (secret, secret[:12], secret.encode().hex()) if part in row]
 
 
-def test_look_up(engine: Engine, directory: KeyCache, queries: list[str]) -> None:
+def test_a_new_key_is_found_by_one_query(
+    engine: Engine, directory: KeyCache, queries: list[str]
+) -> None:
     """A new key is found at once, by one query, and then known without any."""
     key = add_key(engine, "mine")
     queries.clear()
@@ -171,7 +173,7 @@ def test_look_up(engine: Engine, directory: KeyCache, queries: list[str]) -> Non
     assert len(queries) == 1
 
 
-def test_many_look_ups(engine: Engine, queries: list[str]) -> None:
+def test_simultaneous_look_ups_share_one_query(engine: Engine, queries: list[str]) -> None:
     """Many look-ups of several keys at the same time make one query."""
     known, unknown = add_key(engine, "busy"), generate_key()
     queries.clear()
@@ -184,14 +186,16 @@ def test_many_look_ups(engine: Engine, queries: list[str]) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "x", "pgk_", "pgk_" + "a" * 40, "é\0", "a" * 10_000])
-def test_malformed(key: str) -> None:
+def test_a_malformed_key_needs_no_database(key: str) -> None:
     """A malformed key is refused without a database."""
     directory = KeyCache(Link(open_engine("postgresql+psycopg2://nowhere/none")))
     with pytest.raises(Unauthenticated, match="missing or invalid API key"):
         directory.known_caller(key)
 
 
-def test_unknown(directory: KeyCache, clock: Clock, queries: list[str]) -> None:
+def test_an_unknown_key_is_queried_every_thirty_seconds(
+    directory: KeyCache, clock: Clock, queries: list[str]
+) -> None:
     """An unknown key is asked for once in thirty seconds."""
     key = generate_key()
     assert isinstance(directory.look_up(key).exception(5), Unauthenticated)
@@ -204,7 +208,9 @@ def test_unknown(directory: KeyCache, clock: Clock, queries: list[str]) -> None:
     assert len(queries) == 1
 
 
-def test_unknown_is_bounded(directory: KeyCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_unknown_keys_is_bounded(
+    directory: KeyCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of very many unknown keys the first are forgotten, and only these."""
     monkeypatch.setattr(key_directory, "_MAX_UNKNOWN", 10)
     keys = [generate_key() for _ in range(15)]
@@ -216,7 +222,7 @@ def test_unknown_is_bounded(directory: KeyCache, monkeypatch: pytest.MonkeyPatch
             directory.known_caller(key)
 
 
-def test_pending_is_bounded(engine: Engine) -> None:
+def test_too_many_pending_look_ups_are_refused(engine: Engine) -> None:
     """Too many keys to look up at a time are refused at once."""
     directory = KeyCache(Link(engine))
     for _ in range(1000):
@@ -225,7 +231,9 @@ def test_pending_is_bounded(engine: Engine) -> None:
         directory.look_up(generate_key())
 
 
-def test_revocation(engine: Engine, directory: KeyCache, clock: Clock) -> None:
+def test_a_revoked_key_is_refused_after_a_refresh(
+    engine: Engine, directory: KeyCache, clock: Clock
+) -> None:
     """A revoked key is refused after the next refresh, and its neighbour is not."""
     neighbour, key = add_key(engine, "neighbour"), add_key(engine, "mine")
     for each in (neighbour, key):
@@ -241,7 +249,7 @@ def test_revocation(engine: Engine, directory: KeyCache, clock: Clock) -> None:
         directory.known_caller(key)
 
 
-def test_new_limit(engine: Engine, directory: KeyCache, clock: Clock) -> None:
+def test_new_rates_apply_after_a_refresh(engine: Engine, directory: KeyCache, clock: Clock) -> None:
     """A key's rates are known with it, and new ones after the next refresh."""
     with connected(engine) as connection:
         key = create_key(connection, "mine", "test", event_rate=5)
@@ -254,7 +262,7 @@ def test_new_limit(engine: Engine, directory: KeyCache, clock: Clock) -> None:
     assert directory.known_caller(key) == Caller("mine", number, 5, 2048)
 
 
-def test_revocation_without_database(engine: Engine, clock: Clock) -> None:
+def test_an_outage_limits_the_trust_in_keys(engine: Engine, clock: Clock) -> None:
     """While the database is away, a key is trusted for less time than revocation may take."""
     key = add_key(engine)
     with running(KeyCache(Link(engine), clock)) as directory:
@@ -268,7 +276,9 @@ def test_revocation_without_database(engine: Engine, clock: Clock) -> None:
         directory.look_up(key)
 
 
-def test_record_of_use(engine: Engine, directory: KeyCache, clock: Clock) -> None:
+def test_the_last_use_of_a_key_is_recorded(
+    engine: Engine, directory: KeyCache, clock: Clock
+) -> None:
     """The last use of a key is on record a minute later, and that of an idle one is not."""
     idle, used = add_key(engine), add_key(engine)
     for key in (idle, used):
@@ -283,7 +293,7 @@ def test_record_of_use(engine: Engine, directory: KeyCache, clock: Clock) -> Non
     assert [known_project(directory, key) for key in (idle, used)] == [None, "proj"]
 
 
-def test_database_away() -> None:
+def test_look_ups_fail_at_once_during_an_outage() -> None:
     """While the database is away the first look-up fails in time, the next ones at once."""
     directory = KeyCache(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
     with running(directory):
@@ -292,7 +302,7 @@ def test_database_away() -> None:
             directory.look_up(generate_key())
 
 
-def test_hanging_query(engine: Engine) -> None:
+def test_a_hanging_look_up_is_cut_and_replaced(engine: Engine) -> None:
     """A query that hangs is answered for and cut within three seconds, and the next one works."""
     link, key = Link(engine), add_key(engine)
     directory = KeyCache(link)
@@ -316,7 +326,9 @@ def finds(directory: KeyCache, key: str) -> bool:
         return False
 
 
-def test_cut_that_comes_late(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_up_ending_at_its_cut_keeps_working(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A query that ends in the very moment of its cut does not end look-ups for good."""
     link, key = Link(engine), add_key(engine)
     with running(KeyCache(link)) as directory:
@@ -327,7 +339,7 @@ def test_cut_that_comes_late(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
         wait_until(lambda: finds(directory, key), seconds=2)
 
 
-def test_broken_table(
+def test_a_failing_refresh_waits_and_heals(
     engine: Engine, directory: KeyCache, clock: Clock, queries: list[str]
 ) -> None:
     """A refresh that fails for good is not tried again in a busy loop, and heals."""
@@ -345,7 +357,9 @@ def test_broken_table(
     wait_until(lambda: finds(directory, key))
 
 
-def test_secrecy(engine: Engine, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_key_is_ever_logged(
+    engine: Engine, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     """No key is ever logged, at any level, whatever becomes of it."""
     for logger in (None, "sqlalchemy"):
         caplog.set_level(logging.DEBUG, logger)

@@ -37,13 +37,13 @@ LARGE = 2 << 20
     ],
     ids=["objects", "events", "numbers", "depth", "nested objects"],
 )
-def test_too_many_values(body: bytes) -> None:
+def test_a_body_of_too_many_values_is_refused(body: bytes) -> None:
     """A body of more values than any batch needs is refused as a whole, whatever they are."""
     with pytest.raises(InvalidArgument, match=f"body: more than {MAX_VALUES} values"):
         parse_document(body)
 
 
-def test_counting_takes_no_memory() -> None:
+def test_counting_values_takes_no_memory_for_texts() -> None:
     """The values of a body are counted without making anything of its many texts."""
     body = b'{"a":' * 2_000_000
     tracemalloc.start()
@@ -55,13 +55,13 @@ def test_counting_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
-def test_values_in_texts() -> None:
+def test_punctuation_within_texts_is_no_value() -> None:
     """Commas and brackets within texts are no values."""
     texts = ["[,{" * 1_000_000, '\\"[,', "],"]
     assert parse_document(json.dumps(texts).encode()) == texts
 
 
-def test_as_many_values_as_allowed() -> None:
+def test_a_body_of_just_enough_values_is_read() -> None:
     """A body of just as many values is read."""
     assert len(parse_document(b"[" + b"0," * (MAX_VALUES - 1) + b"0]")) == MAX_VALUES
 
@@ -112,7 +112,7 @@ def test_the_deadline_counts_from_the_arrival(ingestion: IngestService, clock: C
     assert ingestion.deadline_after() == clock.now + TIMEOUT_SECONDS
 
 
-def test_late_requests_are_not_read(ingestion: IngestService, clock: Clock) -> None:
+def test_late_requests_are_refused_before_reading(ingestion: IngestService, clock: Clock) -> None:
     """A request is refused once there is no time left to read it: a large one earlier."""
     deadline = ingestion.deadline_after()
     clock.now = deadline - 0.5
@@ -140,14 +140,14 @@ def test_reading_ends_at_the_deadline(ingestion: IngestService, clock: Clock) ->
     assert len(read) == TIMEOUT_SECONDS
 
 
-def test_dear_bodies_take_longer() -> None:
+def test_the_estimate_grows_with_values_of_large_bodies() -> None:
     """Small bodies take no time, and the more values a large one has, the more."""
     tiny, large = b"[" + b"0," * MAX_VALUES + b"0]", b'["' + b"x" * 2 * MAX_VALUES + b'"]'
     assert estimate_seconds(b"[0,0,0]", 0) == 0
     assert 0 < 10 * estimate_seconds(large, 0) < estimate_seconds(tiny, 0) < TIMEOUT_SECONDS / 1.5
 
 
-def test_cheap_bodies_are_not_counted() -> None:
+def test_quick_bodies_are_estimated_without_counting() -> None:
     """Where even the most values would take less than what is left, that is the estimate."""
     body = b'["' + b"x" * 100_000 + b'"]'
     longest = estimate_seconds(body, TIMEOUT_SECONDS)
@@ -157,7 +157,7 @@ def test_cheap_bodies_are_not_counted() -> None:
 @pytest.mark.parametrize(
     "value", [[0] * 30_000, [[]] * 30_000, {"a": [10**25] * 30_000}, [{"b": {}}] * 15_000]
 )
-def test_dear_events_are_not_unfolded(value: object) -> None:
+def test_an_event_of_too_many_values_is_refused(value: object) -> None:
     """An event of more values than it has room for is refused by that, after the other rules."""
     codec = JsonCodec(EVENT_SCHEMA)
     body = json.dumps({"events": [{"event_id": "evt_1", "own": value, "filler": "x" * 99_999}]})
@@ -168,7 +168,7 @@ def test_dear_events_are_not_unfolded(value: object) -> None:
     assert not parsed.event.HasField("attributes")
 
 
-def test_first_problem_of_a_dear_event() -> None:
+def test_an_unreadable_field_is_reported_before_the_size() -> None:
     """A field that cannot be read is told before the size."""
     event = {"event_id": 7, "metadata": {"values": [0] * 60_000}}
     [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [event]}).encode())
@@ -176,7 +176,7 @@ def test_first_problem_of_a_dear_event() -> None:
     assert parsed.problem == "event_id: must be a string"
 
 
-def test_large_messages_are_not_unfolded() -> None:
+def test_an_oversized_message_is_refused_by_its_size() -> None:
     """An event over the limit is refused by its size, after the rules that come before that."""
     event = to_message({"event_id": "evt_1", "metadata": {"values": [0] * 20_000}})
     [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([event]))
@@ -186,14 +186,14 @@ def test_large_messages_are_not_unfolded() -> None:
     assert parsed.position == len(EVENT_SCHEMA.fields)
 
 
-def test_what_is_far_too_large_is_not_even_parsed() -> None:
+def test_a_far_too_large_event_is_never_parsed() -> None:
     """An event of many times the limit is refused unseen."""
     [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([b"x" * 1_000_000]))
     assert isinstance(parsed, MalformedEvent)
     assert parsed.problem == "event: larger than 102400 bytes"
 
 
-def test_repeated_fields_do_not_count() -> None:
+def test_repeated_protobuf_fields_do_not_add_to_size() -> None:
     """An event is as large as what remains of it where fields are sent again and again."""
     event = to_message({"event_id": "evt_1", "page.title": "x" * 1000}).SerializeToString()
     [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([event * 200]))

@@ -106,7 +106,7 @@ def fill(writer: Writer, store: SlowStore, clock: Clock) -> "list[Future[None]]"
     return accepted
 
 
-def test_what_cannot_be_stored_in_time_is_refused(
+def test_only_what_can_be_stored_in_time_is_accepted(
     writer: Writer, store: SlowStore, clock: Clock
 ) -> None:
     """As much is accepted as can be stored before its deadline, and all of that is."""
@@ -131,7 +131,9 @@ def test_nothing_is_stored_too_late(writer: Writer, store: SlowStore, clock: Clo
     assert sum(store.groups) == (2 + 1 + 3) * BATCH_BYTES
 
 
-def test_groups_stay_small(writer: Writer, store: SlowStore, clock: Clock) -> None:
+def test_no_group_takes_much_more_than_a_second(
+    writer: Writer, store: SlowStore, clock: Clock
+) -> None:
     """No group takes much more than a second, however much waits."""
     with store.busy():
         accepted = fill(writer, store, clock)
@@ -140,6 +142,6 @@ def test_groups_stay_small(writer: Writer, store: SlowStore, clock: Clock) -> No
     assert max(store.groups) < 2 * BYTES_PER_SECOND
 
 
-def test_a_slow_past_does_not_refuse_for_ever(writer: Writer, clock: Clock) -> None:
+def test_a_slow_past_is_forgotten_when_idle(writer: Writer, clock: Clock) -> None:
     """Where nothing else waits, even what is thought to take too long is tried."""
     submit(writer, clock, 10 * int(SECONDS) * BYTES_PER_SECOND).result(10)

@@ -65,7 +65,7 @@ def insert(engine: Engine, project_id: str, count: int, age: timedelta = timedel
         insert_rejections(connection, rows)
 
 
-def test_newest(engine: Engine) -> None:
+def test_the_newest_rejections_of_each_project_are_kept(engine: Engine) -> None:
     """Of each project the newest are kept, as many as allowed, whatever others have."""
     writer = make_writer(engine, RejectedKeep(20, 3600.0))
     with running(writer):
@@ -78,14 +78,14 @@ def test_newest(engine: Engine) -> None:
         wait_until(lambda: query(engine, f"{kept} ORDER BY id") == wanted)
 
 
-def test_smaller_setting(engine: Engine) -> None:
+def test_a_smaller_setting_trims_silent_projects_too(engine: Engine) -> None:
     """A service that is to keep less than before trims projects that send nothing any more."""
     insert(engine, "a", 2500)
     with running(make_writer(engine, RejectedKeep(20, 3600.0))):
         wait_until(lambda: query(engine, COUNT) == [("a", 20)])
 
 
-def test_age(engine: Engine) -> None:
+def test_rejections_expire_without_new_ones(engine: Engine) -> None:
     """What is older than allowed goes, also without anything new."""
     insert(engine, "a", 1500, timedelta(seconds=3601))
     insert(engine, "a", 3)
@@ -93,7 +93,7 @@ def test_age(engine: Engine) -> None:
         wait_until(lambda: query(engine, COUNT) == [("a", 3)])
 
 
-def test_trimming_at_once(engine: Engine) -> None:
+def test_services_trim_at_once_without_conflict(engine: Engine) -> None:
     """Several services that write and trim at the same moment do not get in each other's way."""
     insert(engine, "a", 5000)
     writers = [make_writer(engine, RejectedKeep(10, 3600.0)) for _ in range(3)]
@@ -105,7 +105,9 @@ def test_trimming_at_once(engine: Engine) -> None:
         wait_until(lambda: query(engine, COUNT) == counts)
 
 
-def test_too_many(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_flood_of_rejections_leaves_room_for_others(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     """A project that floods the queue leaves room for others, and what is dropped is counted."""
     writer = make_writer(engine)
     for _ in range(0, MAX_WAITING, 1000):
@@ -120,7 +122,7 @@ def test_too_many(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     assert (line.levelno, vars(line)["count"]) == (logging.WARNING, MAX_WAITING // 2)
 
 
-def test_too_large(engine: Engine) -> None:
+def test_waiting_rejections_are_limited_in_bytes(engine: Engine) -> None:
     """What waits is limited in bytes too."""
     writer = make_writer(engine)
     errors = [EventError(index=index, error="wrong") for index in range(1000)]
@@ -130,7 +132,9 @@ def test_too_large(engine: Engine) -> None:
         wait_until(lambda: query(engine, COUNT) == [("a", (16 << 20) // 102_400 + 1)])
 
 
-def test_hanging_database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejections_wait_until_the_table_is_writable(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the table cannot be written, events wait; they are kept once it can be."""
     monkeypatch.setattr("server.ingest.rejection_writer._QUERY_SECONDS", 0.3)
     writer = make_writer(engine)
@@ -146,7 +150,9 @@ def test_hanging_database(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> No
         wait_until(lambda: query(engine, COUNT) == [("a", 700), ("b", 1)])
 
 
-def test_faulty_batch(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_batch_is_logged_and_dropped(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     """What the database refuses is logged and given up, and what follows is kept."""
     writer = make_writer(engine)
     record(writer, "a\0b", 1)

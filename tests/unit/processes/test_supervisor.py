@@ -213,7 +213,7 @@ REUSE = [(), (socket.SO_REUSEADDR,), (socket.SO_REUSEADDR, socket.SO_REUSEPORT)]
 
 
 @pytest.mark.parametrize("options", REUSE)
-def test_foreign_listener(options: tuple[int, ...]) -> None:
+def test_a_foreign_listeners_port_is_refused_in_one_line(options: tuple[int, ...]) -> None:
     """A port that somebody listens on is refused in one line, whatever options they set."""
     with bound(*options) as stranger:
         port = stranger.getsockname()[1]
@@ -225,7 +225,7 @@ def test_foreign_listener(options: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("options", REUSE[:2])
-def test_stranger_is_kept_out(options: tuple[int, ...]) -> None:
+def test_a_reserved_port_keeps_strangers_out(options: tuple[int, ...]) -> None:
     """A reserved port cannot be taken while no worker listens on it."""
     with reserve_ports(HOST, {"PORT": 0}) as ports:
         with pytest.raises(OSError, match="in use") as refusal:
@@ -233,7 +233,7 @@ def test_stranger_is_kept_out(options: tuple[int, ...]) -> None:
         assert refusal.value.errno == errno.EADDRINUSE
 
 
-def test_second_service_is_kept_out() -> None:
+def test_a_reserved_port_keeps_a_second_service_out() -> None:
     """A port reserved by one service is taken for the next, even before its workers listen."""
     with reserve_ports(HOST, {"PORT": 0}) as ports:
         with pytest.raises(PortTaken), reserve_ports(HOST, ports):
@@ -244,7 +244,7 @@ def test_second_service_is_kept_out() -> None:
                 pass
 
 
-def test_one_port_for_two_settings() -> None:
+def test_one_port_for_two_settings_is_refused() -> None:
     """Two settings with the same port: the second is refused."""
     with bound() as stranger:
         port = stranger.getsockname()[1]
@@ -255,7 +255,7 @@ def test_one_port_for_two_settings() -> None:
         pass
 
 
-def test_any_port() -> None:
+def test_port_0_yields_a_reserved_number() -> None:
     """Port 0 yields a real number, kept for as long as the reservation lasts."""
     with reserve_ports(HOST, {"PORT": 0, "GRPC_PORT": 0}) as ports:
         assert 0 not in ports.values()
@@ -264,7 +264,7 @@ def test_any_port() -> None:
         bound(port=port).close()
 
 
-def test_reservation_takes_no_connections() -> None:
+def test_a_reserved_port_accepts_nothing_until_workers_listen() -> None:
     """A reserved port refuses connections until a worker listens, and workers share it."""
     with reserve_ports(HOST, {"PORT": 0}) as ports:
         address = (HOST, ports["PORT"])
@@ -279,7 +279,7 @@ def test_reservation_takes_no_connections() -> None:
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_time_wait(ours: bool) -> None:
+def test_connections_in_time_wait_do_not_prevent_a_start(ours: bool) -> None:
     """Connections in TIME_WAIT, ours or another program's, keep no service from starting."""
     with listen(HOST, 0) if ours else bound(socket.SO_REUSEADDR) as earlier:
         earlier.listen()
@@ -295,7 +295,7 @@ def test_time_wait(ours: bool) -> None:
         worker.listen()
 
 
-def test_ipv6() -> None:
+def test_ipv6_hosts_work_and_cover_ipv4() -> None:
     """An IPv6 host works, and :: stands for every IPv4 address too."""
     try:
         listen("::1", 0).close()
@@ -312,7 +312,7 @@ def test_ipv6() -> None:
 
 
 @pytest.mark.parametrize("host", ["host.invalid", "a..b\n", "192.0.2.1"])
-def test_unusable_host(host: str) -> None:
+def test_an_unusable_host_is_reported_in_one_line(host: str) -> None:
     """A host that does not resolve, or is not this machine's, is told in one line."""
     with pytest.raises(PortTaken) as refusal, reserve_ports(host, {"PORT": 8080}):
         pass
@@ -321,7 +321,7 @@ def test_unusable_host(host: str) -> None:
     assert str(refusal.value).endswith(" (HOST, PORT)")
 
 
-def test_privileged_port() -> None:
+def test_a_privileged_port_is_reported_in_one_line() -> None:
     """A port that needs more rights than the user has is told in one line."""
     limit = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
     if limit.exists() and int(limit.read_text()) <= 1:
@@ -344,7 +344,7 @@ def test_privileged_port() -> None:
     assert said.stdout == "cannot listen on '127.0.0.1' port 1: Permission denied (HOST, PORT)\n"
 
 
-def test_failing_start() -> None:
+def test_a_worker_exiting_early_fails_the_start() -> None:
     """A worker that exits before it is ready fails the start, with its exit status."""
     supervisor = Supervisor(
         [sys.executable, "-c", "raise SystemExit(3)"], 2, environment=dict(os.environ)
@@ -354,14 +354,14 @@ def test_failing_start() -> None:
     assert failure.value.status == 3
 
 
-def test_missing_command(tmp_path: Path) -> None:
+def test_a_missing_command_fails_the_start_cleanly(tmp_path: Path) -> None:
     """A command that cannot be run fails the start, and leaves nothing open."""
     supervisor = Supervisor([str(tmp_path / "missing")], 1, environment={})
     with pytest.raises(FileNotFoundError):
         supervisor.start()
 
 
-def test_killed_worker(serve: Serve) -> None:
+def test_a_killed_worker_is_replaced_while_others_serve(serve: Serve) -> None:
     """A worker killed with SIGKILL is replaced while the other one serves."""
     service = serve(2)
     victim, survivor = service.started()
@@ -372,7 +372,7 @@ def test_killed_worker(serve: Serve) -> None:
     assert (record["worker_pid"], record["exit_status"]) == (victim, -signal.SIGKILL)
 
 
-def test_killed_parent(serve: Serve) -> None:
+def test_workers_drain_and_exit_with_their_parent(serve: Serve) -> None:
     """When the parent is killed, every worker drains and exits, a restarted one too."""
     service = serve(2)
     os.kill(service.started()[0], signal.SIGKILL)
@@ -384,7 +384,7 @@ def test_killed_parent(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop(serve: Serve, number: signal.Signals) -> None:
+def test_sigterm_and_ctrl_c_drain_every_worker(serve: Serve, number: signal.Signals) -> None:
     """SIGTERM, and Ctrl-C in a terminal, drain every worker before the parent exits with 0."""
     service = serve(2)
     os.killpg(service.process.pid, number)  # as a terminal does
@@ -393,7 +393,7 @@ def test_stop(serve: Serve, number: signal.Signals) -> None:
     assert [record["exit_status"] for record in service.records("worker exited")] == [0, 0]
 
 
-def test_stubborn_worker(serve: Serve, tmp_path: Path) -> None:
+def test_a_stubborn_worker_is_killed_after_its_drain(serve: Serve, tmp_path: Path) -> None:
     """A worker that ignores SIGTERM is killed once its time to drain is over."""
     (tmp_path / "stubborn").touch()
     service = serve(1, drain_seconds=1.0)
@@ -404,7 +404,7 @@ def test_stubborn_worker(serve: Serve, tmp_path: Path) -> None:
     assert [record["exit_status"] for record in service.records("worker exited")] == [-9]
 
 
-def test_rolling_restart(serve: Serve) -> None:
+def test_a_rolling_restart_keeps_the_port_answering(serve: Serve) -> None:
     """A rolling restart replaces every worker, one at a time, and the port always answers."""
     service = serve(2)
     before = service.started()
@@ -419,7 +419,7 @@ def test_rolling_restart(serve: Serve) -> None:
     assert replacements[0] <= exits[0] <= replacements[1] <= exits[1]
 
 
-def test_restart_while_restarting(serve: Serve) -> None:
+def test_a_second_restart_follows_the_first(serve: Serve) -> None:
     """A rolling restart asked for during another one follows it."""
     service = serve(1)
     service.send(signal.SIGHUP)
@@ -429,7 +429,7 @@ def test_restart_while_restarting(serve: Serve) -> None:
     assert service.answering() == {service.started()[2]}
 
 
-def test_failing_restart(serve: Serve, tmp_path: Path) -> None:
+def test_a_failing_restart_keeps_the_old_workers(serve: Serve, tmp_path: Path) -> None:
     """When the replacement fails, the rolling restart ends and the old workers go on serving."""
     service = serve(2)
     (tmp_path / "broken").touch()
@@ -440,7 +440,7 @@ def test_failing_restart(serve: Serve, tmp_path: Path) -> None:
     assert service.answering() == set(service.started()[:2])
 
 
-def test_worker_killed_while_replaced(serve: Serve, tmp_path: Path) -> None:
+def test_a_worker_killed_while_replaced_leaves_one(serve: Serve, tmp_path: Path) -> None:
     """A worker killed while its replacement starts leaves exactly one worker."""
     service = serve(1)
     (before,) = service.started()
@@ -457,7 +457,7 @@ def test_worker_killed_while_replaced(serve: Serve, tmp_path: Path) -> None:
     assert len(service.started()) == 2
 
 
-def test_stop_while_restarting(serve: Serve) -> None:
+def test_a_stop_also_stops_a_replacement(serve: Serve) -> None:
     """A stop in the midst of a rolling restart stops the replacement as well."""
     service = serve(1)
     service.send(signal.SIGHUP)
@@ -467,7 +467,7 @@ def test_stop_while_restarting(serve: Serve) -> None:
     assert service.exited() == set(service.started())
 
 
-def test_crash_loop(serve: Serve, tmp_path: Path) -> None:
+def test_a_crashing_worker_is_started_once_a_second(serve: Serve, tmp_path: Path) -> None:
     """A worker that keeps failing is started once a second, and comes back when it can."""
     service = serve(1)
     (tmp_path / "broken").touch()
@@ -481,7 +481,7 @@ def test_crash_loop(serve: Serve, tmp_path: Path) -> None:
     assert all(0.95 <= pause <= 2.0 for pause in pauses)
 
 
-def test_old_worker(serve: Serve) -> None:
+def test_an_old_worker_is_replaced_at_once(serve: Serve) -> None:
     """A worker that lived for five seconds is replaced at once, and the parent ticks meanwhile."""
     service = serve(1)
     wait_until(lambda: time.time() - service.records("worker started")[0]["created"] > 5.0)

@@ -68,7 +68,7 @@ def fail_with(sqlstate: str) -> str:
 
 
 @pytest.mark.parametrize("statement", ["SELECT pg_sleep(30)", "SELECT pg_advisory_lock(1)"])
-def test_cut(statement: str, url: str, link: Link) -> None:
+def test_a_hanging_query_is_cut_at_its_deadline(statement: str, url: str, link: Link) -> None:
     """A query that hangs is given up when its time is over, and the next one works."""
     with closing(psycopg2.connect(url)) as holder:
         holder.cursor().execute("SELECT pg_advisory_lock(1)")
@@ -79,7 +79,7 @@ def test_cut(statement: str, url: str, link: Link) -> None:
         assert run(link, "SELECT 1") == 1
 
 
-def test_no_cut_between_uses(engine: Engine) -> None:
+def test_idle_time_between_uses_is_not_limited(engine: Engine) -> None:
     """Time limits a use of a link, not the link."""
     now = [0.0]
     link = Link(engine, clock=lambda: now[0])
@@ -90,7 +90,7 @@ def test_no_cut_between_uses(engine: Engine) -> None:
     link.close()
 
 
-def test_cut_once(engine: Engine) -> None:
+def test_an_overstaying_use_is_reported_once(engine: Engine) -> None:
     """A use that overstays is reported once."""
     now = [0.0]
     link = Link(engine, clock=lambda: now[0])
@@ -144,7 +144,7 @@ def silent_server(delay: float) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.7])
-def test_silence_after_login(delay: float) -> None:
+def test_a_database_silent_after_login_is_abandoned(delay: float) -> None:
     """A database that falls silent right after a log-in, quick or slow, is given up as well."""
     with silent_server(delay) as url, watched_link(open_engine(url)) as link:
         start = time.monotonic()
@@ -174,7 +174,9 @@ def test_silence_after_login(delay: float) -> None:
         ("QQ000", DBAPIError),  # one that the driver has no class for
     ],
 )
-def test_translation(sqlstate: str, translation: type[Exception], link: Link) -> None:
+def test_database_errors_say_whether_to_try_again(
+    sqlstate: str, translation: type[Exception], link: Link
+) -> None:
     """Errors say whether to try again now, later or never; only the first two keep the session."""
     session = run(link, "SELECT pg_backend_pid()")
     with pytest.raises(translation):
@@ -183,7 +185,7 @@ def test_translation(sqlstate: str, translation: type[Exception], link: Link) ->
     assert kept is (translation in (Conflict, Refused))
 
 
-def test_killed_session(engine: Engine, link: Link) -> None:
+def test_a_killed_session_is_replaced_after_its_use(engine: Engine, link: Link) -> None:
     """A session that the server ended is found out by its next use, and replaced after that."""
     session = run(link, "SELECT pg_backend_pid()")
     with connected(engine) as connection:
@@ -193,13 +195,13 @@ def test_killed_session(engine: Engine, link: Link) -> None:
     assert run(link, "SELECT 1") == 1
 
 
-def test_breakage_without_class() -> None:
+def test_an_error_without_a_code_is_an_outage() -> None:
     """An error that has no code, as of a server that dies while it is written to, is an outage."""
     with pytest.raises(Unavailable), translated_errors():
         raise psycopg2.DatabaseError("server closed the connection unexpectedly")
 
 
-def test_unreachable() -> None:
+def test_an_unreachable_database_can_be_closed_repeatedly() -> None:
     """Where no database answers, the link says so, and can be closed as often as one likes."""
     link = Link(open_engine(UNREACHABLE))
     with pytest.raises(Unavailable):
@@ -208,7 +210,7 @@ def test_unreachable() -> None:
     link.close()
 
 
-def test_secrets() -> None:
+def test_a_connection_error_does_not_show_the_password() -> None:
     """The error of a command names the problem in one line, without the password."""
     engine = open_engine(UNREACHABLE)
     with pytest.raises(DatabaseError, match="Connection refused") as failure, connected(engine):
@@ -217,7 +219,7 @@ def test_secrets() -> None:
     assert "s3cret" not in "".join(traceback.format_exception(failure.value))
 
 
-def test_waiting_ends() -> None:
+def test_waiting_for_a_database_can_be_stopped() -> None:
     """Who waits for a database that is away can be told to stop."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as threads:
@@ -226,7 +228,7 @@ def test_waiting_ends() -> None:
         assert waiting.result(5) is False
 
 
-def test_watchdog(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_check_does_not_stop_the_watchdog(caplog: pytest.LogCaptureFixture) -> None:
     """A check that fails is logged, and stops neither the others nor itself."""
     calls: list[str] = []
 
@@ -263,7 +265,9 @@ def measure(condition: Callable[[], bool]) -> float:
     return time.monotonic() - start
 
 
-def test_refusing_database(postgres_url: str, create_database: Callable[[], str]) -> None:
+def test_readiness_follows_a_refusing_database(
+    postgres_url: str, create_database: Callable[[], str]
+) -> None:
     """The service is unready 2.5 s after its database refuses connections, and ready after that."""
     url = make_url(create_database()).set(drivername="postgresql+psycopg2")
     with (
@@ -277,7 +281,7 @@ def test_refusing_database(postgres_url: str, create_database: Callable[[], str]
         assert measure(readiness.is_ready) < 1
 
 
-def test_frozen_database(open_directory: Path) -> None:
+def test_readiness_follows_a_frozen_database(open_directory: Path) -> None:
     """The service is unready 2.5 s after its database froze, and ready after the thaw."""
     directory = open_directory / "frozen"
     with EmbeddedPostgres(directory, create=True) as embedded:
@@ -295,7 +299,7 @@ def test_frozen_database(open_directory: Path) -> None:
             assert measure(readiness.is_ready) < 5
 
 
-def test_errors_are_told(engine: Engine) -> None:
+def test_each_failed_transaction_is_counted_by_kind(engine: Engine) -> None:
     """Each transaction that fails is told by its kind, and one that does not is not."""
     told: list[str] = []
     link = Link(engine, on_error=told.append)

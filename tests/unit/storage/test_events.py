@@ -83,7 +83,7 @@ def connection(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
-def test_counted_duplicates(connection: Connection) -> None:
+def test_duplicates_are_counted_by_their_commit(connection: Connection) -> None:
     """What was given twice, or had been stored, is counted by the commit that leaves it out."""
     counts: list[int] = []
     store = EventStore(ENCODER.columns, on_duplicates=counts.append)
@@ -122,21 +122,27 @@ def store_texts(texts: Sequence[str], save: Callable[[list[Row]], None], query: 
         assert row == (text, text, text, {"object": place})
 
 
-def test_odd_texts(store: EventStore, connection: Connection, query: Query) -> None:
+def test_odd_characters_survive_in_every_column(
+    store: EventStore, connection: Connection, query: Query
+) -> None:
     """Every odd character survives unchanged, in text and in jsonb columns."""
     store_texts(ODD_TEXTS, lambda rows: store.save(connection, rows, 5), query)
 
 
 @given(texts=st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))))
 @settings(max_examples=50, deadline=None)
-def test_any_texts(texts: list[str], engine: Engine, query: Query) -> None:
+def test_any_storable_text_survives_unchanged(
+    texts: list[str], engine: Engine, query: Query
+) -> None:
     """Any text that PostgreSQL can hold survives unchanged, sent again or not."""
     with connected(engine) as connection:
         store = EventStore(ENCODER.columns)
         store_texts(texts, lambda rows: store.save(connection, rows, 5), query)
 
 
-def test_staged_texts(store: EventStore, connection: Connection, query: Query) -> None:
+def test_the_staging_table_changes_no_text(
+    store: EventStore, connection: Connection, query: Query
+) -> None:
     """The path through the staging table changes nothing either."""
     store.save(connection, [make_row("texts", "first")], 5)
     store.save(connection, [make_row("texts", "first")], 5)
@@ -145,7 +151,9 @@ def test_staged_texts(store: EventStore, connection: Connection, query: Query) -
     )
 
 
-def test_empty_and_zero(store: EventStore, connection: Connection, query: Query) -> None:
+def test_empty_and_zero_are_stored_as_present(
+    store: EventStore, connection: Connection, query: Query
+) -> None:
     """Empty texts and zeros are told from absent ones."""
     store.save(
         connection,
@@ -162,7 +170,7 @@ def test_empty_and_zero(store: EventStore, connection: Connection, query: Query)
 
 
 @pytest.mark.parametrize("seconds", [-62_135_596_800, -1, 0, 253_402_300_799])
-def test_timestamps(
+def test_timestamps_are_stored_to_the_microsecond(
     seconds: int, store: EventStore, connection: Connection, query: Query, new_project: Name
 ) -> None:
     """Instants from the year 1 to the year 9999 are stored to the microsecond."""
@@ -177,7 +185,7 @@ def test_timestamps(
 STORED = "SELECT event_id, event_name FROM events WHERE project_id = %s ORDER BY event_id"
 
 
-def test_duplicates(
+def test_the_first_of_equal_events_is_stored(
     store: EventStore, connection: Connection, query: Query, new_project: Name
 ) -> None:
     """Of equal events the first is stored, within a group and across groups."""
@@ -189,7 +197,7 @@ def test_duplicates(
     assert query(STORED, project) == [("a", "a1"), ("b", "b1"), ("c", "c1"), ("d", "d1")]
 
 
-def test_identity(
+def test_events_differing_in_key_are_different(
     store: EventStore, connection: Connection, query: Query, new_project: Name
 ) -> None:
     """Events that differ in project, id or microsecond are different events."""
@@ -203,7 +211,7 @@ def test_identity(
     assert query("SELECT count(*) FROM events WHERE project_id IN (%s, %s)", one, other) == [(6,)]
 
 
-def test_staging(create_migrated: Callable[[], str]) -> None:
+def test_duplicates_switch_to_staging_for_five_seconds(create_migrated: Callable[[], str]) -> None:
     """After a duplicate rows are staged for five seconds; they are synced to disk on both paths."""
     url = create_migrated()
     with closing(psycopg2.connect(url)) as observer, observer, observer.cursor() as cursor:
@@ -223,7 +231,9 @@ def test_staging(create_migrated: Callable[[], str]) -> None:
         assert written.fetchall() == [(name, straight[name], "on") for name in "abcdef"]
 
 
-def test_row_count(engine: Engine, store: EventStore, query: Query, new_project: Name) -> None:
+def test_a_group_with_another_row_count_fails(
+    engine: Engine, store: EventStore, query: Query, new_project: Name
+) -> None:
     """A group of which PostgreSQL takes another number of rows is not stored at all."""
     project = new_project()
     two = Row("", make_row(project, "one").text + make_row(project, "more").text)
@@ -244,7 +254,7 @@ SETTINGS = "SELECT name, setting FROM pg_settings WHERE context IN ('user', 'sup
 
 
 @pytest.mark.parametrize("outcome", ["stored", "sent again", Refused, Conflict, Unavailable])
-def test_outcomes(
+def test_a_group_is_stored_whole_or_not_at_all(
     outcome: Any, url: str, engine: Engine, store: EventStore, query: Query, new_project: Name
 ) -> None:
     """Whatever becomes of a group, it is whole or absent, and the session's settings stay."""
@@ -269,7 +279,9 @@ def test_outcomes(
     assert query(STORED, project) == stored
 
 
-def test_concurrent_duplicates(engine: Engine, query: Query, new_project: Name) -> None:
+def test_concurrent_duplicates_are_stored_once(
+    engine: Engine, query: Query, new_project: Name
+) -> None:
     """Events that eight writers store at the same moment, in any order, are there once."""
     start = threading.Barrier(8)
 

@@ -24,7 +24,7 @@ def engine(create_database: Callable[[], str]) -> Engine:
     return open_engine(for_sqlalchemy(create_database()))
 
 
-def test_events_table(engine: Engine) -> None:
+def test_the_events_table_has_every_schema_field(engine: Engine) -> None:
     """The migrated table has a column for each field of the schema, and the time of arrival."""
     migrate(engine)
     fields = {(field.name, field.kind.value, field.rules.required) for field in EVENT_SCHEMA.fields}
@@ -32,7 +32,7 @@ def test_events_table(engine: Engine) -> None:
     assert set(query(engine, COLUMNS)) == fields | {received_at}
 
 
-def test_primary_key(engine: Engine) -> None:
+def test_the_primary_key_compares_texts_by_bytes(engine: Engine) -> None:
     """An event is one by project, time and id, and texts are compared byte by byte."""
     migrate(engine)
     key = "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = 'events'::regclass"
@@ -43,7 +43,7 @@ def test_primary_key(engine: Engine) -> None:
     assert query(engine, f"{collations} {texts}") == [('"C"',)]
 
 
-def test_twice(engine: Engine) -> None:
+def test_migrating_twice_changes_nothing(engine: Engine) -> None:
     """Migrating again changes nothing."""
     migrate(engine)
     before = query(engine, TABLES)
@@ -52,14 +52,14 @@ def test_twice(engine: Engine) -> None:
     assert query(engine, TABLES) == before
 
 
-def test_at_once(engine: Engine) -> None:
+def test_four_migrations_at_once_are_one(engine: Engine) -> None:
     """Four migrations at the same moment are one."""
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(migrate, [engine] * 4)) == [None] * 4
     check_migrated(engine)
 
 
-def test_newer_revision(engine: Engine) -> None:
+def test_a_newer_database_is_accepted_and_left_alone(engine: Engine) -> None:
     """A database that a newer version has migrated is accepted, and left alone."""
     migrate(engine)
     with connected(engine) as connection:
@@ -73,7 +73,7 @@ def test_newer_revision(engine: Engine) -> None:
     ("state", "found"),
     [("", "empty"), ("CREATE TABLE strange ()", "empty"), ("0000", "at revision 0000")],
 )
-def test_unmigrated(state: str, found: str, engine: Engine) -> None:
+def test_an_older_database_is_refused_with_advice(state: str, found: str, engine: Engine) -> None:
     """An older database is refused with what was found, what is needed and what to do."""
     with connected(engine) as connection:
         if state == "0000":
@@ -86,7 +86,7 @@ def test_unmigrated(state: str, found: str, engine: Engine) -> None:
         check_migrated(engine)
 
 
-def test_all_or_nothing(engine: Engine) -> None:
+def test_a_failed_migration_leaves_nothing_behind(engine: Engine) -> None:
     """A migration that fails leaves nothing behind, and works once its obstacle is gone."""
     with connected(engine) as connection:
         connection.execute(text("CREATE TABLE api_keys (obstacle int)"))
@@ -99,7 +99,7 @@ def test_all_or_nothing(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("use", [migrate, check_migrated])
-def test_encoding(use: Callable[[Engine], None], engine: Engine) -> None:
+def test_a_database_without_utf_8_is_refused(use: Callable[[Engine], None], engine: Engine) -> None:
     """A database that cannot hold every text is refused before anything is made in it."""
     ascii_url = engine.url.set(database=f"{engine.url.database}_ascii")
     options = "ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'"

@@ -122,7 +122,7 @@ def finish(
     record_outcomes(connection, provider, lease, outcomes)
 
 
-def test_same_transaction(save: Save, query: Query) -> None:
+def test_events_and_deliveries_share_one_transaction(save: Save, query: Query) -> None:
     """Events, payloads and deliveries are written by one and the same transaction."""
     for group in (make_rows("p", 3), make_rows("p", 5)):  # straight, then staged
         save(group)
@@ -136,7 +136,7 @@ def test_same_transaction(save: Save, query: Query) -> None:
     assert query(deliveries) == [(*row[:1], p, row[1]) for row in kept for p in "ab"]
 
 
-def test_nothing_without_the_outbox(save: Save, query: Query) -> None:
+def test_no_event_is_stored_without_its_delivery(save: Save, query: Query) -> None:
     """Where the outbox refuses a group, none of its events is stored."""
     query("ALTER TABLE outbox_payloads ADD CONSTRAINT broken CHECK (project_id <> 'bad') NOT VALID")
     try:
@@ -148,7 +148,7 @@ def test_nothing_without_the_outbox(save: Save, query: Query) -> None:
     assert read_queued(query) == []
 
 
-def test_once_per_project(save: Save, query: Query) -> None:
+def test_a_group_makes_one_payload_per_project(save: Save, query: Query) -> None:
     """A group makes one payload for each project, and one delivery of it for each provider."""
     names = [f"p{number:03}" for number in range(250)]
     save([make_row(name, f"e{number}") for number in (2, 1) for name in names])
@@ -160,13 +160,13 @@ def test_once_per_project(save: Save, query: Query) -> None:
     assert query("SELECT DISTINCT mapping_version, event_count FROM outbox_payloads") == [(1, 2)]
 
 
-def test_large_groups(save: Save, query: Query) -> None:
+def test_no_payload_exceeds_a_thousand_events(save: Save, query: Query) -> None:
     """No payload has more than a thousand events."""
     save(make_rows("p", 2001))
     assert [len(payload) for payload in read_queued(query)] == [1000, 1000, 1]
 
 
-def test_duplicates(save: Save, query: Query) -> None:
+def test_a_repeated_event_is_queued_only_once(save: Save, query: Query) -> None:
     """An event sent again, in its batch or later, staged or not, is queued when it is stored."""
     groups = ["aab", "bcc", "ad", "abcd", "eea"]
     for group in groups:
@@ -180,7 +180,7 @@ def test_duplicates(save: Save, query: Query) -> None:
     )
 
 
-def test_odd_keys(save: Save, query: Query) -> None:
+def test_staged_rows_are_recognised_whatever_their_keys(save: Save, query: Query) -> None:
     """What the staging table returns is recognised, whatever the ids and the timestamps."""
     save([make_row("p", "e")])
     moments = [FIRST_SECOND, -1, 0, 253_370_764_800, END_SECOND - 1]
@@ -192,7 +192,7 @@ def test_odd_keys(save: Save, query: Query) -> None:
     assert query("SELECT count(*) FROM events") == [(len(rows),)]
 
 
-def test_concurrent_duplicates(save: Save, query: Query, engine: Engine) -> None:
+def test_concurrent_duplicates_are_queued_once(save: Save, query: Query, engine: Engine) -> None:
     """Events that four writers store at the same moment are queued once."""
     save([make_row("p", "first")])
     start = threading.Barrier(4)
@@ -214,7 +214,9 @@ def test_concurrent_duplicates(save: Save, query: Query, engine: Engine) -> None
     assert set(queued.values()) == {1}
 
 
-def test_analytics_off(service: Service, project: Project, database: Any) -> None:
+def test_the_outbox_stays_empty_without_analytics(
+    service: Service, project: Project, database: Any
+) -> None:
     """With analytics off the service leaves the outbox alone."""
     tenant = Tenant(service, project, database)
     for _ in range(2):
@@ -225,7 +227,7 @@ def test_analytics_off(service: Service, project: Project, database: Any) -> Non
             assert cursor.fetchone() == (0,)
 
 
-def test_stored_payloads_stay_readable(query: Query, connection: Connection) -> None:
+def test_payloads_of_the_first_release_stay_readable(query: Query, connection: Connection) -> None:
     """A payload of the first release is read for ever: these bytes, events in field 1."""
     events = [Event(event_id=event_id).SerializeToString() for event_id in ("e1", "e2")]
     payload = b"".join(b"\x0a" + bytes([len(event)]) + event for event in events)
@@ -240,7 +242,7 @@ def test_stored_payloads_stay_readable(query: Query, connection: Connection) -> 
     assert delivery.events == dict(enumerate(events))
 
 
-def test_payload_storage(query: Query) -> None:
+def test_payloads_are_uncompressed_and_vacuumed_often(query: Query) -> None:
     """Payloads are not compressed, and the queue's tables are vacuumed by thousands of rows."""
     assert query(
         "SELECT attstorage::text FROM pg_attribute WHERE attname = 'events'"
@@ -252,7 +254,7 @@ def test_payload_storage(query: Query) -> None:
     assert all("autovacuum_vacuum_scale_factor=0" in option for (option,) in options)
 
 
-def test_last_provider(save: Save, query: Query, engine: Engine) -> None:
+def test_lanes_ending_together_leave_no_payload(save: Save, query: Query, engine: Engine) -> None:
     """Lanes that end the same payload at once leave neither payload nor delivery, 200 times."""
     rounds, meet = 200, threading.Barrier(2)
     for number in range(rounds):
@@ -276,7 +278,9 @@ def test_last_provider(save: Save, query: Query, engine: Engine) -> None:
     ]
 
 
-def test_one_provider_left(save: Save, query: Query, connection: Connection) -> None:
+def test_a_payload_stays_while_a_provider_wants_it(
+    save: Save, query: Query, connection: Connection
+) -> None:
     """A payload stays for as long as one provider wants any of it."""
     save(make_rows("p", 2))
     lease, [delivery] = claim(connection, "a")
@@ -290,7 +294,9 @@ def test_one_provider_left(save: Save, query: Query, connection: Connection) -> 
     assert read_queued(query) == []
 
 
-def test_claimers(save: Save, engine: Engine, query: Query) -> None:
+def test_four_claimers_share_everything_without_overlap(
+    save: Save, engine: Engine, query: Query
+) -> None:
     """Four claimers at once share everything out, and no delivery twice."""
     for number in range(200):
         save([make_row("p", f"e{number}")])
@@ -319,7 +325,7 @@ def query_due(connection: Connection) -> int:
     return count
 
 
-def test_skip_locked(save: Save, engine: Engine, query: Query) -> None:
+def test_a_claim_skips_what_another_has_locked(save: Save, engine: Engine, query: Query) -> None:
     """A claim does not wait for what another one has locked."""
     save([make_row("p", "e1")])
     save([make_row("p", "e2")])
@@ -331,7 +337,7 @@ def test_skip_locked(save: Save, engine: Engine, query: Query) -> None:
     assert query("SELECT min(id) < %s FROM outbox_deliveries", delivery.id) == [(True,)]
 
 
-def test_claim_size(save: Save, connection: Connection) -> None:
+def test_a_claim_takes_the_longest_due_events(save: Save, connection: Connection) -> None:
     """A claim takes what has been due longest, up to a number of events, one payload at least."""
     for number, size in enumerate([5, 3, 4, 1]):
         save([make_row("p", f"{number} {event}") for event in range(size)])
@@ -341,7 +347,9 @@ def test_claim_size(save: Save, connection: Connection) -> None:
     ] == [[5], [3, 4], [1], []]
 
 
-def test_lease(save: Save, query: Query, connection: Connection) -> None:
+def test_a_lost_lease_makes_its_record_void(
+    save: Save, query: Query, connection: Connection
+) -> None:
     """What was claimed is back when the lease ends, and its old holder's record changes nothing."""
     save(make_rows("p", 3))
     old, [stale] = claim(connection)
@@ -363,7 +371,9 @@ def test_lease(save: Save, query: Query, connection: Connection) -> None:
     assert query("SELECT delivered FROM forward_lanes") == [(3,)]
 
 
-def test_partial_outcome(save: Save, query: Query, connection: Connection) -> None:
+def test_what_is_left_is_due_by_its_delays(
+    save: Save, query: Query, connection: Connection
+) -> None:
     """What is left of a delivery is due again by its delays, and nothing else of it is."""
     save(make_rows("p", 8))
     query("DELETE FROM outbox_deliveries WHERE provider = 'b'")
@@ -385,7 +395,7 @@ def test_partial_outcome(save: Save, query: Query, connection: Connection) -> No
     }
 
 
-def test_all_kinds_at_once(save: Save, connection: Connection) -> None:
+def test_every_recorded_event_ends_in_one_place(save: Save, connection: Connection) -> None:
     """Every event of what is recorded ends in one place only."""
     for number in range(6):
         save([make_row("p", f"{number} {event}") for event in range(4)])
@@ -400,7 +410,7 @@ def test_all_kinds_at_once(save: Save, connection: Connection) -> None:
     assert lane.oldest_at == other.oldest_at is not None
 
 
-def test_status(save: Save, query: Query, connection: Connection) -> None:
+def test_a_stopped_lane_shows_its_reason(save: Save, query: Query, connection: Connection) -> None:
     """A lane's stop is shown with its reason until it is over."""
     save(make_rows("p", 2))
     connection.rollback()
@@ -414,7 +424,9 @@ def test_status(save: Save, query: Query, connection: Connection) -> None:
     assert [lane.stopped_reason for lane in read_status(connection)] == [None, None]
 
 
-def test_dead_letters(save: Save, query: Query, connection: Connection) -> None:
+def test_dead_events_return_to_their_own_provider(
+    save: Save, query: Query, connection: Connection
+) -> None:
     """Dead events go back to their own provider with their mapping version, or go for good."""
     save(make_rows("p", 4))
     query("UPDATE outbox_payloads SET mapping_version = 7")
@@ -438,7 +450,7 @@ def test_dead_letters(save: Save, query: Query, connection: Connection) -> None:
     assert query(ORPHANS) == [(0, 0)]
 
 
-def test_claim_plan(query: Query, connection: Connection) -> None:
+def test_a_claim_walks_the_index_without_sorting(query: Query, connection: Connection) -> None:
     """With a long backlog, a claim walks the index in the order of due times and sorts nothing."""
     query(
         "INSERT INTO outbox_deliveries (payload_id, provider, event_count, due_at)"

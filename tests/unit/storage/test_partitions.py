@@ -80,12 +80,14 @@ def transaction(engine: Engine, statement: str) -> Iterator[None]:
         (date(2024, 2, 29), 0, []),
     ],
 )
-def test_months(day: date, count: int, months: list[tuple[date, date]]) -> None:
+def test_months_follow_each_other_across_years(
+    day: date, count: int, months: list[tuple[date, date]]
+) -> None:
     """Months follow each other, across the end of a year too."""
     assert list(months_from(day, count)) == months
 
 
-def test_months_ahead(engine: Engine) -> None:
+def test_three_months_of_partitions_are_kept_ahead(engine: Engine) -> None:
     """This month and the next two get partitions, and a month later only one more."""
     add(engine)
     assert query(engine, PARTITIONS) == [(name,) for name in NAMES]
@@ -93,7 +95,7 @@ def test_months_ahead(engine: Engine) -> None:
     assert query(engine, PARTITIONS) == [(name,) for name in [*NAMES, "events_2024_03"]]
 
 
-def test_bounds(engine: Engine) -> None:
+def test_a_partition_begins_and_ends_at_utc_midnight(engine: Engine) -> None:
     """A month begins and ends at midnight UTC, whatever the database's own time zone."""
     with connected(engine) as connection:
         name = engine.url.database
@@ -111,7 +113,7 @@ def test_bounds(engine: Engine) -> None:
     assert query(engine, PLACES) == list(moments.items())
 
 
-def test_waiting_rows(engine: Engine) -> None:
+def test_rows_of_a_new_month_leave_the_default(engine: Engine) -> None:
     """Rows of a month that wait in the default partition move over, unchanged; others stay."""
     moments = ["2023-11-30T12:00:00", "2023-12-31T23:59:59", "2024-02-01T00:00:00"]
     save(engine, *moments)
@@ -122,7 +124,7 @@ def test_waiting_rows(engine: Engine) -> None:
     assert query(engine, PLACES) == list(zip(moments, places, strict=True))
 
 
-def test_twice(engine: Engine) -> None:
+def test_adding_the_same_months_again_takes_no_lock(engine: Engine) -> None:
     """Adding the same months again changes nothing, and takes no lock that a reader could hold."""
     add(engine)
     with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
@@ -130,7 +132,7 @@ def test_twice(engine: Engine) -> None:
     assert query(engine, PARTITIONS) == [(name,) for name in NAMES]
 
 
-def test_at_once(engine: Engine) -> None:
+def test_services_may_add_the_same_months_together(engine: Engine) -> None:
     """Several services that add the same months at the same moment do no harm."""
     save(engine, "2023-12-31T12:00:00", "2024-01-15T12:00:00")
     with ThreadPoolExecutor(4) as threads:
@@ -139,7 +141,7 @@ def test_at_once(engine: Engine) -> None:
     assert query(engine, "SELECT count(*) FROM events") == [(2,)]
 
 
-def test_long_reader(engine: Engine) -> None:
+def test_adding_months_gives_up_for_a_long_reader(engine: Engine) -> None:
     """A long reader makes it fail soon, and events are stored meanwhile; later it works."""
     save(engine, "2024-01-15T12:00:00")
     with (
@@ -165,7 +167,7 @@ def save_patiently(engine: Engine, moment: str) -> None:
             return save(engine, moment)
 
 
-def test_during_ingestion(engine: Engine) -> None:
+def test_no_event_is_lost_while_months_are_added(engine: Engine) -> None:
     """Events that are stored while months are added are all there, without an error."""
     stop = threading.Event()
 
@@ -186,7 +188,7 @@ def test_during_ingestion(engine: Engine) -> None:
     assert {moment for [moment] in query(engine, "SELECT event_id FROM events")} == saved
 
 
-def test_keeper(engine: Engine) -> None:
+def test_the_partition_keeper_starts_and_stops_cleanly(engine: Engine) -> None:
     """The keeper adds the months when it starts, and ends when it is told to."""
     keeper = PartitionKeeper(Link(engine), today=lambda: DECEMBER)
     keeper.start()
@@ -194,7 +196,9 @@ def test_keeper(engine: Engine) -> None:
     keeper.stop()
 
 
-def test_keeper_tries_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_partition_keeper_retries_after_a_long_reader(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A round that met a long reader is repeated soon."""
     monkeypatch.setattr("server.storage.partitions._RETRY_SECONDS", 0.1)
     keeper = PartitionKeeper(Link(engine), today=lambda: DECEMBER)
