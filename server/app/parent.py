@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import NamedTuple
 
 from server.app.parts import BUCKETS
 from server.config import Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
 from server.grpc.certificates import read_certificates
+from server.http.server import HTTPServer
 from server.ingest.buckets import BucketTable
 from server.processes.ports import listen, reserve_ports
 from server.processes.supervisor import Supervisor
@@ -21,7 +23,15 @@ from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from server.storage.keys import create_key, list_keys
 from server.storage.migrate import check_migrated, migrate
 from server.storage.partitions import PartitionKeeper
-from server.telemetry.metrics_page import MetricsPage, MetricsServer, opened_directory
+from server.telemetry.counting import Counts, Totals
+from server.telemetry.metrics import METRICS, RESTARTS
+from server.telemetry.metrics_page import (
+    CountsCollector,
+    MetricsPage,
+    MetricsServer,
+    ServiceCollector,
+)
+from server.telemetry.reports import ReportReceiver
 
 DEMO_PROJECT = "proj_demo"
 # Settings of libraries, where the environment has none of its own.
@@ -33,8 +43,19 @@ _WORKER_VARIABLES = {
 }
 # A process that has been told to stop is killed after this; with what follows, it is 30 s in all.
 _KILL_SECONDS = 27.0
+_METRICS_BODY_BYTES = 1024
 
 _log = logging.getLogger("productgraph")
+
+
+class _Metrics(NamedTuple):
+    receiver: ReportReceiver
+    counts: Counts
+
+    def note_exit(self, command: str, process: int, expected: bool) -> None:
+        self.receiver.note_exit(process)
+        if not expected:
+            self.counts.add(RESTARTS, 1, command)
 
 
 def run_service(settings: Settings, announce: Callable[[dict[str, int], str | None], None]) -> None:
@@ -55,18 +76,18 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         ports = stack.enter_context(reserve_ports(settings.host, wanted))
         engine, tick, first_key = _prepare_database(settings, stack)
         _keep_partitions(engine, stack)
-        page = _serve_metrics(settings, ports, engine, stack)
+        metrics = _serve_metrics(settings, ports, engine, stack)
         buckets = BucketTable().descriptor
         numbers = {name: str(number) for name, number in (ports | {BUCKETS: buckets}).items()}
         environment = _WORKER_VARIABLES | os.environ | numbers
-        supervisor = _supervise("worker", settings.workers, environment, page, [buckets])
+        supervisor = _supervise("worker", settings.workers, environment, metrics, [buckets])
         if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
         supervisors = [supervisor]
         supervisor.start()
         stack.callback(_stop_together, supervisors)
         if settings.destinations and settings.forwarders:
-            supervisors.append(_keep_forwarding(settings.forwarders, page, stack))
+            supervisors.append(_keep_forwarding(settings.forwarders, metrics, stack))
         announce(ports, first_key)
         supervisor.run(tick, stop)
 
@@ -75,38 +96,43 @@ def _supervise(
     command: str,
     count: int,
     environment: Mapping[str, str],
-    page: MetricsPage | None,
+    metrics: _Metrics | None,
     descriptors: Sequence[int] = (),
 ) -> Supervisor:
+    on_exit = None
+    if metrics is not None:
+        environment = {**environment, **metrics.receiver.environment}
+        descriptors = (*descriptors, metrics.receiver.descriptor)
+        on_exit = partial(metrics.note_exit, command)
     return Supervisor(
         [sys.executable, "-m", "server", command],
         count,
-        environment=environment if page is None else {**environment, **page.environment},
+        environment=environment,
         descriptors=descriptors,
         drain_seconds=_KILL_SECONDS,
-        on_exit=None if page is None else partial(page.note_exit, command),
+        on_exit=on_exit,
     )
 
 
 def _serve_metrics(
     settings: Settings, ports: Mapping[str, int], engine: Engine, stack: ExitStack
-) -> MetricsPage | None:
-    """The page, or None where it is not wanted."""
+) -> _Metrics | None:
+    """Serve the page and return what receives its numbers; None if the page is off."""
     if settings.metrics_port is None:
         return None
     readiness, monitor = Readiness(Link(engine)), OutboxMonitor(Link(engine))
-    page = MetricsPage(
-        stack.enter_context(opened_directory()),
-        readiness.is_ready,
-        monitor.lanes,
-        providers=tuple(settings.destinations),
-    )
-    server = MetricsServer(page, listen(settings.host, ports["METRICS_PORT"]))
+    counts = Counts()
+    totals = Totals(METRICS, counts)
+    receiver = ReportReceiver(totals)
+    state = ServiceCollector(readiness.is_ready, monitor.lanes, tuple(settings.destinations))
+    page = MetricsPage(CountsCollector(totals), state)
+    listener = listen(settings.host, ports["METRICS_PORT"])
+    server = HTTPServer(page, listener, threads=1, max_body_bytes=_METRICS_BODY_BYTES)
     watchdog = Watchdog(readiness.check, monitor.check)
-    for part in (watchdog, readiness, monitor, server):
+    for part in (watchdog, readiness, monitor, receiver, MetricsServer(server)):
         part.start()
         stack.callback(part.stop)
-    return page
+    return _Metrics(receiver, counts)
 
 
 def _stop_together(supervisors: Sequence[Supervisor]) -> None:
@@ -117,9 +143,9 @@ def _stop_together(supervisors: Sequence[Supervisor]) -> None:
         thread.join()
 
 
-def _keep_forwarding(count: int, page: MetricsPage | None, stack: ExitStack) -> Supervisor:
+def _keep_forwarding(count: int, metrics: _Metrics | None, stack: ExitStack) -> Supervisor:
     """Runs forwarders beside the workers: processes of their own, that slow none of them."""
-    supervisor, stop = _supervise("forward", count, os.environ, page), threading.Event()
+    supervisor, stop = _supervise("forward", count, os.environ, metrics), threading.Event()
     supervisor.start()
     watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop), daemon=True)
     watching.start()

@@ -30,7 +30,9 @@ from server.processes.lifeline import Lifeline
 from server.processes.ports import listen
 from server.storage.connection import Engine, Link, Readiness, Watchdog, open_engine, transactional
 from server.storage.events import EventStore
+from server.telemetry.counting import Counts
 from server.telemetry.metrics import RequestMetrics, StorageMetrics
+from server.telemetry.reports import Reporter, find_socket
 from server.telemetry.request_log import RequestLog
 
 # It decodes and validates large requests, and waits for nothing. One at a time: decoded, a body can
@@ -45,8 +47,11 @@ class Worker:
 
     def __init__(self, settings: Settings, database_url: str) -> None:
         engine = open_engine(database_url)
-        self._storage_metrics = metrics = StorageMetrics()
-        self._request_metrics = RequestMetrics(field.wire_name for field in EVENT_SCHEMA.fields)
+        counts = Counts()
+        self._storage_metrics = metrics = StorageMetrics(counts)
+        self._request_metrics = RequestMetrics(
+            counts, (field.wire_name for field in EVENT_SCHEMA.fields)
+        )
         self._readiness = Readiness(Link(engine))
         self._keys = KeyCache(
             Link(engine, on_error=metrics.count_error), on_lookups=metrics.count_lookups
@@ -67,7 +72,6 @@ class Worker:
             self._keys.check,
             self._readiness.check,
             *(writer.check for writer in self._rejections),
-            self._write_metrics,
         )
         service = IngestService(
             EVENT_SCHEMA,
@@ -79,7 +83,9 @@ class Worker:
         )
         self._tracing = open_tracing(settings)
         sinks: list[Sink] = [RequestLog()]
-        if settings.metrics_port is not None:
+        self._reporter = None
+        if connection := find_socket():
+            self._reporter = Reporter(connection, counts, self._refresh_metrics)
             sinks.append(self._request_metrics)
         if self._tracing is not None:
             sinks.append(self._tracing.requests)
@@ -121,6 +127,8 @@ class Worker:
             writer.start()
         for part in (self._watchdog, self._writer, self._keys, self._readiness, self._grpc):
             part.start()
+        if self._reporter is not None:
+            self._reporter.start()
         on_ready()
         self._http.serve()
         self._drain()
@@ -129,7 +137,7 @@ class Worker:
         """Makes `run` return; from any thread or a signal handler."""
         self._http.stop()
 
-    def _write_metrics(self) -> None:
+    def _refresh_metrics(self) -> None:
         self._request_metrics.flush()
         self._storage_metrics.show(self._writer.backlog(), self._keys.known_count())
 
@@ -144,7 +152,8 @@ class Worker:
             writer.stop()
         self._keys.stop()
         self._watchdog.stop()
-        self._write_metrics()
+        if self._reporter is not None:
+            self._reporter.stop()
         if self._tracing is not None:
             self._tracing.stop()
 

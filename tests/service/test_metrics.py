@@ -1,12 +1,10 @@
 """The metrics page of a running service: it adds up, whatever became of the workers."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import psutil  # type: ignore[import-untyped]
 import psycopg2
 import pytest
 from prometheus_client import Metric
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.events.validation import REASONS
-from server.telemetry.metrics_page import opened_directory
 from tests.conftest import create_project
 from tests.support.clients import Refusal, Tenant, send, to_message
 from tests.support.services import ROOT, Service, ask, running_service, wait_until
@@ -196,16 +191,9 @@ def settle(load: Load, before: Samples, service: Service) -> None:
         assert count_since(before, service) == load.expected
 
 
-def find_directory(worker: psutil.Process) -> Path:
-    """Where a worker keeps its numbers."""
-    return Path(worker.environ()["PROMETHEUS_MULTIPROC_DIR"])
-
-
-def count_requests(worker: psutil.Process) -> int:
-    """How many requests a worker has answered, by its own file."""
-    metrics = MultiProcessCollector.merge([find_directory(worker) / f"counter_{worker.pid}.db"])
-    [requests] = [metric for metric in metrics if metric.name == "productgraph_requests"]
-    return int(sum(sample.value for sample in requests.samples))
+def find_busy(service: Service) -> set[object]:
+    """The processes that have answered requests, by their log."""
+    return {record["pid"] for record in service.read_log() if record["message"] == "request"}
 
 
 def test_metrics_count_every_event_of_a_known_load(pair: Service, load: Load) -> None:
@@ -213,7 +201,7 @@ def test_metrics_count_every_event_of_a_known_load(pair: Service, load: Load) ->
     before = read_samples(pair)
     load.run()
     settle(load, before, pair)
-    assert all(count_requests(worker) for worker in pair.find_workers())
+    assert find_busy(pair) >= {worker.pid for worker in pair.find_workers()}
     reasons = {label for name in load.expected for label in name.split() if "reason=" in label}
     assert reasons == {f"reason={reason}" for reason in REASONS} - {"reason=other"}
 
@@ -233,8 +221,8 @@ def test_counts_of_a_killed_worker_stay(pair: Service, load: Load) -> None:
     settle(load, before, pair)
 
 
-def test_replaced_workers_lose_no_count_and_leave_no_files(pair: Service, load: Load) -> None:
-    """A rolling restart loses no count, is no restart by death, and leaves no files behind."""
+def test_replaced_workers_lose_no_count(pair: Service, load: Load) -> None:
+    """A rolling restart loses no count, and is no restart by death."""
     before = read_samples(pair)
     load.run()
     old = pair.find_workers()
@@ -243,9 +231,7 @@ def test_replaced_workers_lose_no_count_and_leave_no_files(pair: Service, load: 
     settle(load, before, pair)
     restarts = spell("worker_restarts_total", command="worker")
     assert read_samples(pair)[restarts] == before[restarts]
-    new = pair.find_workers()
-    numbers = {file.stem.split("_")[-1] for file in find_directory(new[0]).iterdir()}
-    assert numbers == {"0", *(str(worker.pid) for worker in new)}
+    assert read_samples(pair)[spell("workers")] == len(pair.find_workers())
 
 
 def test_metrics_show_what_waits_for_each_provider(pair: Service, load: Load) -> None:
@@ -281,7 +267,7 @@ def test_requests_are_answered_without_a_metrics_page(create_migrated: Callable[
     """With METRICS_PORT=off there is no page, and requests are answered as ever."""
     with running_service({"DATABASE_URL": create_migrated(), "METRICS_PORT": "off"}) as service:
         assert "metrics" not in service.output.read_text()
-        assert not any("PROMETHEUS" in name for name in service.find_workers()[0].environ())
+        assert "PRODUCTGRAPH_METRICS" not in service.find_workers()[0].environ()
         assert send(service, "POST", "/v1/events").status == 401
 
 
@@ -421,20 +407,3 @@ def test_every_alert_is_tried_and_documented() -> None:
     assert names == list(TROUBLES)
     anchors = [re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower() for name in names]
     assert re.findall(r"runbook_url: OPERATIONS\.md#(\S+)", rules) == anchors
-
-
-def test_metrics_of_a_killed_service_are_removed() -> None:
-    """What a killed service left in memory is removed by the next; what one uses is not."""
-    with opened_directory() as used:
-        abandoned = Path(tempfile.mkdtemp(prefix="productgraph-metrics-", dir=used.parent))
-        young = Path(tempfile.mkdtemp(prefix="productgraph-metrics-", dir=used.parent))
-        for directory in (used, abandoned):
-            os.utime(directory, (0, 0))
-        with opened_directory() as other:
-            assert used.exists()
-            assert young.exists()
-            assert other.exists()
-            assert not abandoned.exists()
-        young.rmdir()
-    assert not used.exists()
-    assert not other.exists()
