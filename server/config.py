@@ -95,7 +95,6 @@ class Settings:
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Reads the settings; raises InvalidSetting for the first that is unusable."""
     read = _Reader(environment)
-    debug = read("DEBUG", "false", _parse_flag)
     return Settings(
         host=read("HOST", "127.0.0.1", str),
         port=read("PORT", "8080", _whole_number(0, 65535)),
@@ -116,7 +115,9 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         forwarders=read("FORWARDERS", "1", _whole_number(0, 16)),
         rejected_keep=read("REJECTED_KEEP", "10000/7d", _parse_rejected_keep),
         tracing=_read_tracing(read),
-        log_level="DEBUG" if debug else read("LOG_LEVEL", "INFO", _parse_log_level),
+        log_level="DEBUG"
+        if read("DEBUG", "false", _parse_flag)
+        else read("LOG_LEVEL", "INFO", _parse_level),
     )
 
 
@@ -208,7 +209,7 @@ def _parse_flag(text: str) -> bool:
     raise ValueError(f"must be true or false, is {text!r}")
 
 
-def _parse_log_level(text: str) -> str:
+def _parse_level(text: str) -> str:
     if text.upper() not in _LOG_LEVELS:
         raise ValueError(f"must be one of {', '.join(_LOG_LEVELS)}, is {text!r}")
     return text.upper()
