@@ -30,7 +30,7 @@ _WIDTHS = (16, *[11] * 2, *[9] * 9)
 
 
 def main() -> int:
-    """Measures what the arguments say; returns the exit code."""
+    """Measure what the arguments say. Return the exit code."""
     parser = _build_parser()
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
@@ -109,7 +109,7 @@ def _make_plan(options: argparse.Namespace) -> Plan:
 def _run(plan: Plan, console: Console) -> Results:
     steps = len(plan.cells) + _COPIES + (2 if plan.large_rows else 0)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # Seldom refreshed, for that takes its time from the same cores.
+    # Seldom refreshed, because refreshing takes time from the same cores.
     with Progress(*columns, console=console, refresh_per_second=2, transient=True) as progress:
         task = progress.add_task("", total=steps)
 

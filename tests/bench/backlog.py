@@ -44,7 +44,7 @@ _LOAD = Cell("http-1000-2", "service", "http", 1000, WORKERS, connections=8)
 _LOAD_SECONDS = 4.0
 _DRAIN_MEASURED_SECONDS = 20.0
 
-# Rows as the service writes them, by copying one of them.
+# Rows as the service writes them, made by copying one of them.
 _PILE_UP = """
 WITH kept AS (
     INSERT INTO outbox_payloads (project_id, mapping_version, event_count, events)
@@ -58,7 +58,7 @@ _RELEASE = text("UPDATE outbox_deliveries SET due_at = now(), lease = NULL WHERE
 def measure_backlog(
     directory: Path, providers: Providers, scale: float, on_step: OnStep
 ) -> Document:
-    """A backlog of a million events: ingestion and claims with it and without, then the drain."""
+    """Measure ingestion and claims with a million events waiting and without; then drain them."""
     payloads = max(2 * _FEW_PAYLOADS, round(_BACKLOG_PAYLOADS * scale))
     seconds = max(0.5, _LOAD_SECONDS * scale)
     waiting = providers.settings | {"FORWARDERS": "0"}
@@ -90,7 +90,7 @@ def measure_backlog(
 
 
 def pile_up(database: BenchDatabase, payloads: int) -> None:
-    """Leaves so many payloads, and nothing else, in the outbox, due for both providers."""
+    """Leave this many payloads, and nothing else, in the outbox, due for both providers."""
     events = [ParseDict(event, Event()) for event in make_events(_EVENTS_PER_PAYLOAD)]
     encoded = EncodedEvents(events=[event.SerializeToString() for event in events])
     database.execute("TRUNCATE outbox_payloads, outbox_deliveries")
@@ -99,13 +99,13 @@ def pile_up(database: BenchDatabase, payloads: int) -> None:
         *(PROJECT, CURRENT_MAPPING_VERSION, len(events), encoded.SerializeToString()),
         *(payloads, list(NAMES)),
     )
-    # What autovacuum would do in its own time, and in the midst of what is measured.
+    # What autovacuum would do in its own time, in the middle of the measurement.
     for table in ("outbox_payloads", "outbox_deliveries"):
         database.execute(f"VACUUM ANALYZE {table}")
 
 
 def measure_claims(database: BenchDatabase) -> float:
-    """The median time of a claim of ten payloads, in milliseconds."""
+    """Return the median time of a claim of ten payloads, in milliseconds."""
     times = []
     with connected(transactional(open_engine(database.url))) as connection:
         for _ in range(_CLAIMS):
@@ -119,7 +119,7 @@ def measure_claims(database: BenchDatabase) -> float:
 
 
 def _measure_drain(side: Side, seconds: float) -> Document:
-    """How fast a forwarder delivers what is pending, while events come in at the moderate rate."""
+    """Measure how fast a forwarder delivers a backlog while events come in at the moderate rate."""
     calm = side.send(round(RATE * seconds))
     with _running_forwarder(side):
         _wait_for(lambda: side.count_delivered() > 0)

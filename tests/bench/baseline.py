@@ -123,7 +123,7 @@ app = FastAPI(lifespan=_lifespan)
 async def ingest(
     request: Request, x_pg_api_key: Annotated[str | None, Header()] = None
 ) -> JSONResponse:
-    """Store a batch, and say of each event that is wrong what is wrong with it."""
+    """Store a batch, and say what is wrong with each bad event."""
     project = await _authenticate(request.app, x_pg_api_key)
     valid, errors = _validate(await request.body(), project)
     if valid:

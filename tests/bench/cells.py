@@ -75,5 +75,5 @@ QUICK = (
 
 
 def choose_cells(patterns: Sequence[str]) -> list[Cell]:
-    """The cells whose names match one of the patterns; raises ValueError for one without any."""
+    """Return the cells whose names match a pattern. Raises ValueError if a pattern matches none."""
     return choose_matching(ALL, patterns, "nothing is called {pattern}; there are {names}")

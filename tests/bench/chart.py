@@ -25,7 +25,7 @@ _BAR_HEIGHT, _ROW_HEIGHT, _HEAD_HEIGHT = 14, 20, 56
 
 
 def draw_chart(document: Document) -> str:
-    """Events a second of every load of the matrix that was measured, one panel a batch size."""
+    """Draw the events a second of every measured load of the matrix, one panel a batch size."""
     sizes = sorted({figures["events_per_request"] for figures in _shown(document)})
     panels = [(size, _collect_bars(document, size)) for size in sizes]
     parts, y = [], _HEAD_HEIGHT

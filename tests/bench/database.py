@@ -37,7 +37,7 @@ class BenchDatabase:
         self._rows, self._copy = self._prepare_rows()
 
     def _prepare_rows(self) -> tuple[NumberedRequest, str]:
-        """COPY's own lines of the events, and its statement."""
+        """Return COPY's lines of the events, and its statement."""
         asyncio.run(baseline.store(self.plain_url, make_events(COPY_ROWS)))
         columns = ", ".join(baseline.COLUMNS)
         lines = BytesIO()
@@ -57,42 +57,42 @@ class BenchDatabase:
 
     @property
     def plain_url(self) -> str:
-        """The database's URL as libpq takes it."""
+        """The database's URL for libpq."""
         return self.url.replace("+psycopg2", "")
 
     def execute(self, statement: str, *parameters: object) -> None:
-        """Runs a statement, and commits it."""
+        """Run a statement and commit it."""
         with self._connected() as connection, connection.cursor() as cursor:
             cursor.execute(statement, parameters)
 
     def find_postmaster(self) -> int:
-        """The process that all of PostgreSQL's processes descend from."""
+        """Return the process from which all of PostgreSQL's processes descend."""
         with self._connected() as connection:
             return int(psutil.Process(connection.info.backend_pid).ppid())
 
     def read_version(self) -> str:
-        """PostgreSQL's version."""
+        """Return PostgreSQL's version."""
         with self._connected() as connection, connection.cursor() as cursor:
             cursor.execute("SHOW server_version")
             return str(cursor.fetchone()[0])  # type: ignore[index]
 
     def count_events(self) -> int:
-        """How many events are stored."""
+        """Return the number of stored events."""
         with self._connected() as connection, connection.cursor() as cursor:
             cursor.execute("SELECT count(*) FROM events")
             return int(cursor.fetchone()[0])  # type: ignore[index]
 
     def empty(self) -> None:
-        """Empties the table, and leaves nothing to be written for what was in it."""
+        """Empty the table, and leave nothing of its rows to be written."""
         with self._connected() as connection, connection.cursor() as cursor:
             cursor.execute("TRUNCATE events")
             cursor.execute("CHECKPOINT")
 
     def measure_copy(self, seconds: float, first_number: int) -> tuple[float, int]:
-        """How many prepared rows a second COPY commits over one connection, 1,000 each time.
+        """Return how many prepared rows a second COPY commits over one connection, 1,000 each time.
 
-        It goes into the table as the service does, key, partitions and fsync included. Returns
-        the next number too.
+        It goes into the table as the service does, key, partitions and fsync included. Returns the
+        next number too.
         """
         ends_at = time.perf_counter() + seconds * _WARM_UP_SHARE
         number = self._copy_until(first_number, lambda _: time.perf_counter() >= ends_at)
@@ -103,7 +103,7 @@ class BenchDatabase:
         return (end - number) * COPY_ROWS / elapsed, end
 
     def fill(self, rows: int, first_number: int, on_progress: Callable[[int], None]) -> int:
-        """Stores so many rows, in steps of 1,000; returns the next number."""
+        """Store this many rows, in steps of 1,000. Return the next number."""
         last = first_number + rows // COPY_ROWS
 
         def is_done(number: int) -> bool:
@@ -128,6 +128,6 @@ class BenchDatabase:
 
 @contextmanager
 def running_database(directory: Path) -> Iterator[BenchDatabase]:
-    """An embedded PostgreSQL in this directory; a service with it as DATA_DIR shares it."""
+    """Run an embedded PostgreSQL in this directory. A service with it as DATA_DIR shares it."""
     with EmbeddedPostgres(directory, create=True) as embedded:
         yield BenchDatabase(embedded.url)

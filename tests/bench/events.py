@@ -41,12 +41,12 @@ EncodeTime = Callable[[datetime], bytes]
 
 
 def make_events(count: int) -> list[dict[str, Any]]:
-    """The events of a request that has no number yet."""
+    """Return the events of a request that has no number yet."""
     return [_make_event(index, count) for index in range(count)]
 
 
 def make_long_events(count: int) -> list[dict[str, Any]]:
-    """Such events of about 10 kB each, most of them a stack trace and metadata."""
+    """Return such events of about 10 kB each, most of which is a stack trace and metadata."""
     return [_lengthen(event) for event in make_events(count)]
 
 
@@ -116,7 +116,7 @@ class NumberedRequest:
         self._start = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
     def number(self, number: int) -> None:
-        """Gives every event a new id, and a time of this month, later than all before."""
+        """Give every event a new id, and a time of this month that is later than all before."""
         self._numbers.write(b"%08x" % number)
         second = number // _REQUESTS_PER_SECOND
         if second != self._second:
@@ -152,7 +152,7 @@ class _Columns:
 
 
 def encode_http(events: list[dict[str, Any]], key: str) -> NumberedRequest:
-    """An HTTP request, with the JSON as a browser writes it."""
+    """Return an HTTP request with the JSON as a browser writes it."""
     body = json.dumps({"events": events}, separators=(",", ":")).encode()
     head = (
         "POST /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -163,18 +163,18 @@ def encode_http(events: list[dict[str, Any]], key: str) -> NumberedRequest:
 
 
 def encode_protobuf(events: list[dict[str, Any]]) -> NumberedRequest:
-    """An IngestEventsRequest."""
+    """Return an IngestEventsRequest."""
     content = ParseDict({"events": events}, IngestEventsRequest()).SerializeToString()
     return NumberedRequest(content, len(events), _encode_seconds)
 
 
 def encode_rows(lines: bytes, count: int) -> NumberedRequest:
-    """Lines of COPY, as PostgreSQL wrote them for events without a number."""
+    """Return lines of COPY, as PostgreSQL wrote them for events without a number."""
     return NumberedRequest(lines, count, lambda time: f"{time:%F %T}".encode())
 
 
 def _encode_seconds(time: datetime) -> bytes:
-    """The field `seconds` of a Timestamp: five bytes from 1978 to 3058."""
+    """Return the field `seconds` of a Timestamp: five bytes from 1978 to 3058."""
     seconds = int(time.timestamp())
     digits = [seconds >> shift & 0x7F | 0x80 for shift in (0, 7, 14, 21, 28)]
     digits[-1] &= 0x7F

@@ -32,7 +32,7 @@ _WORKLOADS = (_Workload(1, RATE, 2000), _Workload(20, 50.0, 500))
 
 
 def measure_cost(directory: Path, providers: Providers, scale: float, on_step: OnStep) -> Document:
-    """Ingestion at a moderate rate, in turns with analytics off, on, and on with no forwarder here.
+    """Measure ingestion at a moderate rate: analytics off, on, and on without a forwarder here.
 
     The last is named `away`: it queues as if the forwarders ran on another machine.
     """
@@ -88,7 +88,7 @@ def _compare_sides(
 
 
 def _compare(rounds: Sequence[Mapping[str, PacedResult]], share: float) -> dict[str, float]:
-    """How many times the latency of `off` that of the others was, as the median of the rounds."""
+    """Return the latencies as multiples of that of `off`, each the median of the rounds."""
     return {
         name: median(
             each[name].percentile_ms(share) / each["off"].percentile_ms(share) for each in rounds
@@ -107,7 +107,7 @@ def _show_status_during(side: Side, workload: _Workload, scale: float, sent: set
 
 
 def measure_hang(directory: Path, providers: Providers, scale: float, on_step: OnStep) -> Document:
-    """One provider says nothing for a minute: what the other one and ingestion notice."""
+    """Let one provider hang for a minute, and measure what the other one and ingestion notice."""
     hung, other = NAMES
     with running_side(directory / "on", providers.settings) as side:
         warm_up = round(RATE * _WARM_UP_SECONDS * scale)
@@ -141,7 +141,7 @@ def measure_hang(directory: Path, providers: Providers, scale: float, on_step: O
 
 
 def _describe_lag(result: PacedResult, arrivals: Mapping[str, float]) -> Document:
-    """From acknowledgement to arrival; none where the arrival was seen first."""
+    """Describe the time from acknowledgement to arrival, leaving out arrivals seen before it."""
     lags = [
         max(0.0, arrivals[insert_id] - acknowledged_at) * 1000
         for insert_id, acknowledged_at in result.acknowledged.items()
@@ -154,7 +154,7 @@ PARTS = {"cost": measure_cost, "hang": measure_hang, "backlog": measure_backlog}
 
 
 def run_forwarding(parts: Sequence[str], scale: float, on_step: OnStep) -> Document:
-    """Measures these parts, each with a database and stand-ins of its own; raises BenchFailed."""
+    """Measure these parts, each with its own database and stand-ins. Raises BenchFailed."""
     document: Document = {}
     for part in parts:
         with tempfile.TemporaryDirectory(prefix="bench-") as name, running_providers() as providers:

@@ -14,7 +14,7 @@ from tests.bench.report import Document
 
 
 def choose_parts(names: Sequence[str]) -> list[str]:
-    """The parts of these names, or all; raises ValueError for one that there is not."""
+    """Return the parts of these names, or all. Raises ValueError for an unknown name."""
     if unknown := set(names) - PARTS.keys():
         raise ValueError(f"nothing is called {sorted(unknown)}; there are {', '.join(PARTS)}")
     return [part for part in PARTS if part in names or not names]
@@ -23,9 +23,9 @@ def choose_parts(names: Sequence[str]) -> list[str]:
 def report_forwarding(
     parts: Sequence[str], scale: float, directory: Path, console: Console
 ) -> None:
-    """Measures these parts, prints what came out and writes forwarding.json."""
+    """Measure these parts, print the results, and write forwarding.json."""
     columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    # Seldom refreshed, for that takes its time from the same cores.
+    # Seldom refreshed, because refreshing takes time from the same cores.
     with Progress(*columns, console=console, refresh_per_second=2, transient=True) as progress:
         task = progress.add_task("", total=None)
         document = run_forwarding(

@@ -32,11 +32,11 @@ class GrpcConnection:
         self._metadata = (("x-pg-api-key", key),)
 
     def call(self, request: bytes) -> "grpc.CallFuture[bytes]":
-        """Begins a call."""
+        """Begin a call."""
         return self._ingest.future(request, timeout=_CALL_SECONDS, metadata=self._metadata)
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self._channel.close()
 
 
@@ -68,18 +68,18 @@ class GrpcLoad:
         self._busy = threading.Semaphore(0)
 
     def start(self, meter: Meter) -> None:
-        """Begins the first calls."""
+        """Begin the first calls."""
         self._meter = meter
         for stream in self._streams:
             self._call(stream)
 
     def run(self, seconds: float, meter: Meter) -> None:
-        """Keeps all streams busy for so long."""
+        """Keep all streams busy for this long."""
         self._meter = meter
         time.sleep(seconds)
 
     def finish(self, meter: Meter) -> None:
-        """Waits for the answers that are still to come, and closes the connections."""
+        """Wait for the outstanding answers, and close the connections."""
         self._meter = meter
         self._stopping = True
         for _ in self._streams:

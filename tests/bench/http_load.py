@@ -28,11 +28,11 @@ class HttpConnection:
         self._received = b""
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self.socket.close()
 
     def start(self, number: int) -> None:
-        """Sends as much of the next request as the socket takes."""
+        """Send as much of the next request as the socket takes."""
         self._request.number(number)
         self._received = b""
         self._unsent = memoryview(self._request.buffer)
@@ -40,7 +40,7 @@ class HttpConnection:
         self.send()
 
     def send(self) -> None:
-        """Sends more of the request, if there is more."""
+        """Send more of the request, if there is more."""
         while self._unsent:
             try:
                 self._unsent = self._unsent[self.socket.send(self._unsent) :]
@@ -48,7 +48,10 @@ class HttpConnection:
                 return
 
     def receive(self) -> bytes | None:
-        """The whole answer, once it is there; raises ConnectionError where the connection ends."""
+        """Return the whole answer once it is there.
+
+        Raises ConnectionError if the connection ends.
+        """
         try:
             received = self.socket.recv(_RECEIVE_BYTES)
         except BlockingIOError:
@@ -77,12 +80,12 @@ class HttpLoad:
             self._poll.register(descriptor, interest)
 
     def start(self, _meter: Meter) -> None:
-        """Sends the first requests."""
+        """Send the first requests."""
         for connection in self._by_descriptor.values():
             connection.start(next(self._numbers))
 
     def run(self, seconds: float, meter: Meter) -> None:
-        """Keeps all connections busy for so long, and until one is answered."""
+        """Keep all connections busy for this long, and until one is answered."""
         deadline = time.perf_counter() + seconds
         last = deadline + _LAST_ANSWERS_SECONDS
 
@@ -93,7 +96,7 @@ class HttpLoad:
         self._follow(meter, is_over, restart=True)
 
     def finish(self, meter: Meter) -> None:
-        """Waits for the answers that are still to come, and closes the connections."""
+        """Wait for the outstanding answers, and close the connections."""
         deadline = time.perf_counter() + _LAST_ANSWERS_SECONDS
         count = len(meter.latencies) + len(self._by_descriptor)
         self._follow(

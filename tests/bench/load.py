@@ -53,7 +53,7 @@ class LoadResult:
 
 
 def run_load(plan: LoadPlan) -> LoadResult:
-    """Sends one request after another over each connection, and measures once it is warm."""
+    """Send one request after another over each connection, and measure once it is warm."""
     load, shares = _open(plan)
     warm_up, measured, rest = Meter(), Meter(), Meter()
     load.start(warm_up)
@@ -102,7 +102,7 @@ def _open(plan: LoadPlan) -> tuple[HttpLoad | GrpcLoad, Shares]:
 
 
 def main() -> None:
-    """Reads the plan, and writes the result."""
+    """Read the plan, and write the result."""
     result = run_load(LoadPlan(**json.load(sys.stdin)))
     json.dump(asdict(result), sys.stdout)
 

@@ -14,6 +14,6 @@ class Meter:
     failures: "Counter[str]" = field(default_factory=Counter)
 
     def percentile_ms(self, share: float) -> float:
-        """The latency that this share of the requests stayed under, in milliseconds."""
+        """Return the latency under which this share of the requests stayed, in milliseconds."""
         ordered = sorted(self.latencies)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000

@@ -52,18 +52,18 @@ class PacedResult:
     failures: dict[str, int]
 
     def percentile_ms(self, share: float) -> float:
-        """The latency that this share of the requests stayed under."""
+        """Return the latency under which this share of the requests stayed."""
         return percentile(self.latencies_ms, share)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """What this share of the values stays under."""
+    """Return the value under which this share of the values stays."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def send_paced(plan: PacedPlan) -> PacedResult:
-    """Sends them from a process of its own."""
+    """Send the requests from a process of its own."""
     finished = subprocess.run(
         [sys.executable, "-m", "tests.bench.paced_load"],
         cwd=ROOT,
@@ -86,7 +86,7 @@ class _Pace:
     answered_at: dict[int, float] = field(default_factory=dict)  # by number
 
     def run(self, count: int, first: int) -> None:
-        """Sends so many requests, with the numbers from `first` on; returns when all are answered.
+        """Send this many requests, numbered from `first` on, and return when all are answered.
 
         A request that is due and finds no connection free is waiting already.
         """
@@ -136,7 +136,7 @@ def _find_insert_ids(request: NumberedRequest, number: int) -> list[str]:
 
 
 def run_paced(plan: PacedPlan) -> PacedResult:
-    """Sends them from this process."""
+    """Send the requests from this process."""
     events = make_events(plan.batch)
 
     def open_one() -> HttpConnection:
@@ -162,7 +162,7 @@ def run_paced(plan: PacedPlan) -> PacedResult:
 
 
 def main() -> None:
-    """Reads the plan, and writes the result."""
+    """Read the plan, and write the result."""
     json.dump(asdict(run_paced(PacedPlan(**json.load(sys.stdin)))), sys.stdout)
 
 

@@ -10,7 +10,7 @@ _MEGABYTE = 1_000_000
 
 
 def read_cpu_seconds(root: int) -> float:
-    """The CPU time that a process and all its descendants have used, those that ended included."""
+    """Return the CPU time of a process and all its descendants, including those that ended."""
     process = psutil.Process(root)
     total = sum(process.cpu_times()[:4])  # user and system, its own and its ended children's
     for child in process.children(recursive=True):
@@ -20,23 +20,23 @@ def read_cpu_seconds(root: int) -> float:
 
 
 def read_all_cpu_seconds(roots: Mapping[str, int]) -> dict[str, float]:
-    """The CPU time of several such families, by their names."""
+    """Return the CPU time of several such families, by their names."""
     return {name: read_cpu_seconds(root) for name, root in roots.items()}
 
 
 def reset_peak_memory(pids: Sequence[int]) -> None:
-    """Lets `read_peak_memory` start again (man 5 proc, clear_refs)."""
+    """Start `read_peak_memory` anew (man 5 proc, clear_refs)."""
     for pid in pids:
         Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def read_peak_memory(pids: Sequence[int]) -> float:
-    """The most resident memory that one of these processes has had, in MB of 1,000,000 bytes."""
+    """Return the highest peak of resident memory of these processes, in MB of 1,000,000 bytes."""
     return max(_read_status(pid, "VmHWM") for pid in pids)
 
 
 def read_memory(pids: Sequence[int]) -> float:
-    """The most resident memory that one of these processes has now, in MB of 1,000,000 bytes."""
+    """Return the most resident memory of any of these processes, in MB of 1,000,000 bytes."""
     return max(_read_status(pid, "VmRSS") for pid in pids)
 
 
@@ -47,7 +47,7 @@ def _read_status(pid: int, field: str) -> float:
 
 
 def find_owner(client_port: int, pids: Sequence[int]) -> int | None:
-    """Which of these processes has accepted the connection from a port of this machine."""
+    """Return the process that has accepted the connection from a port of this machine."""
     for pid in pids:
         for connection in psutil.Process(pid).net_connections("tcp"):
             if connection.raddr and connection.raddr.port == client_port:
@@ -56,6 +56,6 @@ def find_owner(client_port: int, pids: Sequence[int]) -> int | None:
 
 
 def find_client_ports(server_port: int) -> set[int]:
-    """The ports of this process's connections to a server."""
+    """Return the ports of this process's connections to a server."""
     connections = psutil.Process().net_connections("tcp")
     return {c.laddr.port for c in connections if c.raddr and c.raddr.port == server_port}

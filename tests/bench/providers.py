@@ -45,15 +45,15 @@ class Providers:
         return {"ANALYTICS_ENABLED": "true"} | enabled | endpoints | secrets
 
     def hang(self, name: str) -> None:
-        """From now on one of them takes requests and says nothing."""
+        """Let one of them take requests and answer none from now on."""
         self._ask("hang", name)
 
     def answer(self, name: str) -> None:
-        """It answers again."""
+        """Let it answer again."""
         self._ask("answer", name)
 
     def read_arrivals(self) -> dict[str, dict[str, float]]:
-        """When each insert id first arrived, on the clock of `time.monotonic`, by provider."""
+        """Return when each insert id first arrived, by `time.monotonic`, for each provider."""
         return dict(self._ask("arrivals"))
 
     def _ask(self, *words: str) -> Any:
@@ -68,7 +68,7 @@ class Providers:
 
 @contextmanager
 def running_providers() -> Iterator[Providers]:
-    """Both of them, until the context ends."""
+    """Run both until the context ends."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.bench.providers"],
         cwd=ROOT,
@@ -96,7 +96,7 @@ def _say(content: Any) -> None:
 
 
 def main() -> None:
-    """Serves until the input ends."""
+    """Serve until the input ends."""
     lower_priority(_LOWEST_PRIORITY)
     with ExitStack() as stack:
         servers: dict[str, ProviderServer] = {

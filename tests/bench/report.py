@@ -17,7 +17,7 @@ Document = dict[str, Any]
 
 
 def describe(measurement: Measurement) -> Document:
-    """The figures of one load, without comparisons."""
+    """Return the figures of one load, without comparisons."""
     cell, load = measurement.cell, measurement.load
     events_per_second = load.events / load.seconds
     return {
@@ -46,7 +46,7 @@ def describe(measurement: Measurement) -> Document:
 
 
 def build_document(plan: Plan, results: Results) -> Document:
-    """All figures of a run, with what each is compared to, and where they were measured."""
+    """Return all figures of a run, what each is compared with, and where they were measured."""
     copy = statistics.median(results.copies)
     described = [describe(measurement) for measurement in results.measurements]
     speeds = {figures["name"]: figures["events_per_second"] for figures in described}
@@ -106,7 +106,7 @@ CAPTION = (
 
 
 def format_row(figures: Document) -> tuple[str, ...]:
-    """A row of the table; comparisons are left out where they are not known yet."""
+    """Return a row of the table, without the comparisons that are not known yet."""
     cpu = figures["cpu_us_per_event"]
     failed = sum(figures["failures"].values())
     return (
@@ -128,7 +128,7 @@ def _format_ratio(ratio: float | None) -> str:
 
 
 def summarise(document: Document) -> list[str]:
-    """What does not fit into the table, one sentence each."""
+    """Return what does not fit into the table, one sentence each."""
     copy = document["copy"]
     times = ", ".join(f"{speed:,.0f}" for speed in copy["each_time"])
     lines = [f"COPY alone: {copy['rows_per_second']:,.0f} rows/s (median of {times})."]

@@ -73,28 +73,28 @@ class Bench:
         self._number = 1  # of the next request
 
     def running_baseline(self, workers: int) -> AbstractContextManager[Server]:
-        """Run the baseline, on the database of the run."""
+        """Run the baseline on the database of the run."""
         self._on_step(f"starting the baseline, workers: {workers}")
         return running_baseline(self._database, workers)
 
     def running_service(self, workers: int) -> AbstractContextManager[Server]:
-        """The service, on the database of the run."""
+        """Run the service on the database of the run."""
         self._on_step(f"starting the service, workers: {workers}")
         return running_workers(self._directory, workers)
 
     def measure_copy(self) -> float:
-        """The raw limit, in rows a second."""
+        """Return the raw limit, in rows a second."""
         self._on_step("COPY alone")
         speed, self._number = self._database.measure_copy(self._plan.seconds, self._number)
         return speed
 
     def measure(self, server: Server, cell: Cell) -> Measurement:
-        """Runs one load on an empty table; raises BenchFailed where it is worth nothing."""
+        """Run one load on an empty table. Raises BenchFailed if the result is worthless."""
         self._database.empty()
         return self.measure_on_top(server, cell)
 
     def measure_on_top(self, server: Server, cell: Cell) -> Measurement:
-        """Runs one load on the table as it is."""
+        """Run one load on the table as it is."""
         self._on_step(cell.name)
         stored_before = self._database.count_events()
         reset_peak_memory(server.workers)
@@ -108,14 +108,14 @@ class Bench:
         return measurement
 
     def measure_memory(self, server: Server) -> Measurement:
-        """Runs the load of large bodies, and looks again some seconds later."""
+        """Run the load of large bodies, and look again some seconds later."""
         measured = self.measure(server, cells.MEMORY)
         time.sleep(_REST_SECONDS)
         later = read_memory(server.workers)
         return Measurement(measured.cell, measured.load, measured.peak_memory_mb, later)
 
     def fill(self, rows: int) -> None:
-        """Puts so many rows into the empty table."""
+        """Put this many rows into the empty table."""
         self._database.empty()
 
         def report(done: int) -> None:
@@ -158,7 +158,7 @@ class Bench:
 
 
 def run_bench(plan: Plan, on_step: OnStep, on_measured: OnMeasured) -> Results:
-    """Measures all that is planned, in a temporary directory; raises BenchFailed."""
+    """Measure all that is planned, in a temporary directory. Raises BenchFailed."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
         directory.chmod(0o711)  # PostgreSQL may run under an account of its own

@@ -25,7 +25,7 @@ class Server:
 def running_workers(
     data_directory: Path, workers: int, settings: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """The service as `scripts/serve` runs it, with so many workers; `settings` are further ones."""
+    """Run the service as `scripts/serve` does, with this many workers and further `settings`."""
     own = {"DATA_DIR": str(data_directory), "WORKERS": str(workers)}
     with running_service(own | dict(settings or {})) as service:
         grpc_port = int(service.grpc_target.rpartition(":")[2])

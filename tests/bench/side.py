@@ -36,7 +36,7 @@ class Side:
     def send(
         self, count: int, warm_up: int = 0, *, batch: int = 1, rate: float = RATE
     ) -> PacedResult:
-        """Sends so many requests at this rate; raises BenchFailed where an event is not accepted.
+        """Send this many requests at this rate. Raises BenchFailed if an event is not accepted.
 
         `batch` is the events of each.
         """
@@ -51,22 +51,22 @@ class Side:
         return result
 
     def count_pending(self) -> dict[str, int]:
-        """The events that each provider still has to get."""
+        """Return the number of events that each provider has not received yet."""
         with connected(open_engine(self.database.url)) as connection:
             return {lane.provider: lane.pending for lane in read_status(connection)}
 
     def count_delivered(self) -> int:
-        """How many events the providers have got, together."""
+        """Return how many events the providers have received together."""
         with connected(open_engine(self.database.url)) as connection:
             return sum(lane.delivered for lane in read_status(connection))
 
     def show_status(self) -> list[str]:
-        """The lines of `productgraph forward status`."""
+        """Return the lines of `productgraph forward status`."""
         settings = {"DATA_DIR": str(self.directory)}
         return run_command("forward", "status", settings=settings).stdout.splitlines()
 
     def wait_until_forwarded(self) -> float:
-        """After how many seconds nothing was pending; raises BenchFailed if that fails."""
+        """Return after how many seconds nothing was pending. Raises BenchFailed if that fails."""
         started_at = time.monotonic()
         while any((pending := self.count_pending()).values()):
             if time.monotonic() > started_at + DRAIN_SECONDS:
@@ -77,7 +77,7 @@ class Side:
 
 @contextmanager
 def running_side(directory: Path, settings: Mapping[str, str]) -> Iterator[Side]:
-    """A service as `scripts/serve` runs it, with these settings."""
+    """Run a service as `scripts/serve` does, with these settings."""
     with (
         running_database(directory) as database,
         running_workers(directory, WORKERS, settings) as server,
@@ -86,5 +86,5 @@ def running_side(directory: Path, settings: Mapping[str, str]) -> Iterator[Side]
 
 
 def describe(result: PacedResult) -> Document:
-    """The latencies that half of the requests stayed under, and all but a hundredth."""
+    """Return the median latency and the 99th percentile."""
     return {"p50_ms": result.percentile_ms(0.5), "p99_ms": result.percentile_ms(0.99)}

@@ -22,7 +22,7 @@ class Connection(Protocol):
     local_port: int
 
     def close(self) -> None:
-        """Ends it."""
+        """End it."""
 
 
 C = TypeVar("C", bound=Connection)
@@ -33,9 +33,9 @@ Shares: TypeAlias = "Counter[int]"
 def open_evenly(
     open_one: Callable[[], C], count: int, workers: Sequence[int]
 ) -> tuple[list[C], Shares]:
-    """So many connections, equally many to each of these processes, or one more to some.
+    """Open this many connections, spread as evenly as possible over these processes.
 
-    Raises RuntimeError where chance does not bring that about.
+    Raises RuntimeError if chance does not allow it.
     """
     kept: list[C] = []
     surplus: list[C] = []

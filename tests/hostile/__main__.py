@@ -14,7 +14,7 @@ _HEADINGS = ("campaign", "what", "answers", "slowest s", "peak MB", "violations"
 
 
 def main() -> int:
-    """Runs what the arguments say; returns 1 where a campaign saw a violation."""
+    """Run what the arguments say. Return 1 if a campaign saw a violation."""
     parser = _build_parser()
     options = parser.parse_args()
     try:
@@ -33,7 +33,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/hostile",
         description="Attacks a service of its own with hostile input, more load than its database"
-        " can take, and a database that is frozen. Exits with 1 where an answer is not as it should"
+        " can take, and a database that is frozen. Exits with 1 if an answer is not as it should"
         " be, is late, or memory is not bounded. A full run takes a quarter of an hour.",
         epilog=f"Campaigns: {', '.join(campaign.name for campaign in CAMPAIGNS)}.",
     )

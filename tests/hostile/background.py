@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def repeating(action: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Does it over and over in a thread, so many seconds after each time."""
+    """Repeat it in a thread, with this many seconds between."""
     stop = threading.Event()
 
     def repeat() -> None:

@@ -49,7 +49,7 @@ class BodyGrammar:
         self._kinds += [self._shape, self._compress, self._damage_gzip, self._spoil_head]
 
     def __call__(self) -> Case:
-        """The next case."""
+        """Return the next case."""
         return self._random.choice(self._kinds)()
 
     def _make_events(self, project: Project) -> list[dict[str, object]]:
@@ -70,7 +70,7 @@ class BodyGrammar:
         return Case(encode_post(body, self._counted.key, _GZIP), (202,), len(events), -1)
 
     def _splice_text(self) -> Case:
-        """Puts JSON text that is none into an event."""
+        """Put text that is not JSON into an event."""
         events = self._make_events(self._other)
         event = self._random.choice(events)
         event[self._random.choice(list(event))] = "SPLICED"
@@ -104,7 +104,7 @@ class BodyGrammar:
 
 
 def find_problem(case: Case, answer: Answer) -> str | None:
-    """What is wrong with an answer, if anything is."""
+    """Return what is wrong with an answer, or None."""
     if answer.status not in case.statuses:
         return f"answered {answer.status}"
     try:
@@ -119,7 +119,7 @@ def find_problem(case: Case, answer: Answer) -> str | None:
 
 
 def describe_outcome(accepted: int, errors: list[object], count: int, odd: int) -> str | None:
-    """What is wrong where only the event at `odd` may have been rejected, if anything is."""
+    """Return what is wrong if only the event at `odd` may have been rejected, or None."""
     indexes = [error["index"] for error in errors]  # type: ignore[index]
     if accepted + len(indexes) != count or indexes not in ([], [odd]):
         return f"{accepted} of {count} events accepted, rejected: {indexes}, odd: {odd}"

@@ -29,7 +29,7 @@ _MOST = MAX_VALUES - 20 * _BATCH
 
 
 def attack_gzip(target: Target, record: Record, rounds: int, _seed: int) -> None:
-    """Bodies that are small, and are not when they are decompressed."""
+    """Send bodies that are small until they are decompressed."""
     project = target.create_project()
     with probing_health(target, record):
         for _ in range(rounds):
@@ -42,7 +42,7 @@ def attack_gzip(target: Target, record: Record, rounds: int, _seed: int) -> None
 
 
 def make_gzip_bombs() -> Iterator[bytes]:
-    """Zeros without end, gzip in gzip, many members, one cut off, a false length, a long name."""
+    """Make endless zeros, gzip in gzip, many members, a cut one, a false length, a long name."""
     yield _repeat_block(b"\0" * 2**20, 9_000)  # 9 GB in 10 MB
     yield _repeat_block(b" " * 2**20, 100)
     yield gzip.compress(b"[" * (_BODY_BYTES + 1))
@@ -55,7 +55,7 @@ def make_gzip_bombs() -> Iterator[bytes]:
 
 
 def _repeat_block(content: bytes, count: int) -> bytes:
-    """A deflate stream of a content many times over, made without ever holding it."""
+    """Return a deflate stream that repeats a content many times, without ever holding it."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     deflate.compress(content)
     deflate.flush(zlib.Z_FULL_FLUSH)
@@ -64,7 +64,7 @@ def _repeat_block(content: bytes, count: int) -> bytes:
 
 
 def attack_depth(target: Target, record: Record, rounds: int, _seed: int) -> None:
-    """Bodies that nest without end, and events that nest too deep among others that do not."""
+    """Send bodies that nest endlessly, and events that nest too deep among others that do not."""
     project = target.create_project()
     with probing_health(target, record):
         for number in range(rounds):
@@ -122,7 +122,7 @@ _FAULTS: Sequence[tuple[dict[str, object], str]] = (
 
 
 def attack_positions(target: Target, record: Record, count: int, _seed: int) -> None:
-    """Batches of a thousand with one bad event, at each position in its turn."""
+    """Send batches of a thousand events with one bad event, at each position in turn."""
     project, connection = target.create_project(), Connection(target.port)
     positions = range(0, _BATCH, max(1, _BATCH // count))
     for turn, position in enumerate(positions):
@@ -141,7 +141,7 @@ def attack_positions(target: Target, record: Record, count: int, _seed: int) -> 
 
 
 def attack_memory(target: Target, record: Record, rounds: int, _seed: int) -> None:
-    """Eight bodies of 10 MB at the same time, of every kind that is dear to read."""
+    """Send eight bodies of 10 MB at the same time, of every kind that is expensive to read."""
     project = target.create_project()
     kinds = make_large_bodies(project)
     with ThreadPoolExecutor(_LARGE_CLIENTS) as pool:
@@ -171,7 +171,7 @@ def _require_large(
 
 
 def make_large_bodies(project: Project) -> dict[str, Callable[[], bytes]]:
-    """What makes each body, by its name: the dearest of every kind known.
+    """Return what makes each body, by its name: the most expensive of every kind known.
 
     The first are refused for the number of their values, the others have as many as they may.
     """
@@ -210,7 +210,7 @@ def make_large_bodies(project: Project) -> dict[str, Callable[[], bytes]]:
 
 
 def _fill(start: bytes, unit: bytes, end: bytes, most: int = _BODY_BYTES) -> bytes:
-    """A body with so many units, or as many as there is room for."""
+    """Return a body with this many units, or as many as there is room for."""
     room = (_BODY_BYTES - len(start) - len(end)) // len(unit)
     return start + unit * min(room, most) + end
 
@@ -225,7 +225,7 @@ def _fill_keys(start: bytes, end: bytes) -> bytes:
 
 
 def _fill_events(project: Project, value: bytes, most: int, text: bytes = b"x") -> bytes:
-    """A thousand events that share so many values, and fill 10 MB by a long text."""
+    """Return a thousand events that share this many values, filled to 10 MB by a long text."""
     values = b"[" + b",".join([value] * (most // _BATCH)) + b"]"
     events = []
     for number in range(_BATCH):

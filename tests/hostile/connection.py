@@ -31,17 +31,17 @@ class Answer(NamedTuple):
 
     @property
     def json(self) -> Any:
-        """The decoded body; raises ValueError for what is not JSON."""
+        """The decoded body. Raises ValueError if it is not JSON."""
         return orjson.loads(self.body)
 
     @property
     def has_retry_after(self) -> bool:
-        """Whether it says after how many seconds to come again."""
+        """Whether it says after how many seconds to retry."""
         return _RETRY.search(self.head) is not None
 
 
 class Connection:
-    """Kept alive, and opened anew where the server has closed it."""
+    """Kept alive, and opened again if the server has closed it."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -49,7 +49,7 @@ class Connection:
         self._received = b""
 
     def exchange(self, *parts: bytes) -> Answer:
-        """Sends a request, and returns its answer; raises NoAnswer."""
+        """Send a request and return its answer. Raises NoAnswer."""
         try:
             return self._exchange(parts)
         except OSError as error:
@@ -87,7 +87,7 @@ class Connection:
         self._received += received
 
     def close(self) -> None:
-        """Ends the connection; the next request opens another."""
+        """End the connection; the next request opens another."""
         self._received = b""
         if self._socket is not None:
             self._socket.close()
@@ -95,7 +95,7 @@ class Connection:
 
 
 def encode_post(body: bytes, key: str | bytes, *headers: bytes) -> bytes:
-    """A request with a body; where `headers` has no content type, that of JSON."""
+    """Return a request with a body; if `headers` has no content type, it is that of JSON."""
     key = key if isinstance(key, bytes) else key.encode()
     lines = [b"POST /v1/events HTTP/1.1", b"Host: 127.0.0.1", b"X-PG-API-Key: " + key, *headers]
     if not any(header.startswith(b"Content-Type:") for header in headers):

@@ -26,7 +26,7 @@ _GROWTH_MB = 20.0
 
 
 def attack_slowly(target: Target, record: Record, seconds: float, _seed: int) -> None:
-    """Normal clients' 99th percentile with and without 200 dripping connections, in alternation."""
+    """Compare normal clients' 99th percentile with and without 200 dripping connections."""
     project = target.create_project()
     clients = _Clients(target, record, project)
     clients.run(seconds)  # warm
@@ -53,7 +53,7 @@ def _alternate(target: Target, clients: "_Clients", seconds: float) -> tuple[flo
 
 @contextmanager
 def dripping(port: int, count: int) -> Iterator[None]:
-    """So many connections that send a head or a body, one byte a second."""
+    """Open this many connections that send a head or a body, one byte a second."""
     head = b"POST /v1/events HTTP/1.1\r\nHost: x\r\n"
     starts = (b"", b"P", head, head + b"Content-Length: 10000\r\n\r\n")
     sockets = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(count)]
@@ -83,7 +83,7 @@ class _Clients:
         self._lock = threading.Lock()
 
     def run(self, seconds: float) -> list[float]:
-        """The latencies of all requests of so long a time."""
+        """Return the latencies of all requests during this time."""
         until = time.monotonic() + seconds
         with ThreadPoolExecutor(_CLIENTS) as pool:
             runs = [pool.submit(self._run_one, until) for _ in range(_CLIENTS)]

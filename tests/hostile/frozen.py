@@ -28,7 +28,7 @@ _NORMAL_ROW = 12
 
 
 def attack_database(target: Target, record: Record, seconds: float, _seed: int) -> None:
-    """/health and new connections are answered, /ready is 503, events are answered in time."""
+    """Check that /health answers, /ready is 503, and events are answered in time."""
     project = target.create_project()
     first = _post(target, record, project, 0)
     record.require(first is not None and first.status == 202, f"before: {first}")
@@ -43,7 +43,7 @@ def attack_database(target: Target, record: Record, seconds: float, _seed: int) 
 
 @contextmanager
 def frozen_database(target: Target) -> Iterator[None]:
-    """None of the database's processes runs."""
+    """Stop all of the database's processes."""
     processes = target.find_postgres()
     try:
         for process in processes:
@@ -57,7 +57,7 @@ def frozen_database(target: Target) -> Iterator[None]:
 
 
 def _attack(target: Target, record: Record, project: Project, seconds: float) -> int:
-    """How many requests were accepted."""
+    """Return how many requests were accepted."""
     started_at, stop = time.monotonic(), threading.Event()
     with ThreadPoolExecutor(_CLIENTS + 1) as pool:
         posts = [
@@ -88,7 +88,7 @@ def _repeat(
 
 
 def _post(target: Target, record: Record, project: Project, number: int) -> Answer | None:
-    """Over a new connection."""
+    """Send a request over a new connection."""
     body = encode_batch([make_event(project.id, number)])
     answer = _exchange(target, record, encode_post(body, project.key))
     if answer is not None:
@@ -130,7 +130,7 @@ def _call(target: Target, record: Record, project: Project) -> None:
 
 
 def _measure_recovery(target: Target, record: Record, project: Project) -> float:
-    """Seconds until the first of a row of requests that are answered as ever."""
+    """Return the seconds until the first of several requests in a row with normal answers."""
     started_at = row_started_at = time.monotonic()
     row = 0
     while row < _NORMAL_ROW and time.monotonic() < started_at + 4 * _RECOVERY_SECONDS:

@@ -61,7 +61,7 @@ ODD_JSON = (
 
 
 def make_event(project_id: str, number: int) -> Event:
-    """A valid event that no other number gives: its id and its time are its own."""
+    """Return a valid event whose id and time no other number gives."""
     time = _START + timedelta(microseconds=number)
     return {
         "event_id": f"evt_{number}",
@@ -76,7 +76,7 @@ def make_event(project_id: str, number: int) -> Event:
 
 
 def spoil_event(event: Event, random: Random) -> None:
-    """Makes one thing of a valid event wrong, or odd."""
+    """Make one thing of a valid event wrong or odd."""
     kind = random.randrange(5)
     if kind == 0:
         del event[random.choice(REQUIRED)]
@@ -89,7 +89,7 @@ def spoil_event(event: Event, random: Random) -> None:
 
 
 def make_value(random: Random, depth: int = 3) -> Any:
-    """Any JSON value; now and then one that nests deeper than is allowed."""
+    """Return any JSON value; now and then one that nests deeper than allowed."""
     kind = random.randrange(12)
     if kind < 5:
         return make_text(random)
@@ -105,7 +105,7 @@ def make_value(random: Random, depth: int = 3) -> Any:
 
 
 def make_text(random: Random) -> str:
-    """Any text."""
+    """Return any text."""
     if random.randrange(3):
         return random.choice(_TEXTS)
     ends = (0x80, 0x800, 0x10000, 0x110000)
@@ -113,7 +113,7 @@ def make_text(random: Random) -> str:
 
 
 def nest(depth: int, random: Random) -> Any:
-    """So many arrays and objects, one within the other."""
+    """Return this many arrays and objects, one inside the other."""
     value: Any = 1
     for _ in range(depth):
         value = [value] if random.randrange(2) else {"a": value}
@@ -121,12 +121,12 @@ def nest(depth: int, random: Random) -> Any:
 
 
 def encode_batch(events: Sequence[Event]) -> bytes:
-    """A body as JSON; what UTF-8 cannot hold is written as an escape."""
+    """Return a body as JSON; what UTF-8 cannot hold is written as an escape."""
     return json.dumps({"events": events}, separators=(",", ":")).encode()
 
 
 def damage(content: bytes, random: Random) -> bytes:
-    """The bytes with a few of them changed, cut out, repeated, or put in."""
+    """Return the bytes with a few of them changed, cut out, repeated, or inserted."""
     start = random.randrange(len(content) + 1)
     end = min(len(content), start + random.choice((0, 1, 1, 2, 8, 64, len(content))))
     kind = random.randrange(4)

@@ -63,7 +63,7 @@ class MessageGrammar:
         ]
 
     def __call__(self) -> Call:
-        """The next call."""
+        """Return the next call."""
         return self._random.choice(self._kinds)()
 
     def _make_events(self, project: Project) -> list[Event | bytes]:
@@ -88,7 +88,7 @@ class MessageGrammar:
         return Call(request, self._random.choice(_BAD_KEYS), ("UNAUTHENTICATED",))
 
     def _mistype_field(self, event: Event) -> bytes:
-        """Adds a field of any number and any wire type, those that no longer exist included."""
+        """Add a field of any number and any wire type, including those that no longer exist."""
         number = self._random.choice([*_NUMBERS, 35, 2**28])
         tag = number << 3 | self._random.randrange(8)
         return event.SerializeToString() + _encode_varint(tag) + self._random.choice(_VARINTS)
@@ -113,7 +113,7 @@ class MessageGrammar:
 
 
 def _nest(struct: Struct, random: Random) -> Struct:
-    """A new object within this one, or within an array of it."""
+    """Add a new object to this one, or to an array of it."""
     value = struct.fields["a\0" if random.randrange(8) == 0 else "a"]
     if random.randrange(2):
         value = value.list_value.values.add()

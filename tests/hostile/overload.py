@@ -32,7 +32,7 @@ _SPEED_UP = "DROP FUNCTION slow_down CASCADE"
 
 
 def attack_with_load(target: Target, record: Record, seconds: float, _seed: int) -> None:
-    """The answers are 202 or 503 in time, and as much is stored as without the overload."""
+    """Check that answers are 202 or 503 in time, and that as much is stored as without overload."""
     load = _Load(target.create_project(), record)
     with slow_database(target), probing_health(target, record):
         peak = load.measure_peak(target.port, min(15.0, max(3.0, seconds / 4)))
@@ -53,7 +53,7 @@ def attack_with_load(target: Target, record: Record, seconds: float, _seed: int)
 
 @contextmanager
 def slow_database(target: Target) -> Iterator[None]:
-    """A database that takes a millisecond for each row, over each connection."""
+    """Run a database that takes a millisecond for each row, over each connection."""
     target.execute(_SLOW_DOWN)
     try:
         yield
@@ -71,7 +71,7 @@ class _Load:
     _numbers: Iterator[int] = field(default_factory=counting)
 
     def measure_peak(self, port: int, seconds: float) -> float:
-        """The most events a second that are accepted while few are waiting."""
+        """Return the most events a second that are accepted while few are waiting."""
         until = time.monotonic() + seconds
         with ThreadPoolExecutor(_CLIENTS) as pool:
             counts = list(pool.map(lambda _: self._repeat(port, until), range(_CLIENTS)))
@@ -92,7 +92,7 @@ class _Load:
         return accepted
 
     async def run(self, port: int, events_per_second: float, seconds: float) -> float:
-        """Sends at this rate whatever is answered; returns the accepted events a second."""
+        """Send at this rate whatever is answered. Return the accepted events a second."""
         before, idle, tasks = self.accepted, list[_Stream](), set[asyncio.Task[None]]()
         started_at = time.monotonic()
         for number in range(int(seconds * events_per_second / _EVENTS)):
@@ -124,7 +124,7 @@ class _Load:
         stream[1].close() if closes else idle.append(stream)
 
     def measure_recovery(self, port: int) -> float:
-        """How long it takes until a request is stored as soon as ever."""
+        """Return how long it takes until a request is stored as quickly as before."""
         connection, started_at = Connection(port), time.monotonic()
         while (now := time.monotonic()) < started_at + 4 * _RECOVERY_SECONDS:
             try:
@@ -148,7 +148,7 @@ _Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def _exchange(stream: _Stream, request: bytes) -> tuple[bytes, bool]:
-    """The head of the answer, and whether the connection ends with it."""
+    """Return the head of the answer, and whether the connection ends with it."""
     reader, writer = stream
     writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 # No answer may take longer.
 LIMIT_SECONDS = 5.0
-# Of so many violations the texts are kept; the others are only counted.
+# The texts of this many violations are kept; the others are only counted.
 _TEXTS = 20
 
 
@@ -29,7 +29,7 @@ class Record:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, answer: object, seconds: float) -> None:
-        """Counts an answer, by its status; one that took too long is a violation."""
+        """Count an answer by its status; one that took too long is a violation."""
         with self._lock:
             self.answers[str(answer)] += 1
             self.slowest = max(self.slowest, seconds)
@@ -37,20 +37,20 @@ class Record:
             self.violate(f"answer {answer} took {seconds:.1f} s")
 
     def violate(self, text: str) -> None:
-        """Notes something that must not happen."""
+        """Note something that must not happen."""
         with self._lock:
             self.violation_count += 1
             if len(self.violations) < _TEXTS:
                 self.violations.append(text)
 
     def require(self, condition: object, text: str) -> None:
-        """Notes a violation unless the condition holds."""
+        """Note a violation unless the condition holds."""
         if not condition:
             self.violate(text)
 
     @contextmanager
     def timed(self, answer: object) -> Iterator[None]:
-        """Counts what happens within as one answer."""
+        """Count what happens inside as one answer."""
         started_at = time.monotonic()
         yield
         self.add(answer, time.monotonic() - started_at)

@@ -9,7 +9,7 @@ from tests.hostile.record import Record
 from tests.hostile.target import Target, running_target
 from tests.support.services import ROOT
 
-# Given the target, where to note what it does, how much to do, and the seed.
+# Called with the target, the record to write to, how much to do, and the seed.
 Attack = Callable[[Target, Record, "int", int], None]
 
 
@@ -38,7 +38,7 @@ CAMPAIGNS: Sequence[Campaign] = (
 
 
 def choose_campaigns(names: Sequence[str]) -> list[Campaign]:
-    """The campaigns of these names, all where there is none; raises ValueError for another."""
+    """Return the campaigns of these names, or all. Raises ValueError for an unknown name."""
     known = [campaign.name for campaign in CAMPAIGNS]
     if unknown := set(names) - set(known):
         raise ValueError(f"no campaign {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -48,7 +48,7 @@ def choose_campaigns(names: Sequence[str]) -> list[Campaign]:
 def run_campaigns(
     campaigns: Sequence[Campaign], *, quick: bool, seed: int, root: Path = ROOT
 ) -> Iterator[Record]:
-    """Runs them against the service of the code in `root`; yields what each saw when it ends."""
+    """Run them against the service of the code in `root`; yield what each saw when it ends."""
     with running_target(root) as target:
         for campaign in campaigns:
             yield _run(campaign, target, campaign.quick if quick else campaign.full, seed)

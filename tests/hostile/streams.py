@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tests.hostile.grammar import damage
 from tests.hostile.record import LIMIT_SECONDS
 
-# A request that is only answered where the framing before it was read as another server would not,
+# A request that is answered only if the framing before it was read as another server would not,
 # and one that ends the connection.
 _SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 _LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -68,7 +68,7 @@ _SILENCE_SECONDS = 0.15
 class Stream(NamedTuple):
     """Bytes for one connection.
 
-    `refused`: nothing but one refusal may come back. `answers`: so many good ones do.
+    `refused`: nothing but one refusal may come back. `answers`: this many good ones do.
     """
 
     content: bytes
@@ -97,7 +97,7 @@ class StreamGrammar:
         ]
 
     def __call__(self) -> Stream:
-        """The next stream."""
+        """Return the next stream."""
         return self._random.choice(self._kinds)()
 
     def _smuggle(self) -> Stream:
@@ -143,9 +143,9 @@ class StreamGrammar:
 
 
 def send_stream(port: int, stream: Stream) -> tuple[list[int], float]:
-    """The statuses that came back until the end, and how long that took.
+    """Return the statuses that came back until the end, and how long that took.
 
-    Raises TimeoutError where the server does not end the connection after the client has.
+    Raises TimeoutError if the server does not end the connection after the client has.
     """
     started_at, received = time.monotonic(), b""
     with socket.create_connection(("127.0.0.1", port), LIMIT_SECONDS) as connection:
@@ -174,12 +174,12 @@ def _read_statuses(received: bytes) -> list[int]:
 
 
 def find_problem(stream: Stream, statuses: list[int]) -> str | None:
-    """What is wrong with the answers to a stream, if anything is."""
+    """Return what is wrong with the answers to a stream, or None."""
     faults = [status for status in statuses if status >= 500]
     if faults and not (faults == [501] and b"transfer-encoding" in stream.content.lower()):
         return f"answered {faults}"
     if stream.refused and statuses and (len(statuses) > 1 or statuses[0] not in _REFUSED):
-        return f"answered {statuses} where one refusal was due"
+        return f"answered {statuses} instead of one refusal"
     if stream.answers is not None and statuses != [200] * stream.answers:
-        return f"answered {statuses} where {stream.answers} answers were due"
+        return f"answered {statuses} instead of {stream.answers} answers"
     return None

@@ -27,11 +27,11 @@ class Target:
     grpc_target: str
 
     def create_project(self) -> Project:
-        """A project of a campaign's own, with a key."""
+        """Create a project for one campaign, with a key."""
         return create_project(self.service)
 
     def count_events(self, project: Project) -> int:
-        """How many events of a project are stored."""
+        """Return how many events of a project are stored."""
         statement = "SELECT count(*) FROM events WHERE project_id = %s"
         with closing(psycopg2.connect(self.service.database_url)) as connection:
             cursor = connection.cursor()
@@ -39,32 +39,32 @@ class Target:
             return int(cursor.fetchone()[0])  # type: ignore[index]
 
     def execute(self, statement: str) -> None:
-        """Runs a statement in the service's database."""
+        """Run a statement in the service's database."""
         with closing(psycopg2.connect(self.service.database_url)) as connection:
             connection.autocommit = True
             connection.cursor().execute(statement)
 
     def find_postgres(self) -> list[psutil.Process]:
-        """All processes of the database, the postmaster first."""
+        """Return all processes of the database, the postmaster first."""
         with closing(psycopg2.connect(self.service.database_url)) as connection:
             postmaster = psutil.Process(connection.info.backend_pid).parent()
         return [postmaster, *postmaster.children()]
 
     def find_problem(self) -> str | None:
-        """What has become of the workers that were there at the start, if they are not all well."""
+        """Return what has become of the original workers, if they are not all well."""
         now = {worker.pid for worker in self.service.find_workers()}
         return None if now == set(self.workers) else _ENDED
 
     def reset_peak_memory(self) -> None:
-        """Lets `read_peak_memory` start again."""
+        """Start `read_peak_memory` anew."""
         reset_peak_memory(self.workers)
 
     def read_peak_memory(self) -> float:
-        """The most resident memory that one of the workers has had, in MB of 1,000,000 bytes."""
+        """Return the highest peak of resident memory of a worker, in MB of 1,000,000 bytes."""
         return read_peak_memory(self._living())
 
     def read_memory(self) -> float:
-        """The most resident memory that one of the workers has now, in MB of 1,000,000 bytes."""
+        """Return the most resident memory of any worker now, in MB of 1,000,000 bytes."""
         return read_memory(self._living())
 
     def _living(self) -> list[int]:
@@ -73,7 +73,7 @@ class Target:
 
 @contextmanager
 def running_target(root: Path = ROOT) -> Iterator[Target]:
-    """The service of the code in `root`, on a database of its own."""
+    """Run the service of the code in `root`, on a database of its own."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o711)  # PostgreSQL may run under an account of its own
         settings = {"DATA_DIR": str(Path(directory, "data")), "WORKERS": str(_WORKERS)}

@@ -23,12 +23,12 @@ _STRIDE = 10_000_000
 # After its first tenth, a campaign may let a worker grow so far.
 _GROWTH_MB = 40.0
 
-# Sends so many inputs from one client; called with its number.
+# Sends this many inputs from one client; called with the client's number.
 Send = Callable[[int, int], None]
 
 
 def attack_bodies(target: Target, record: Record, count: int, seed: int) -> None:
-    """Bodies over HTTP. What was accepted of events that can be counted is stored."""
+    """Send bodies over HTTP; what was accepted of the events that can be counted is stored."""
     counted, other = target.create_project(), target.create_project()
     accepted = _Sum()
 
@@ -56,7 +56,7 @@ def attack_bodies(target: Target, record: Record, count: int, seed: int) -> None
 
 
 def attack_messages(target: Target, record: Record, count: int, seed: int) -> None:
-    """Requests over gRPC. What was accepted of events that can be counted is stored."""
+    """Send requests over gRPC; what was accepted of the events that can be counted is stored."""
     counted, other = target.create_project(), target.create_project()
     accepted = _Sum()
 
@@ -80,7 +80,7 @@ def _call(
     call: messages.Call,
     record: Record,
 ) -> int:
-    """How many events were accepted of those that can be counted."""
+    """Return how many of the events that can be counted were accepted."""
     metadata = () if call.key is None else (("x-pg-api-key", call.key),)
     started_at, response = time.monotonic(), IngestEventsResponse()
     try:
@@ -100,7 +100,7 @@ def _call(
 
 
 def attack_port(target: Target, record: Record, count: int, seed: int) -> None:
-    """Byte streams on the HTTP port."""
+    """Send byte streams to the HTTP port."""
 
     def send(client: int, share: int) -> None:
         grammar = streams.StreamGrammar(Random(f"{seed} streams {client}"))
@@ -131,7 +131,7 @@ class _Sum:
 
 
 def _run(target: Target, record: Record, count: int, send: Send) -> None:
-    """Shares the inputs between clients, in two parts: memory is to stay what it was after one."""
+    """Share the inputs between clients, in two parts; memory must not grow after the first."""
     first = max(1, count // 10 // _CLIENTS)
     with probing_health(target, record):
         _send_shares(record, 0, first, send)
@@ -155,7 +155,7 @@ def _send_shares(record: Record, first_client: int, share: int, send: Send) -> N
 
 @contextmanager
 def probing_health(target: Target, record: Record) -> Iterator[None]:
-    """Asks for /health four times a second, over new connections, which are answered in time."""
+    """Ask for /health four times a second over new connections; each must answer in time."""
 
     def probe() -> None:
         connection = Connection(target.port)

@@ -16,14 +16,14 @@ from tests.torture.report import HEADINGS, format_record, format_row, join_row
 from tests.torture.session import Plan, Tally, run
 from tests.torture.trial import Fault
 
-# As wide as the table, also where the output is a file.
+# As wide as the table, even if the output is a file.
 _console = Console(width=200, highlight=False, soft_wrap=True)
 
 FAULTS = (*service_faults.FAULTS, *database_faults.FAULTS, *provider_faults.FAULTS)
 
 
 def main() -> int:
-    """Runs what the arguments say; returns 0, or 1 where anything was found wrong."""
+    """Run what the arguments say. Return 0, or 1 if anything was found wrong."""
     parser = _build_parser()
     options = parser.parse_args()
     try:
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def choose_faults(patterns: list[str]) -> list[Fault]:
-    """The faults that match; raises ValueError for a pattern that none does."""
+    """Return the faults that match. Raises ValueError for a pattern that none does."""
     return choose_matching(FAULTS, patterns, "there is no fault {pattern}, but: {names}")
 
 
@@ -88,7 +88,7 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="FAULT",
         help="only this fault, or those that match, such as 'database-*'; may be repeated",
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="so many rounds of each fault")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each fault")
     parser.add_argument(
         "--quick", action="store_true", help="a few rounds of most faults, in three minutes"
     )
@@ -102,7 +102,7 @@ def _build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("build/torture"),
         metavar="DIR",
-        help="where the logs go of a fault that finds a violation (build/torture)",
+        help="where to keep the logs of a fault that finds a violation (build/torture)",
     )
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="append the table to FILE, as Markdown"

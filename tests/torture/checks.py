@@ -41,7 +41,7 @@ class Ledger:
     refused: set[str] = field(default_factory=set)
 
     def add(self, load: Load) -> None:
-        """Enters a round."""
+        """Enter a round."""
         for batch in load.sent:
             self._add_batch(batch)
         for batch in load.acknowledged:
@@ -62,7 +62,7 @@ class Findings:
     violations: list[str] = field(default_factory=list)
 
     def note(self, what: str, ids: Collection[str]) -> None:
-        """A violation, where there are any such ids."""
+        """Note a violation if there are any such ids."""
         if ids:
             some = ", ".join(sorted(ids)[:_SHOWN])
             self.violations.append(f"{len(ids)} {what}, such as {some}")
@@ -82,7 +82,7 @@ class _Tables:
 def check(
     cluster: Cluster, ledger: Ledger, begin: datetime, end: datetime, *, is_over: bool = False
 ) -> Findings:
-    """Holds the ledger against what there is; once all `is_over`, nothing may be pending."""
+    """Compare the ledger with what is there; once all `is_over`, nothing may be pending."""
     # The tables come first: what has left the outbox since is with the provider already.
     tables = _read_tables(cluster, ledger.acknowledged, begin, end)
     findings = Findings(len(tables.lost), len(tables.duplicated))

@@ -33,21 +33,21 @@ class Client(Protocol):
     """Sends batches over one connection, which it renews."""
 
     def send(self, batch: Batch) -> str:
-        """The status, and more where other events were accepted than should have been."""
+        """Return the status, and more if other events were accepted than should have been."""
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
 
 
 class HttpClient:
-    """A connection kept alive; where it ends before an answer, the request is sent once more."""
+    """A connection kept alive; if it ends before an answer, the request is sent once more."""
 
     def __init__(self, port: int, key: str) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)
         self._headers = {"Content-Type": "application/json", "X-PG-API-Key": key}
 
     def send(self, batch: Batch) -> str:
-        """The HTTP status."""
+        """Return the HTTP status."""
         is_reused = self._connection.sock is not None
         try:
             return self._post(batch)
@@ -75,7 +75,7 @@ class HttpClient:
         return _judge("202", batch, report["accepted"], report["rejected"])
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self._connection.close()
 
 
@@ -88,7 +88,7 @@ class GrpcClient:
         self._metadata = (("x-pg-api-key", key),)
 
     def send(self, batch: Batch) -> str:
-        """The name of the status code."""
+        """Return the name of the status code."""
         try:
             response = self._ingest(batch.request, timeout=_ANSWER_SECONDS, metadata=self._metadata)
         except grpc.RpcError as error:
@@ -96,7 +96,7 @@ class GrpcClient:
         return _judge("OK", batch, response.accepted, response.rejected)
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self._channel.close()
 
 

@@ -64,7 +64,7 @@ class Cluster:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """All of it runs as long as the context lasts."""
+        """Run all of it as long as the context lasts."""
         for directory in (self.data, self.failpoints, self.logs):
             directory.mkdir()
         self.data.chmod(0o711)
@@ -102,13 +102,13 @@ class Cluster:
 
     @property
     def database_proxy(self) -> Proxy:
-        """What stands between service and database, where the setup has it."""
+        """The proxy between service and database, if the setup has one."""
         assert self._proxy is not None
         return self._proxy
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the service and its forwarders run with."""
+        """The settings of the service and its forwarders."""
         database = {"DATA_DIR": str(self.data)}
         if self._proxy is not None:
             place = f"127.0.0.1:{self._proxy.port}/productgraph"
@@ -133,24 +133,24 @@ class Cluster:
 
     @property
     def secrets(self) -> list[str]:
-        """What no log may contain."""
+        """All that no log may contain."""
         return [self.key, AMPLITUDE_KEY, MIXPANEL_TOKEN, DATABASE_PASSWORD]
 
     @property
     def database_url(self) -> str:
-        """The database, around the proxy, as libpq takes it."""
+        """The URL for libpq of the database, around the proxy."""
         url = EmbeddedPostgres(self.data, create=False).url
         return url.replace("postgresql+psycopg2:", "postgresql:")
 
     def open_clients(self) -> list[Callable[[], Client]]:
-        """What opens each of the clients of a load."""
+        """Return what opens each of the clients of a load."""
         http, grpc = self._ports
         return [lambda: HttpClient(http, self.key)] * _HTTP_CLIENTS + [
             lambda: GrpcClient(grpc, self.key)
         ] * _GRPC_CLIENTS
 
     def connect(self) -> "psycopg2.extensions.connection":
-        """A connection around the proxy; waits for the database."""
+        """Open a connection around the proxy, after waiting for the database."""
         deadline = time.monotonic() + _QUERY_SECONDS
         while True:
             try:
@@ -161,7 +161,7 @@ class Cluster:
                 time.sleep(0.02)
 
     def wait_for_database(self) -> None:
-        """Returns when the database answers a query."""
+        """Return when the database answers a query."""
         wait_until(self._answers_queries, _QUERY_SECONDS)
 
     def _answers_queries(self) -> bool:
@@ -171,14 +171,14 @@ class Cluster:
         return False
 
     def query(self, statement: str, *parameters: Any) -> list[Any]:
-        """Runs a statement, in a transaction of its own, and returns its rows."""
+        """Run a statement in a transaction of its own, and return its rows."""
         with closing(self.connect()) as connection, connection.cursor() as cursor:
             connection.autocommit = True
             cursor.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
 
     def start_service(self) -> None:
-        """Starts the service on the ports that it always has; returns when it is whole."""
+        """Start the service on the ports that it always has, and return when it is whole."""
         output, log = self.logs.parent / "banner", self.logs / "service.log"
         with output.open("wb") as stdout, log.open("ab") as stderr:
             process = self._spawn("serve", stdout=stdout, stderr=stderr)
@@ -187,7 +187,7 @@ class Cluster:
         self.wait_until_serving(WORKERS)
 
     def revive_service(self) -> None:
-        """Starts it again when all processes of the dead one have gone."""
+        """Start it again when all processes of the dead one have gone."""
         self.service.process.wait()
         left = [p for p in psutil.process_iter(["environ"]) if self._is_ours(p)]
         _, alive = psutil.wait_procs(left, _LEAVE_SECONDS)
@@ -200,7 +200,7 @@ class Cluster:
         return own and process.pid not in {extra.pid for extra in self.extra_forwarders}
 
     def is_serving(self, workers: int) -> bool:
-        """Whether so many workers listen, a forwarder runs, and the service calls itself ready."""
+        """Return whether the workers listen, a forwarder runs, and the service says it is ready."""
         with suppress(psutil.Error):
             return (
                 sum(map(is_listening, self.find_children("worker"))) >= workers
@@ -210,11 +210,11 @@ class Cluster:
         return False
 
     def wait_until_serving(self, workers: int = 1) -> None:
-        """Waits for so many workers, while others may still be on their way."""
+        """Wait for this many workers, while others may still be starting."""
         wait_until(lambda: self.is_serving(workers), _START_SECONDS)
 
     def find_children(self, command: str) -> list[psutil.Process]:
-        """The service's own workers or forwarder, as far as they live."""
+        """Return the service's workers or forwarders that are alive."""
         found = []
         with suppress(psutil.Error):
             for child in psutil.Process(self.service.process.pid).children():
@@ -224,13 +224,13 @@ class Cluster:
         return found
 
     def start_forwarder(self) -> None:
-        """Starts a forwarder beside the service's own."""
+        """Start a forwarder beside the service's own."""
         with (self.logs / "forwarders.log").open("ab") as log:
             process = self._spawn("forward", stdout=log, stderr=log)
         self.extra_forwarders.append(process)
 
     def find_postgres(self) -> list[psutil.Process]:
-        """PostgreSQL's processes, the first of them first; none where it is dead."""
+        """Return PostgreSQL's processes, the postmaster first; none if it is dead."""
         try:
             words = (self.data / "postgres/postmaster.pid").read_text().split()
             postmaster = psutil.Process(abs(int(words[0])))
@@ -241,7 +241,7 @@ class Cluster:
             return []
 
     def keep_logs(self, directory: Path) -> None:
-        """Copies all logs to a directory, in which nothing else is then."""
+        """Copy all logs to a directory, which then holds nothing else."""
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(self.logs, directory)
         for log in (self.data / "postgres").glob("server.log*"):

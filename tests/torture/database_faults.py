@@ -25,7 +25,7 @@ _CHUNK = b"\0" * (1 << 16)
 
 
 def _recover_with_database(trial: Trial, since: float) -> float:
-    """The recovery since the fault; within five seconds of the database's first answer."""
+    """Return the recovery since the fault, within five seconds of the database's first answer."""
     trial.cluster.wait_for_database()
     trial.recover(time.monotonic(), _RECOVERY_SECONDS)
     return trial.recover(since)

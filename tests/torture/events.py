@@ -47,7 +47,7 @@ class EventSource:
         self._lock = threading.Lock()
 
     def make_batch(self, *, size: int | None = None, refused: int = 0) -> Batch:
-        """A batch of `size` events, or of a few; so many of them are refused by the providers."""
+        """Make a batch of `size` events, or of a few; the providers refuse this many of them."""
         with self._lock:
             count = size or self._random.randint(1, _MOST_EVENTS)
             has_rejected = size is None and self._random.random() < _REJECTED_SHARE

@@ -48,23 +48,23 @@ class Load:
         ]
 
     def start(self) -> None:
-        """Starts all clients."""
+        """Start all clients."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Returns when all that was sent is acknowledged, or has been given up."""
+        """Return when all that was sent is acknowledged or has been given up."""
         self._give_up_at = time.monotonic() + _GIVE_UP_SECONDS
         self._stopping.set()
         for thread in self._threads:
             thread.join()
 
     def wait_for_answers(self, count: int) -> None:
-        """Returns once so many requests have been acknowledged."""
+        """Return once this many requests have been acknowledged."""
         wait_until(lambda: len(self.acknowledged) >= count, 30.0)
 
     def measure_recovery(self, since: float, seconds: float = 60.0) -> float:
-        """The seconds from `since` to the first acknowledgement of what was sent later."""
+        """Return the seconds from `since` to the first acknowledgement of what was sent later."""
         wait_until(lambda: self._find_stored(since), seconds)
         return self._find_stored(since)[0] - since
 
@@ -73,11 +73,11 @@ class Load:
         return [a.answered_at for a in answers if a.sent_at >= since and a.status in STORED][:1]
 
     def count_statuses(self) -> Counter[str]:
-        """How often each status came."""
+        """Return how often each status came."""
         return Counter(answer.status for answer in tuple(self.answers))
 
     def measure_longest(self) -> float:
-        """How long the slowest answer took, in seconds."""
+        """Return how long the slowest answer took, in seconds."""
         return max((a.answered_at - a.sent_at for a in tuple(self.answers)), default=0.0)
 
     def _run(self, open_client: Callable[[], Client], draw: random.Random) -> None:
@@ -94,7 +94,7 @@ class Load:
                 self._stopping.wait(_PAUSE_SECONDS)
 
     def send_batch(self, open_client: Callable[[], Client], batch: Batch) -> None:
-        """Sends one batch more, until it is acknowledged."""
+        """Send one more batch until it is acknowledged."""
         self.sent.append(batch)
         with closing(open_client()) as client:
             stored = self._send_until_stored(client, batch)

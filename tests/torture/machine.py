@@ -18,7 +18,7 @@ _PORTS = range(15_000, 30_000)
 
 
 def is_listening(process: psutil.Process) -> bool:
-    """Whether a process listens on a TCP port; not where it has gone."""
+    """Return whether a process listens on a TCP port; False if it has gone."""
     try:
         return any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
     except psutil.Error:
@@ -26,7 +26,7 @@ def is_listening(process: psutil.Process) -> bool:
 
 
 def find_ports(count: int) -> list[int]:
-    """So many ports that nobody uses, and that stay ours while our server restarts."""
+    """Return this many ports that nobody uses, and that stay ours while our server restarts."""
     found: list[int] = []
     # Not by the seed: several runs may be side by side.
     for port in random.sample(_PORTS, 100):
@@ -40,7 +40,7 @@ def find_ports(count: int) -> list[int]:
 
 @contextmanager
 def mounted(directory: Path, megabytes: int) -> Iterator[None]:
-    """A file system of this size is at the directory as long as the context lasts."""
+    """Mount a file system of this size at the directory as long as the context lasts."""
     size = f"size={megabytes}m,mode=0711"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "torture", directory], check=True)
     try:
@@ -50,7 +50,7 @@ def mounted(directory: Path, megabytes: int) -> Iterator[None]:
 
 
 def find_mount_problem() -> str | None:
-    """Why no file system can be mounted here; None where one can."""
+    """Return why no file system can be mounted here, or None if one can."""
     mount = shutil.which("mount")
     if mount is None or sys.platform != "linux":
         return "there is no mount command for a small file system"
@@ -65,7 +65,7 @@ def find_mount_problem() -> str | None:
 
 @contextmanager
 def frozen(processes: list[psutil.Process]) -> Iterator[None]:
-    """None of them runs while the context lasts; the first, which starts others, stops first."""
+    """Stop all of them as long as the context lasts, beginning with the one that starts others."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGSTOP)

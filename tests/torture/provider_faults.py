@@ -25,7 +25,7 @@ def _find_missing(trial: Trial, provider: Remembering) -> set[str]:
 
 
 def _misbehave(*scripts: Script) -> Inject:
-    """One of the providers fails in one of these ways, the other one is not to notice."""
+    """Let one of the providers fail in one of these ways; the other one must not notice."""
 
     def inject(trial: Trial) -> float:
         names = trial.draw.sample(list(trial.cluster.providers), 2)

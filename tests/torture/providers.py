@@ -42,12 +42,12 @@ class Remembering(ProviderServer):
         self.changed: set[str] = set()
 
     def find_missing(self, insert_ids: Sequence[str]) -> set[str]:
-        """Those that the provider does not have."""
+        """Return those that the provider does not have."""
         with self._lock:
             return {i for i in insert_ids if not self._has(i)}
 
     def find_arrived(self, insert_ids: Sequence[str]) -> set[str]:
-        """Those that came, whatever the answer was."""
+        """Return those that came, whatever the answer was."""
         with self._lock:
             return set(insert_ids) & self.arrivals.keys()
 
@@ -56,12 +56,12 @@ class Remembering(ProviderServer):
         return arrival is not None and arrival.ingested_at is not None
 
     def find_hasty_repeats(self, seconds: float) -> int:
-        """How many events came again within so many seconds of having been taken."""
+        """Return how many events came again within this many seconds of having been taken."""
         with self._lock:
             return sum(a.soonest_repeat < seconds for a in self.arrivals.values())
 
     def forget_repeats(self) -> None:
-        """Lets `find_hasty_repeats` begin anew."""
+        """Start `find_hasty_repeats` anew."""
         with self._lock:
             for arrival in self.arrivals.values():
                 arrival.soonest_repeat = float("inf")
@@ -117,7 +117,7 @@ def _is_refused(event: Event) -> bool:
 
 
 def open_providers() -> dict[str, Remembering]:
-    """Both, by the names that settings have for them."""
+    """Open both, by the names that settings have for them."""
     return {
         "amplitude": RememberingAmplitude(AMPLITUDE_KEY),
         "mixpanel": RememberingMixpanel(MIXPANEL_TOKEN),
@@ -125,5 +125,5 @@ def open_providers() -> dict[str, Remembering]:
 
 
 def answer(status: int, body: bytes) -> Script:
-    """A script that takes nothing, and answers this."""
+    """Return a script that takes nothing, and answers this."""
     return Script(Reply(status, body))

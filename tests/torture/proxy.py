@@ -24,7 +24,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Weather:
-    """What passes bears: a delay of each piece, up to so many seconds; small pieces; a stall."""
+    """What happens to traffic: a delay of each piece, in seconds at most; small pieces; a stall."""
 
     delay: float = 0.0
     piece_bytes: int = _PIECE_BYTES
@@ -40,12 +40,12 @@ class CommitCut(Enum):
 
 
 def to_port(port: int) -> Callable[[], Awaitable[Streams]]:
-    """Connects to a port of this machine."""
+    """Connect to a port of this machine."""
     return lambda: asyncio.open_connection("127.0.0.1", port)
 
 
 def to_socket(path: Path) -> Callable[[], Awaitable[Streams]]:
-    """Connects to a Unix socket."""
+    """Connect to a Unix socket."""
     return lambda: asyncio.open_unix_connection(path)
 
 
@@ -64,15 +64,15 @@ class _Passage:
         self._messages = messages
 
     def read(self, data: bytes) -> Iterable[bytes]:
-        """What to pass on of what the client has sent, message by message where they are known."""
+        """Return what to pass on of the client's bytes, message by message if they are known."""
         return [data] if self._messages is None else self._messages.feed(data)
 
     def is_commit(self, message: bytes) -> bool:
-        """Whether it commits rows."""
+        """Return whether it commits rows."""
         return self._messages is not None and self._messages.commits_rows(message)
 
     def end(self, *, reset: bool) -> None:
-        """Ends both connections."""
+        """End both connections."""
         for writer in (self.client, self.server):
             connection = writer.get_extra_info("socket")
             if reset and connection.family != socket.AF_UNIX and connection.fileno() >= 0:
@@ -110,7 +110,7 @@ class Proxy:
 
     @contextmanager
     def weather(self, weather: Weather) -> Iterator[None]:
-        """This weather, as long as the context lasts."""
+        """Give connections this weather as long as the context lasts."""
         self._set_weather(weather)
         try:
             yield
@@ -118,7 +118,7 @@ class Proxy:
             self._set_weather(Weather())
 
     def cut(self, *, reset: bool = False) -> None:
-        """Ends all connections, in order or by a reset."""
+        """End all connections, in order or by a reset."""
 
         async def cut() -> None:
             for passage in tuple(self._passages):
@@ -127,7 +127,7 @@ class Proxy:
         asyncio.run_coroutine_threadsafe(cut(), self._loop).result()
 
     def cut_commit(self, moment: CommitCut) -> None:
-        """Ends the next connection that commits what it has copied; returns when that is done."""
+        """End the next connection that commits what it has copied. Return when that is done."""
         cuts = self.cuts
         self._commit_cuts.append(moment)
         wait_until(lambda: self.cuts > cuts, 15.0)

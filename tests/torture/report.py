@@ -14,7 +14,7 @@ _WIDTHS = (22, 7, 9, 13, 6, 11, 16, 9)
 
 
 def format_row(tally: Tally) -> tuple[str, ...]:
-    """The cells of a line."""
+    """Return the cells of a line."""
     seconds = tally.recoveries
     return (
         tally.name,
@@ -29,13 +29,13 @@ def format_row(tally: Tally) -> tuple[str, ...]:
 
 
 def join_row(cells: Sequence[str]) -> str:
-    """A line for a terminal."""
+    """Return a line for a terminal."""
     first, *others = zip(cells, _WIDTHS, strict=True)
     return f"{first[0]:{first[1]}}" + "".join(f"{text:>{width}}" for text, width in others)
 
 
 def format_record(command: str, tallies: Sequence[Tally]) -> str:
-    """The whole run in Markdown, with the day and the command."""
+    """Return the whole run in Markdown, with the day and the command."""
     rows = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *map(format_row, tallies)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     found = [f"* {tally.name}, {text}" for tally in tallies for text in tally.violations]

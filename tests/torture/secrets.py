@@ -10,7 +10,7 @@ from tests.torture.providers import MIXPANEL_TOKEN
 
 
 def find_leaks(cluster: Cluster) -> list[str]:
-    """The log files with a secret in them, without the secret."""
+    """Return the log files that hold a secret, without the secret."""
     encoded = base64.b64encode(f"{MIXPANEL_TOKEN}:".encode()).decode()
     words = [word.encode() for word in (*cluster.secrets, encoded, MARKER)]
     logs = [*cluster.logs.iterdir(), *(cluster.data / "postgres").glob("server.log*")]

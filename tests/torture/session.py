@@ -43,7 +43,7 @@ class Tally:
     violations: list[str] = field(default_factory=list)
 
     def add(self, load: Load, findings: Findings) -> None:
-        """Enters a round."""
+        """Enter a round."""
         self.sent += sum(len(batch.insert_ids) for batch in load.sent)
         self.acknowledged += sum(len(batch.insert_ids) for batch in load.acknowledged)
         self.lost += findings.lost
@@ -51,7 +51,7 @@ class Tally:
         self.note(findings.violations)
 
     def note(self, violations: list[str]) -> None:
-        """Enters what is wrong, with the round in which it was found."""
+        """Enter what is wrong, with the round in which it was found."""
         self.violations += [f"round {self.rounds}: {text}" for text in violations]
 
 
@@ -66,7 +66,7 @@ class Session:
         self._ledger = Ledger()
 
     def run_rounds(self, fault: Fault, rounds: int, tally: Tally) -> None:
-        """Injects a fault so many times, or until a round finds a violation."""
+        """Inject a fault this many times, or until a round finds a violation."""
         while tally.rounds < rounds and not tally.violations:
             tally.rounds += 1
             try:
@@ -109,7 +109,7 @@ class Session:
         tally.note(find_leaks(self.cluster))
 
     def finish(self, tally: Tally, *, in_a_hurry: bool = False) -> None:
-        """Waits until all is forwarded, and checks everything once more."""
+        """Wait until all is forwarded, and check everything once more."""
         self._drain(in_a_hurry)
         findings = check(
             self.cluster,
@@ -140,7 +140,7 @@ class Session:
 
 @contextmanager
 def open_session(setup: Setup, root: Path, seed: str) -> Iterator[Session]:
-    """A running cluster of the code in `root`, in directories of its own."""
+    """Run a cluster of the code in `root`, in directories of its own."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         Path(directory).chmod(0o711)  # the account of an embedded PostgreSQL has to get through
         cluster = Cluster(Path(directory), setup, root, seed)
@@ -152,7 +152,7 @@ def open_session(setup: Setup, root: Path, seed: str) -> Iterator[Session]:
 class Plan:
     """Which faults, how often (None: as often as each says), of which code, drawn from what.
 
-    `logs` is where the logs of a fault go that has found a violation.
+    `logs` is the directory for the logs of a fault that has found a violation.
     """
 
     faults: list[Fault]
@@ -164,14 +164,14 @@ class Plan:
     is_hurried: bool = False
 
     def count_rounds(self, fault: Fault) -> int:
-        """How many rounds of a fault there are."""
+        """Return how many rounds of a fault there are."""
         if self.rounds is not None:
             return self.rounds
         return fault.quick_rounds if self.is_quick else fault.rounds
 
 
 def run(plan: Plan, on_tally: Callable[[Tally], None]) -> None:
-    """Runs the plan; a quick one has one cluster for all faults of a setup."""
+    """Run the plan; a quick one has one cluster for all faults of a setup."""
     chosen = [fault for fault in plan.faults if plan.count_rounds(fault)]
     setups = dict.fromkeys(fault.setup for fault in chosen)
     groups = [[f for f in chosen if f.setup == setup] for setup in setups]

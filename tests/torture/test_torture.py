@@ -74,7 +74,7 @@ BUGS = {name: bug for name, bug in globals().items() if isinstance(bug, Bug)}
 
 
 def run_torture(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Runs the command to its end."""
+    """Run the command to its end."""
     return run_program("tests.torture", *arguments, timeout=_RUN_SECONDS)
 
 

@@ -27,16 +27,16 @@ class Trial:
     problems: list[str] = field(default_factory=list)
 
     def wait(self, least: float, most: float) -> None:
-        """Waits for a time that is drawn, in seconds."""
+        """Wait for a random time, in seconds."""
         time.sleep(self.draw.uniform(least, most))
 
     def warm_up(self) -> None:
-        """Waits until the load is under way, and for a moment that is drawn."""
+        """Wait until the load is under way, and then for a random moment."""
         self.load.wait_for_answers(5)
         self.wait(0.05, 0.5)
 
     def recover(self, since: float, limit: float | None = None) -> float:
-        """Measures the recovery; with a limit, one that takes more seconds is a problem."""
+        """Measure the recovery; if there is a limit, one that takes longer is a problem."""
         seconds = self.load.measure_recovery(since)
         if limit is not None and seconds > limit:
             self.problems.append(f"recovered after {seconds:.1f} s")

@@ -19,7 +19,7 @@ class FrontendMessages:
         self._has_copied = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The messages that are complete now; the bytes are the same and in the same order."""
+        """Return the messages that are complete now; the bytes are the same, in the same order."""
         self._rest += data
         while (size := self._find_size()) and len(self._rest) >= size:
             message, self._rest = self._rest[:size], self._rest[size:]
@@ -27,7 +27,7 @@ class FrontendMessages:
             yield message
 
     def commits_rows(self, message: bytes) -> bool:
-        """Whether the last message is a COMMIT, and this client has copied rows."""
+        """Return whether the last message is a COMMIT and this client has copied rows."""
         return self._has_copied and message[:1] == b"Q" and message[5:].startswith(b"COMMIT")
 
     def _find_size(self) -> int | None:
