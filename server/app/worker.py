@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from server.app.parts import BUCKETS, open_outbox, open_tracing, opened_database
 from server.config import Settings
 from server.events.copy_rows import RowEncoder
-from server.events.json_codec import JsonCodec
-from server.events.protobuf_codec import ProtobufCodec
+from server.events.json_codec import HTTP, JsonCodec
+from server.events.protobuf_codec import GRPC, ProtobufCodec
 from server.events.schema import EVENT_SCHEMA
-from server.grpc.api import GrpcServer, IngestServicer
+from server.grpc.api import IngestServicer
 from server.grpc.certificates import CertificateSource
-from server.http.api import MAX_BODY_BYTES, create_app
+from server.grpc.server import GrpcServer
+from server.http.api import create_app
+from server.http.body import MAX_BODY_BYTES
 from server.http.openapi import encode_description
 from server.http.server import HTTPServer
+from server.ingest.admission import Admission
 from server.ingest.buckets import BucketTable
 from server.ingest.group_commit import Writer
+from server.ingest.ingestion import Ingestion
 from server.ingest.key_cache import KeyCache
 from server.ingest.limits import RateLimiter
 from server.ingest.rejection_writer import RejectionWriter
@@ -73,13 +77,16 @@ class Worker:
             self._readiness.check,
             *(writer.check for writer in self._rejections),
         )
-        service = IngestService(
+        ingestion = Ingestion(
             EVENT_SCHEMA,
-            self._keys,
             self._writer,
-            timeout_seconds=settings.request_timeout_seconds,
             on_rejected=next((writer.record for writer in self._rejections), None),
-            limiter=_build_limiter(settings),
+        )
+        service = IngestService(
+            Admission(self._keys, _build_limiter(settings)),
+            ingestion,
+            {HTTP: JsonCodec(EVENT_SCHEMA), GRPC: ProtobufCodec(EVENT_SCHEMA)},
+            timeout_seconds=settings.request_timeout_seconds,
         )
         self._tracing = open_tracing(settings)
         sinks: list[Sink] = [RequestLog()]
@@ -98,11 +105,10 @@ class Worker:
     ) -> HTTPServer:
         app = create_app(
             service,
-            JsonCodec(EVENT_SCHEMA),
+            recorder,
             self._readiness.is_ready,
             description=encode_description(EVENT_SCHEMA, MAX_BODY_BYTES),
             allowed_origins=settings.cors_allowed_origins,
-            recorder=recorder,
         )
         listener = listen(settings.host, settings.port)
         # What is a little too large is refused by the application, in its words; a body far over
@@ -114,7 +120,7 @@ class Worker:
     ) -> GrpcServer:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         return GrpcServer(
-            IngestServicer(service, ProtobufCodec(EVENT_SCHEMA), recorder),
+            IngestServicer(service, recorder),
             self._readiness.is_ready,
             address=f"{host}:{settings.grpc_port}",
             offer_reflection=settings.grpc_reflection,
@@ -203,17 +209,17 @@ def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
         EventStore(RowEncoder(EVENT_SCHEMA).columns, open_outbox(settings)),
         max_waiting_bytes=settings.max_waiting_bytes,
     )
-    service = IngestService(
-        EVENT_SCHEMA,
-        KeyCache(Link(engine)),  # not started: an event's project is known here
-        writer,
-        timeout_seconds=settings.request_timeout_seconds,
-    )
+    ingestion = Ingestion(EVENT_SCHEMA, writer)
     watchdog = Watchdog(writer.check)
     for part in (watchdog, writer):
         part.start()
     try:
-        yield Replay(service, JsonCodec(EVENT_SCHEMA), ProtobufCodec(EVENT_SCHEMA))
+        yield Replay(
+            ingestion,
+            JsonCodec(EVENT_SCHEMA),
+            ProtobufCodec(EVENT_SCHEMA),
+            timeout_seconds=settings.request_timeout_seconds,
+        )
     finally:
         writer.stop()
         watchdog.stop()

@@ -16,9 +16,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from productgraph.v1.event_pb2 import Event
+from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
 from server.events.free_form import LostDigits, fill_struct, has_more_values, is_plain
-from server.events.json_parser import count_values, encode_document, parse_document, parse_exactly
+from server.events.json_parser import (
+    count_values,
+    encode_document,
+    estimate_seconds,
+    parse_document,
+    parse_exactly,
+)
 from server.events.parsed import ColumnReader, ParsedBatch, ParsedEvent
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.events.timestamps import parse_timestamp
@@ -49,13 +56,14 @@ class JsonCodec:
         # In protobuf, a value within another takes four bytes at least.
         self._max_values = schema.max_bytes // 4
 
-    def parse_batch(self, body: bytes) -> ParsedBatch:
+    def parse_batch(self, body: bytes, deadline: Deadline = NEVER) -> ParsedBatch:
         """The events of a request's body in order, each parsed when it is asked for.
 
         So one event at a time is in memory, and in the processor's cache, beside the document.
         Raises InvalidArgument where the body is not JSON, not of the documented shape, or holds
-        too many events.
+        too many events, and Unavailable where it takes longer to read than is left.
         """
+        deadline.check(estimate_seconds(body, deadline.left()))
         items = _Items(body, self._max_bytes)
         count, events = len(items.quick), self._parse_items(items)
         return ParsedBatch(HTTP, count, len(body), events, items.encode)

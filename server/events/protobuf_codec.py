@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError, Message
 
 from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
+from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
 from server.events.free_form import REPLACEMENT, replace_nul
 from server.events.parsed import ColumnReader, ParsedBatch, ParsedEvent
@@ -38,11 +39,13 @@ class ProtobufCodec:
         self._readable_bytes = _READABLE_SHARE * schema.max_bytes
         self._too_large = describe_excess(schema.max_bytes)
 
-    def parse_batch(self, request: bytes) -> ParsedBatch:
+    def parse_batch(self, request: bytes, deadline: Deadline = NEVER) -> ParsedBatch:
         """The events of an encoded IngestEventsRequest in order, each parsed when asked for.
 
-        Raises InvalidArgument where the request is not readable, or holds too many events.
+        Raises InvalidArgument where the request is not readable, or holds too many events, and
+        Unavailable where its time is over.
         """
+        deadline.check()
         try:
             frames = EncodedEvents.FromString(request).events
         except DecodeError:

@@ -1,7 +1,6 @@
-"""The HTTP edge: POST /v1/events, the health endpoints, the API's description, CORS."""
+"""The HTTP edge: POST /v1/events, the health endpoints, the API's description."""
 
 import logging
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 
@@ -9,25 +8,17 @@ import falcon
 import orjson
 from falcon.constants import COMBINED_METHODS
 
-from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from server.caller import Caller
-from server.errors import IngestError, Internal, InvalidArgument
-from server.events.json_codec import JsonCodec, encode_response
-from server.events.json_parser import estimate_seconds
+from server.errors import IngestError, Internal
+from server.events.json_codec import HTTP, encode_response
+from server.http.body import read_json
+from server.http.cors import CrossOrigin
+from server.http.deferral import ENVIRON_KEY, Deferral
 from server.ingest.limits import Allowance
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
 
-MAX_BODY_BYTES = 10 * 1024 * 1024
-_PREFLIGHT_SECONDS = 3600
-_GZIP_WINDOW = 31  # zlib's number for "with a gzip header"
-
-# Where the server puts what lets an answer wait without a thread, and why it could not be sent.
-_HOLD, _FAILURE = "productgraph.hold", "productgraph.failure"
-# Where it puts what lets the application know a request again, and learn that it is over.
-_KEEP, _KEPT = "productgraph.keep", "productgraph.kept"
-# And since when the whole request is there.
-_RECEIVED = "productgraph.received"
+EVENTS_PATH = "/v1/events"
 # As proxies write it in their logs, for nobody is answered it: the client was gone.
 _CLIENT_GONE = 499
 
@@ -39,7 +30,6 @@ _STATUS = {
     "INTERNAL": falcon.HTTP_500,
 }
 
-_EXPOSED_HEADERS = "RateLimit, RateLimit-Policy, Retry-After, X-Request-ID"
 # The names that the draft below has for what is counted; it has none for events.
 _UNIT_NAMES = {"events": "events", "bytes": "content-bytes"}
 
@@ -50,21 +40,19 @@ App = falcon.App[falcon.Request, falcon.Response]
 
 def create_app(
     service: IngestService,
-    codec: JsonCodec,
+    recorder: RequestRecorder,
     is_ready: Callable[[], bool],
     *,
     description: bytes,
     allowed_origins: Collection[str],
-    recorder: RequestRecorder | None = None,
 ) -> App:
-    """The WSGI application.
+    """Return the WSGI application; it needs a server that can hold answers, as HTTPServer does.
 
-    `description` is its OpenAPI document as JSON; `allowed_origins` may hold `*` for any;
-    `recorder` is told of every POST of events. Behind a server that cannot hold answers back, a
-    request waits for its commit.
+    `recorder` records every POST of events; `description` is the OpenAPI document as JSON;
+    `allowed_origins` may hold `*` for any.
     """
-    app: App = falcon.App(middleware=[_CrossOrigin(allowed_origins), _UnknownMethods()])
-    app.add_route("/v1/events", _Events(service, codec, recorder or RequestRecorder()))
+    app: App = falcon.App(middleware=[CrossOrigin(allowed_origins), _UnknownMethods()])
+    app.add_route(EVENTS_PATH, _Events(service, recorder))
     app.add_route("/health", _Health())
     app.add_route("/ready", _Ready(is_ready))
     app.add_route("/openapi.json", _Description(description))
@@ -74,98 +62,72 @@ def create_app(
     return app
 
 
-class _Exchange:
+class PendingRequest:
     """One request until it is over, however often it has to be taken up."""
 
     def __init__(self, record: RequestRecord) -> None:
         self.record = record
+        self.caller: Caller | None = None
         self.stored: Future[None] | None = None
         self.refusal: int | None = None
 
     def close(self) -> None:
-        """Tells the recorder how it ended."""
+        """Finish the record with the status that was answered."""
         self.record.finish(self.refusal or self._outcome())
 
     def _outcome(self) -> int:
         if self.stored is None:
             return _CLIENT_GONE
-        # Where the client was gone when this failed, nobody asked for another answer.
+        # If the client was gone when this failed, nobody asked for another answer.
         failure = self.stored.exception()
         return 202 if failure is None else _status_of(failure)
 
 
 class _Events:
-    def __init__(self, service: IngestService, codec: JsonCodec, recorder: RequestRecorder) -> None:
+    def __init__(self, service: IngestService, recorder: RequestRecorder) -> None:
         self._service = service
-        self._codec = codec
         self._recorder = recorder
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        exchange = req.env.get(_KEPT) or self._open_exchange(req)
-        resp.set_header("X-Request-ID", exchange.record.request_id)
+        deferral: Deferral = req.env[ENVIRON_KEY]
+        request = deferral.pending
+        if not isinstance(request, PendingRequest):
+            request = deferral.pending = self._open(req)
+        resp.set_header("X-Request-ID", request.record.request_id)
         try:
-            self._ingest(req, resp, exchange)
+            self._answer(req, resp, deferral, request)
         except Exception as error:
-            exchange.refusal = _status_of(error)
+            request.refusal = _status_of(error)
             raise
         finally:
-            if _KEEP not in req.env:
-                exchange.close()
+            if request.caller is not None:
+                _describe_allowances(resp, self._service.admission.allowances_of(request.caller))
 
-    def _open_exchange(self, req: falcon.Request) -> _Exchange:
+    def _open(self, req: falcon.Request) -> PendingRequest:
         request_id, traceparent = map(req.env.get, ("HTTP_X_REQUEST_ID", "HTTP_TRACEPARENT"))
-        exchange = _Exchange(self._recorder.begin("http", request_id, traceparent))
-        if keep := req.env.get(_KEEP):
-            keep(exchange)
-        return exchange
+        return PendingRequest(self._recorder.begin(HTTP, EVENTS_PATH, request_id, traceparent))
 
-    def _ingest(self, req: falcon.Request, resp: falcon.Response, exchange: _Exchange) -> None:
-        if failure := req.env.get(_FAILURE):
-            raise failure
-        deadline = self._service.deadline_after(since=req.env.get(_RECEIVED))
-        caller = self._authenticate(req, deadline)
+    def _answer(
+        self,
+        req: falcon.Request,
+        resp: falcon.Response,
+        deferral: Deferral,
+        request: PendingRequest,
+    ) -> None:
+        if deferral.failure is not None:
+            raise deferral.failure
+        admission, key = self._service.admission, req.get_header("X-PG-API-Key") or ""
+        caller = request.caller = admission.identify(key)
         if caller is None:
+            deferral.hold(admission.look_up(key), repeat=True)
             return
-        exchange.record.authenticated(caller.project_id)
-        try:
-            response = self._take(req, exchange, caller, deadline)
-        finally:
-            if allowances := self._service.allowances_of(caller):
-                _describe_allowances(resp, allowances)
+        request.record.authenticated(caller.project_id)
+        deadline = self._service.find_deadline(arrived_at=deferral.received_at)
+        answer = self._service.ingest(caller, read_json(req), request.record, deadline)
+        request.stored = answer.stored
+        deferral.hold(answer.stored)
         resp.status = falcon.HTTP_202
-        resp.data = encode_response(response)
-
-    def _take(
-        self, req: falcon.Request, exchange: _Exchange, caller: Caller, deadline: float
-    ) -> IngestEventsResponse:
-        """What became of the events, once they are stored; or before, with the answer held back."""
-        self._service.admit(caller, req.content_length or 0)
-        _check_content_type(req)
-        body = _read_body(req)
-        left = self._service.seconds_left(deadline)
-        self._service.check_in_time(deadline, estimate_seconds(body, left))
-        exchange.record.size_bytes = len(body)
-        events = self._codec.parse_batch(body)
-        response, stored = self._service.ingest(caller, events, deadline)
-        exchange.record.decoded(response)
-        exchange.stored = stored
-        if hold := req.env.get(_HOLD):
-            hold(stored)
-        else:
-            self._service.wait(stored, deadline)
-        return response
-
-    def _authenticate(self, req: falcon.Request, deadline: float) -> Caller | None:
-        """Whose the request's key is; None where the request will be repeated."""
-        key = req.get_header("X-PG-API-Key") or ""
-        caller = self._service.authenticate(key)
-        if caller is not None:
-            return caller
-        found = self._service.look_up_key(key)
-        if hold := req.env.get(_HOLD):
-            hold(found, repeat=True)
-            return None
-        return self._service.wait(found, deadline)
+        resp.data = encode_response(answer.response)
 
 
 class _Health:
@@ -193,44 +155,6 @@ class _Description:
         resp.data = self._description
 
 
-class _CrossOrigin:
-    """CORS for pages of any allowed origin.
-
-    An origin is echoed together with Access-Control-Allow-Credentials because the browser SDK sends
-    credentialed requests, which a browser refuses to pair with `*`. That is safe even for any
-    origin: no cookie or other credential that a browser adds by itself is ever read here, only the
-    API key that the page itself puts into a header.
-    """
-
-    def __init__(self, allowed_origins: Collection[str]) -> None:
-        self._allowed = frozenset(allowed_origins)
-
-    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Answers preflights, which carry no key."""
-        if req.method == "OPTIONS" and req.get_header("Access-Control-Request-Method"):
-            resp.complete = True
-            resp.status = falcon.HTTP_204
-            resp.set_header("Access-Control-Allow-Methods", "GET, POST")
-            resp.set_header("Access-Control-Max-Age", str(_PREFLIGHT_SECONDS))
-            if headers := req.get_header("Access-Control-Request-Headers"):
-                resp.set_header("Access-Control-Allow-Headers", headers)
-
-    def process_response(
-        self,
-        req: falcon.Request,
-        resp: falcon.Response,
-        _resource: object,
-        _succeeded: bool,
-    ) -> None:
-        """Adds the headers to every answer, errors included."""
-        resp.append_header("Vary", "Origin")
-        origin = req.get_header("Origin")
-        if origin and ("*" in self._allowed or origin in self._allowed):
-            resp.set_header("Access-Control-Allow-Origin", origin)
-            resp.set_header("Access-Control-Allow-Credentials", "true")
-            resp.set_header("Access-Control-Expose-Headers", _EXPOSED_HEADERS)
-
-
 class _UnknownMethods:
     """Lets a method that Falcon does not know be answered as any that a route does not have."""
 
@@ -240,6 +164,8 @@ class _UnknownMethods:
 
 
 def _describe_allowances(resp: falcon.Response, allowances: Sequence[Allowance]) -> None:
+    if not allowances:
+        return
     # https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-ratelimit-headers-10
     policies = (f'"{q.unit}";q={q.rate};qu="{_UNIT_NAMES[q.unit]}";w=1' for q in allowances)
     limits = (f'"{q.unit}";r={q.remaining};t={q.seconds_to_full}' for q in allowances)
@@ -247,41 +173,8 @@ def _describe_allowances(resp: falcon.Response, allowances: Sequence[Allowance])
     resp.set_header("RateLimit", ", ".join(limits))
 
 
-def _check_content_type(req: falcon.Request) -> None:
-    media_type = (req.content_type or "").partition(";")[0].strip().lower()
-    if media_type != falcon.MEDIA_JSON:
-        raise falcon.HTTPUnsupportedMediaType(title="Content-Type must be application/json")
-
-
-def _read_body(req: falcon.Request) -> bytes:
-    coding = (req.get_header("Content-Encoding") or "identity").strip().lower()
-    if coding not in ("identity", "gzip"):
-        raise falcon.HTTPUnsupportedMediaType(title="Content-Encoding must be identity or gzip")
-    body = b""
-    if (req.content_length or 0) <= MAX_BODY_BYTES:
-        body = req.bounded_stream.read()
-        if coding == "gzip":
-            body = _decompress(body)
-        if len(body) <= MAX_BODY_BYTES:
-            return body
-    raise InvalidArgument(f"body: larger than {MAX_BODY_BYTES} bytes")
-
-
-def _decompress(body: bytes) -> bytes:
-    """The content of a gzip body, up to one byte over the limit."""
-    member = zlib.decompressobj(_GZIP_WINDOW)
-    try:
-        content = member.decompress(body, MAX_BODY_BYTES + 1)
-    except zlib.error:
-        raise InvalidArgument("body: invalid gzip") from None
-    # Further members are refused: a body of many tiny ones takes minutes to read.
-    if len(content) <= MAX_BODY_BYTES and (not member.eof or member.unused_data):
-        raise InvalidArgument("body: invalid gzip")
-    return content
-
-
 def _status_of(error: BaseException) -> int:
-    """What `error` is answered with."""
+    """Return the status that answers an error."""
     if isinstance(error, falcon.HTTPError):
         return error.status_code
     code = error.code if isinstance(error, IngestError) else Internal.code

@@ -1,20 +1,8 @@
 """waitress as this service needs it: answers held back without a thread, and a lossless end.
 
-An application behind it may put its answer off: it hands the callable `HOLD` of the WSGI
-environment a future, and returns its answer at once. The answer is sent when the future is done;
-should that fail, the application is called again for the same request, with the exception as
-`FAILURE` in the environment, to answer otherwise. With `repeat=True` it is called again, as if for
-the first time, in either case. So no thread waits for the database, while thousands of requests
-can, and health checks are always answered.
-
-What the application hands to the callable `KEEP`, it finds as `KEPT` when it is called again for
-the same request. Its method `close` is called once, when the request is over: the answer has been
-handed to the connection, or its client is gone.
-
-When the whole of a request had arrived, on the clock of `time.monotonic`, is in `RECEIVED`: a large
-one may have waited for its turn.
-
-Small requests are run by the loop itself: handing them to a thread costs more than they do.
+No thread waits for the database while an answer is held (see deferral.py), so that thousands of
+requests can wait at once and health checks are answered all the while. Small requests run in the
+loop itself: handing one to a thread costs more than running it.
 
 This relies on the insides of waitress 3.0.2, the version that is pinned: `HTTPChannel.service` runs
 the first of `requests`, and reads nothing else from the connection until it has removed that one.
@@ -30,94 +18,17 @@ from typing import Any
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.receiver import ChunkedReceiver
 from waitress.server import TcpWSGIServer
 from waitress.task import ThreadedTaskDispatcher, WSGITask
-from waitress.utilities import BadRequest
 
-HOLD = "productgraph.hold"
-FAILURE = "productgraph.failure"
-KEEP = "productgraph.keep"
-KEPT = "productgraph.kept"
-RECEIVED = "productgraph.received"
+from server.http.deferral import ENVIRON_KEY
+from server.http.framing import RequestParser
 
 _SMALL_BODY_BYTES = 64 * 1024
-_MAX_CHUNK_LINE_BYTES = 16 * 1024
 _LOOP_SECONDS = 1.0
 _DRAIN_LOOP_SECONDS = 0.05
-# While draining, a connection without a request is kept so long: one may be on its way.
+# While draining, a connection without a request is kept this long: one may be on its way.
 _IDLE_GRACE_SECONDS = 0.25
-
-
-class _Chunks(ChunkedReceiver):
-    """Refuses the empty lines that waitress skips where the size of a chunk is due.
-
-    To another server they may be the last chunk, and what follows a request of its own.
-    """
-
-    error: Any
-
-    def received(self, data: bytes) -> int:
-        """Takes a part of the body; says how many of its bytes belong to it."""
-        consumed = 0
-        while consumed < len(data) and not (self.completed or self.error):
-            part = self._next_part(data[consumed:])
-            if (self.control_line + part).startswith(b"\r\n") and self._awaits_size():
-                self.error = BadRequest("Invalid chunk size")
-                self.all_chunks_received = True
-                return len(data)
-            consumed += super().received(part)
-        return consumed
-
-    def _awaits_size(self) -> bool:
-        is_within = self.chunk_remainder > 0 or self.validate_chunk_end
-        return not (is_within or self.all_chunks_received)
-
-    def _next_part(self, data: bytes) -> bytes:
-        """No more than one line, or what is left of one chunk."""
-        if self.chunk_remainder > 0:
-            return data[: self.chunk_remainder]
-        if self.validate_chunk_end:
-            return data[: 2 - len(self.chunk_end)]
-        if self.all_chunks_received:
-            return data
-        end = data.find(b"\n") + 1
-        return data[:end] if end else data
-
-
-class _Parser(HTTPRequestParser):
-    """Refuses what waitress lets through: ambiguous lengths, and lines without an end."""
-
-    completed: bool
-    body_rcv: Any
-    kept: Any = None
-    received_at: float
-
-    def received(self, data: bytes) -> int:
-        """Takes a part of the request; says how many of its bytes belong to it."""
-        consumed: int = super().received(data)
-        if self.chunked and not self.completed:
-            # Both are searched from their start for each part that arrives.
-            pending = len(self.body_rcv.control_line) + len(self.body_rcv.trailer)
-            if pending > _MAX_CHUNK_LINE_BYTES:
-                self.error = BadRequest("a chunk's size or the trailer is too long")
-                self.completed = True
-        if self.completed:
-            self.received_at = time.monotonic()
-        return consumed
-
-    def parse_header(self, header_plus: bytes) -> None:
-        """Reads the head; raises ParsingError for a malformed one."""
-        try:
-            super().parse_header(header_plus)
-        except ValueError:  # a Content-Length of thousands of digits, an address that is none
-            raise ParsingError("Invalid request") from None
-        if self.chunked and "CONTENT_LENGTH" in self.headers:
-            # https://www.rfc-editor.org/rfc/rfc9112#section-6.1-15: it may be smuggling.
-            raise ParsingError("Content-Length and Transfer-Encoding exclude each other")
-        if self.chunked:
-            self.body_rcv = _Chunks(self.body_rcv.buf)
 
 
 class _Held(BaseException):
@@ -130,7 +41,7 @@ class _Held(BaseException):
         self.awaited = awaited
 
 
-class _Recorder:
+class _OutputBuffer:
     """Stands in for the channel of a held task, and keeps what it writes."""
 
     def __init__(self, channel: HTTPChannel) -> None:
@@ -146,37 +57,24 @@ class _Recorder:
 class _Task(WSGITask):
     """Calls the application for one request."""
 
-    channel: Any  # a _Recorder once the answer is held back
+    request: RequestParser
+    channel: Any  # an _OutputBuffer once the answer is held back
 
-    def __init__(
-        self,
-        channel: HTTPChannel,
-        request: HTTPRequestParser,
-        failure: BaseException | None = None,
-    ) -> None:
+    def __init__(self, channel: HTTPChannel, request: RequestParser) -> None:
         super().__init__(channel, request)
-        self.awaited: Future[Any] | None = None
-        self.repeat = False
-        environ = self.get_environment()
-        environ[HOLD] = self._hold
-        environ[FAILURE] = failure
-        environ[KEEP] = self._keep
-        environ[KEPT] = request.kept
-        environ[RECEIVED] = request.received_at
-
-    def _hold(self, awaited: "Future[Any]", *, repeat: bool = False) -> None:
-        self.awaited = awaited
-        self.repeat = repeat
-        self.channel = _Recorder(self.channel)
-
-    def _keep(self, thing: Any) -> None:
-        self.request.kept = thing
+        self.get_environment()[ENVIRON_KEY] = request.deferral
 
     def service(self) -> None:
         super().service()
-        if self.awaited is not None:
+        awaited = self.request.deferral.awaited
+        if awaited is not None:
             self.request.held = self
-            raise _Held(self.awaited)
+            raise _Held(awaited)
+
+    def write(self, data: bytes) -> None:
+        if not self.wrote_header and self.request.deferral.awaited is not None:
+            self.channel = _OutputBuffer(self.channel)
+        super().write(data)
 
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
@@ -185,7 +83,7 @@ class _Task(WSGITask):
         return header
 
 
-class _Replay:
+class _HeldAnswer:
     """Sends what a held task has written."""
 
     wrote_header = True
@@ -207,30 +105,30 @@ class _Replay:
 class _Channel(HTTPChannel):
     """One connection."""
 
-    parser_class = _Parser
+    parser_class = RequestParser
 
-    def task_class(self, channel: HTTPChannel, request: HTTPRequestParser) -> _Task | _Replay:
-        held = getattr(request, "held", None)
-        if held is None:
+    def task_class(self, channel: HTTPChannel, request: RequestParser) -> _Task | _HeldAnswer:
+        deferral = request.deferral
+        if deferral.awaited is None:
             return _Task(channel, request)
-        failure = held.awaited.exception()
-        if failure or held.repeat:
-            request.held = None
-            return _Task(channel, request, failure)
-        return _Replay(channel, held)
+        deferral.failure = deferral.awaited.exception()
+        if deferral.failure is None and not deferral.repeat:
+            return _HeldAnswer(channel, request.held)
+        deferral.awaited = None
+        return _Task(channel, request)
 
     def service(self) -> None:
-        request = self.requests[0]
+        deferral = self.requests[0].deferral
         try:
             super().service()
         except _Held as held:
             held.awaited.add_done_callback(lambda _: self.server.complete(self))
         else:
-            if request.kept is not None:
-                request.kept.close()
+            if deferral.pending is not None:
+                deferral.pending.close()
 
     def is_idle(self) -> bool:
-        """Whether nothing of a request or an answer is on this connection."""
+        """Return whether nothing of a request or an answer is on this connection."""
         return not self.requests and self.request is None and not self.total_outbufs_len
 
 
@@ -278,18 +176,18 @@ class HTTPServer(TcpWSGIServer):
         )
 
     def serve(self) -> None:
-        """Serves until `stop`; `drain` is to follow in the same thread."""
+        """Serve until `stop`; call `drain` next, in the same thread."""
         self._loop_thread = threading.get_ident()
         while not self._stopping:
             self._run_loop(_LOOP_SECONDS)
 
     def stop(self) -> None:
-        """Makes `serve` return; from any thread or a signal handler."""
+        """Make `serve` return; from any thread or a signal handler."""
         self._stopping = True
         super().pull_trigger()
 
     def drain(self, seconds: float) -> None:
-        """Answers what has been accepted, for so long at the most, and closes everything."""
+        """Answer what has been accepted, within `seconds`, and close everything."""
         self.draining = True
         started = time.monotonic()
         # Closing the listener resets what is still queued on it.
@@ -304,7 +202,7 @@ class HTTPServer(TcpWSGIServer):
         wasyncore.close_all(self._map)
 
     def add_task(self, channel: _Channel) -> None:
-        """Takes up a new request: in the loop if it is quick to answer, in a thread if not."""
+        """Take up a new request: in the loop if it is quick to answer, else in a thread."""
         request = channel.requests[0]
         is_small = request.body_bytes_received <= _SMALL_BODY_BYTES
         if is_small and "CONTENT_ENCODING" not in request.headers:
@@ -313,7 +211,7 @@ class HTTPServer(TcpWSGIServer):
             super().add_task(channel)
 
     def complete(self, channel: _Channel) -> None:
-        """Takes up a held request again. A whole group of them wakes the loop once."""
+        """Take up a held request again. A whole group of them wakes the loop once."""
         with self._completed_lock:
             self._completed.append(channel)
             is_first = len(self._completed) == 1
@@ -321,7 +219,7 @@ class HTTPServer(TcpWSGIServer):
             self.pull_trigger()
 
     def pull_trigger(self) -> None:
-        """Wakes the loop, unless it is the loop that asks."""
+        """Wake the loop, unless it is the loop that asks."""
         if threading.get_ident() != self._loop_thread:
             super().pull_trigger()
 

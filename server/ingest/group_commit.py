@@ -15,6 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from server.deadline import Deadline
 from server.errors import IngestError, Internal, Unavailable
 from server.events.copy_rows import Row
 from server.storage.connection import Conflict, Link, Refused
@@ -112,21 +113,20 @@ class Writer:
         """Starts storing."""
         self._thread.start()
 
-    def submit(self, rows: Sequence[Row], deadline: float) -> Future[None]:
+    def submit(self, rows: Sequence[Row], deadline: Deadline) -> Future[None]:
         """Hands rows in; the future is done once they are committed, or fails by `deadline`.
 
         `deadline` is on the writer's clock. Raises Unavailable at once where the database is away
         or too much is waiting. After a failure the rows may have been stored all the same.
         """
         size = sum(len(row.text) for row in rows)
-        batch = Batch(rows, size, deadline - _MARGIN_SECONDS)
+        batch = Batch(rows, size, deadline.at - _MARGIN_SECONDS)
         with self._changed:
             if not self._available or self._closing.is_set():
                 raise Unavailable("storage is unavailable")
             if self._waiting_bytes + size > self._max_waiting_bytes:
                 raise Unavailable("too many events are waiting to be stored")
-            if self._would_be_late(batch):
-                raise Unavailable("too many events are waiting to be stored")
+            deadline.check(_MARGIN_SECONDS + self._estimate_seconds(size))
             self._waiting.append(batch)
             self._waiting_bytes += size
             self._changed.notify()
@@ -136,13 +136,15 @@ class Writer:
         """How many batches wait for a group to be in, and their bytes."""
         return len(self._waiting), self._waiting_bytes
 
-    def _would_be_late(self, batch: Batch) -> bool:
-        """Never where nothing else is to be stored, so that a better pace is noticed."""
+    def _estimate_seconds(self, size: int) -> float:
+        """Return how long a batch may take until it is stored.
+
+        No time if nothing else is to be stored, so that a better pace is noticed.
+        """
         if not (self._waiting or self._in_flight):
-            return False
-        wait = self._pace.seconds_for(self._waiting_bytes + batch.size)
-        left = batch.answer_by - max(self._clock(), self._busy_until)
-        return wait > _WAITING_SHARE * left
+            return 0.0
+        wait = self._pace.seconds_for(self._waiting_bytes + size)
+        return max(0.0, self._busy_until - self._clock()) + wait / _WAITING_SHARE
 
     def check(self) -> None:
         """For the watchdog: answers those whose time is up, and cuts a commit that hangs."""

@@ -1,16 +1,18 @@
 """Rejected events taken once more, as if they came now."""
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
-from server.caller import Caller
-from server.errors import IngestError
+from server.deadline import Deadline
+from server.errors import IngestError, Unavailable
 from server.events.json_codec import HTTP, JsonCodec
 from server.events.parsed import ParsedBatch
 from server.events.protobuf_codec import ProtobufCodec
-from server.ingest.service import IngestService
+from server.ingest.ingestion import Ingestion
 from server.storage.connection import Connection, DatabaseError
 from server.storage.rejected_events import StoredRejection, read_pages, settle_replayed
 
@@ -26,12 +28,20 @@ class Replayed:
 
 
 class Replay:
-    """Hands rejected events to the service in the place of their clients."""
+    """Takes rejected events in once more, as if their clients had sent them again."""
 
-    def __init__(self, service: IngestService, json: JsonCodec, protobuf: ProtobufCodec) -> None:
-        self._service = service
+    def __init__(
+        self,
+        ingestion: Ingestion,
+        json: JsonCodec,
+        protobuf: ProtobufCodec,
+        *,
+        timeout_seconds: float,
+    ) -> None:
+        self._ingestion = ingestion
         self._json = json
         self._protobuf = protobuf
+        self._timeout_seconds = timeout_seconds
 
     def run(
         self, connection: Connection, project_id: str | None, ids: Sequence[int], result: Replayed
@@ -53,14 +63,12 @@ class Replay:
         """Takes those of one project and one protocol."""
         whole = [rejection for rejection in rejections if not rejection.is_cut]
         outcome.rejected |= {r.id: _CUT for r in rejections if r.is_cut}
-        deadline = self._service.deadline_after()
+        deadline = Deadline(time.monotonic() + self._timeout_seconds)
         try:
-            response, stored = self._service.ingest(
-                Caller(rejections[0].project_id),
-                self._parse(whole, rejections[0].protocol),
-                deadline,
-            )
-            self._service.wait(stored, deadline)
+            project_id, protocol = _source(rejections[0])
+            batch = self._parse(whole, protocol)
+            response, stored = self._ingestion.ingest(project_id, batch, deadline)
+            _wait(stored, deadline)
         except IngestError as error:
             raise DatabaseError(str(error)) from error
         reasons = {whole[error.index].id: error.error for error in response.errors}
@@ -72,6 +80,13 @@ class Replay:
         if protocol == HTTP:
             return self._json.parse_batch(b'{"events":[' + b",".join(events) + b"]}")
         return self._protobuf.parse_batch(EncodedEvents(events=events).SerializeToString())
+
+
+def _wait(stored: "Future[None]", deadline: Deadline) -> None:
+    try:
+        stored.result(max(0.0, deadline.left()))
+    except TimeoutError:
+        raise Unavailable("not answered in time") from None
 
 
 def _source(rejection: StoredRejection) -> tuple[str, str]:

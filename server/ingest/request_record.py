@@ -1,4 +1,4 @@
-"""What is seen of each ingest request, for logs, metrics and traces; nothing of what it carries."""
+"""What logs, metrics and traces are told of each ingest request; never what it carries."""
 
 import itertools
 import logging
@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 
@@ -18,16 +18,16 @@ _log = logging.getLogger("productgraph.request_record")
 
 
 class Sink(Protocol):
-    """Takes what has been observed; called in a thread that serves requests, it may not wait."""
+    """Takes finished requests, in a thread that serves others: it must not block."""
 
     def record(self, request: "RequestRecord") -> None:
-        """Takes one finished request."""
+        """Take one finished request."""
 
 
 class RequestRecord:
     """One ingest request. An edge notes what happens; a sink reads it once it is finished.
 
-    What is not known, since the request did not come that far, is None. Moments are in seconds on
+    What is not known, because the request did not come that far, is None. Moments are in seconds on
     the recorder's clock, `started_at` is in nanoseconds since 1970.
     """
 
@@ -41,6 +41,7 @@ class RequestRecord:
         "protocol",
         "request_id",
         "response",
+        "route",
         "size_bytes",
         "started_at",
         "status",
@@ -50,11 +51,13 @@ class RequestRecord:
     def __init__(
         self,
         recorder: "RequestRecorder",
-        protocol: Literal["http", "grpc"],
+        protocol: str,
+        route: str,
         request_id: str,
         traceparent: str | None,
     ) -> None:
         self.protocol = protocol
+        self.route = route  # HTTP's path or gRPC's method
         self.request_id = request_id
         self.traceparent = traceparent
         self.project_id: str | None = None
@@ -70,52 +73,52 @@ class RequestRecord:
         self._started = recorder.clock()
 
     def authenticated(self, project_id: str) -> None:
-        """The key is known; what follows is read and decoded."""
+        """Note that the key is known; from now on, the request is read and decoded."""
         self.project_id = project_id
         self._authenticated = self._recorder.clock()
 
     def decoded(self, response: IngestEventsResponse) -> None:
-        """The events have been validated and handed over to be stored."""
+        """Note that the events have been validated and handed over to be stored."""
         self.response = response
         self._decoded = self._recorder.clock()
 
     def finish(self, status: int | str) -> None:
-        """The request is over: to be called once."""
+        """Note that the request is over, and report it; call this once."""
         self.status = status
         self.ended = self._recorder.clock()
         self._recorder.report(self)
 
     @property
     def seconds(self) -> float:
-        """How long the request took."""
+        """Return how long the request took."""
         return self.ended - self._started
 
     @property
     def seconds_authenticating(self) -> float | None:
-        """How long it took until the key's project was known."""
+        """Return how long it took until the key's project was known."""
         return None if self._authenticated is None else self._authenticated - self._started
 
     @property
     def seconds_decoding(self) -> float | None:
-        """How long it took to read, decode and validate the events."""
+        """Return how long it took to read, decode and validate the events."""
         if self._authenticated is None or self._decoded is None:
             return None
         return self._decoded - self._authenticated
 
     @property
     def seconds_storing(self) -> float | None:
-        """How long the events waited for their commit, or for the failure of it."""
+        """Return how long the events waited for their commit, or for its failure."""
         return None if self._decoded is None else self.ended - self._decoded
 
     @property
     def is_fault(self) -> bool:
-        """Whether the request failed through no fault of its client's."""
+        """Return whether the request failed through a fault of the service."""
         status = self.status
         return status >= 500 if isinstance(status, int) else status in _FAULTS
 
 
 class RequestRecorder:
-    """Makes the records of one process, and gives them to its sinks."""
+    """Makes the records of one process, and hands them to its sinks once they are finished."""
 
     def __init__(
         self, sinks: tuple[Sink, ...] = (), clock: Callable[[], float] = time.monotonic
@@ -127,17 +130,18 @@ class RequestRecorder:
 
     def begin(
         self,
-        protocol: Literal["http", "grpc"],
+        protocol: str,
+        route: str,
         request_id: str | None = None,
         traceparent: str | None = None,
     ) -> RequestRecord:
-        """A request arrives; it gets an id where its client sent none that can be used."""
+        """Record a request that arrives; without a usable id of its client's it gets one."""
         if request_id is None or not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{self._prefix}-{next(self._numbers)}"
-        return RequestRecord(self, protocol, request_id, traceparent)
+        return RequestRecord(self, protocol, route, request_id, traceparent)
 
     def report(self, record: RequestRecord) -> None:
-        """Hands a finished record to every sink; a sink that fails harms no request."""
+        """Hand a finished record to every sink; a sink that fails harms no request."""
         for sink in self._sinks:
             try:
                 sink.record(record)

@@ -17,27 +17,14 @@ from opentelemetry.trace import SpanKind, StatusCode, Tracer, set_span_in_contex
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from server.events.json_codec import HTTP
 from server.forwarding.http_client import Transport
 from server.forwarding.providers.provider import Answer, Request
 from server.ingest.request_record import RequestRecord
 
 _SERVICE = "productgraph-ingestion"
-_METHOD = "productgraph.v1.EventIngestionService/IngestEvents"
 _STOP_SECONDS = 5.0
 
-# https://opentelemetry.io/docs/specs/semconv/http/http-spans/ and …/rpc/rpc-spans/
-_SPANS: dict[str, tuple[str, dict[str, AttributeValue]]] = {
-    "http": (
-        "POST /v1/events",
-        {
-            "http.request.method": "POST",
-            "http.route": "/v1/events",
-            "url.path": "/v1/events",
-            "url.scheme": "http",
-        },
-    ),
-    "grpc": (_METHOD, {"rpc.system.name": "grpc", "rpc.method": _METHOD}),
-}
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -72,7 +59,7 @@ class RequestTraces:
 
     def record(self, request: RequestRecord) -> None:
         """Makes the spans of a finished request, beneath the one that its client named."""
-        name, attributes = _SPANS[request.protocol]
+        name, attributes = _name_span(request)
         start = request.started_at
         span = self._tracer.start_span(
             name, _find_parent(request.traceparent), SpanKind.SERVER, attributes, None, start
@@ -96,6 +83,22 @@ class RequestTraces:
         self._tracer.start_span("store", context, start_time=handed_over).end(ended)
 
 
+def _name_span(request: RequestRecord) -> tuple[str, dict[str, AttributeValue]]:
+    """Return a span's name and attributes.
+
+    https://opentelemetry.io/docs/specs/semconv/http/http-spans/ and …/rpc/rpc-spans/
+    """
+    route = request.route
+    if request.protocol != HTTP:
+        return route, {"rpc.system.name": request.protocol, "rpc.method": route}
+    return f"POST {route}", {
+        "http.request.method": "POST",
+        "http.route": route,
+        "url.path": route,
+        "url.scheme": "http",
+    }
+
+
 def _find_parent(traceparent: str | None) -> Context:
     """The span that a client named; none where it named none, or in another form than W3C's."""
     carrier = {} if traceparent is None else {"traceparent": traceparent}
@@ -104,7 +107,7 @@ def _find_parent(traceparent: str | None) -> Context:
 
 def _describe(request: RequestRecord) -> dict[str, AttributeValue]:
     response, status = request.response, request.status
-    prefix = "http" if request.protocol == "http" else "rpc"
+    prefix = "http" if request.protocol == HTTP else "rpc"
     values: dict[str, AttributeValue | None] = {
         f"{prefix}.response.status_code": status,
         "error.type": str(status) if request.is_fault else None,

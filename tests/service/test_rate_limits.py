@@ -114,6 +114,16 @@ def test_a_refusal_says_when_the_quota_is_restored(tenant: Tenant) -> None:
         assert 90 < limits["events"]["t"] <= 100
 
 
+def test_a_failed_commit_is_answered_with_the_limits(tenant: Tenant) -> None:
+    """An answer to events that could not be stored tells the limits as every other answer does."""
+    slow = limited(tenant, event_rate=1000)
+    with slow.failing_storage():
+        status, limits, policies = read_quotas(slow, 500)
+    assert status == 500
+    assert policies == {"events": {"q": 1000, "qu": "events", "w": 1}}
+    assert 500 <= limits["events"]["r"] <= 1000
+
+
 def test_rejected_and_repeated_events_count_towards_the_rate(tenant: Tenant) -> None:
     """Rejected events and repeated ones count like others."""
     slow = limited(tenant, event_rate=10)
@@ -145,12 +155,14 @@ def test_bytes_over_grpc_count_before_they_are_read(tenant: Tenant) -> None:
     assert refusal.value == Refusal("RESOURCE_EXHAUSTED", "rate limit exceeded: 1024 bytes/s")
 
 
-def test_a_compressed_body_counts_as_it_was_sent(tenant: Tenant) -> None:
-    """Of a compressed body those bytes count that were sent."""
+def test_a_compressed_body_counts_as_it_unpacks(tenant: Tenant) -> None:
+    """Of a compressed body those bytes count that it unpacks to."""
     slow = limited(tenant, byte_rate=1024)
     body = json.dumps({"events": [slow.make_event({"page.path": "/" * 50_000})]}).encode()
-    for _ in range(2):
-        assert slow.post(gzip.compress(body), content_encoding="gzip").status == 202
+    assert slow.post(gzip.compress(body), content_encoding="gzip").status == 202
+    answer = slow.post(gzip.compress(body), content_encoding="gzip")
+    assert answer.status == 429
+    assert 40 < int(answer.headers["Retry-After"]) <= 50
 
 
 def test_refused_requests_do_not_use_up_the_rate(tenant: Tenant) -> None:

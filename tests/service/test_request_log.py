@@ -335,7 +335,7 @@ class Clock:
 
 def finish_request(recorder: RequestRecorder, status: int | str) -> RequestRecord:
     """A request that ends at once."""
-    record = recorder.begin("http")
+    record = recorder.begin("http", "/v1/events")
     record.finish(status)
     return record
 
@@ -400,7 +400,7 @@ def test_a_broken_sink_leaves_the_others_working(caplog: pytest.LogCaptureFixtur
 @given(st.text("azAZ09._-", max_size=130) | st.text("aZ09._-/ \n\0\xe4\u0661", max_size=9))
 def test_only_short_harmless_request_ids_are_taken_over(sent: str) -> None:
     """An id is taken over if it is short and of harmless characters, and else replaced."""
-    got = RequestRecorder().begin("http", sent).request_id
+    got = RequestRecorder().begin("http", "/v1/events", sent).request_id
     harmless = sent.isascii() and sent.replace(".", "").replace("_", "").replace("-", "")
     is_usable = 0 < len(sent) <= 128 and (harmless == "" or (harmless and harmless.isalnum()))
     assert (got == sent) == is_usable
@@ -411,8 +411,8 @@ def test_logged_durations_cover_only_what_happened() -> None:
     """The parts of a request follow each other; of what it did not come to, there is none."""
     clock = Clock()
     whole, refused = (
-        RequestRecorder((), clock).begin("grpc"),
-        RequestRecorder((), clock).begin("http"),
+        RequestRecorder((), clock).begin("grpc", "a/B"),
+        RequestRecorder((), clock).begin("http", "/v1/events"),
     )
     clock.now = 1.0
     whole.authenticated("p")

@@ -328,7 +328,7 @@ from server.telemetry import tracing
 from server.ingest.request_record import RequestRecorder
 tracing._STOP_SECONDS = 0.5
 traces = tracing.Tracing()
-RequestRecorder((traces.requests,)).begin("http").finish(401)
+RequestRecorder((traces.requests,)).begin("http", "/v1/events").finish(401)
 traces.stop()
 """
 

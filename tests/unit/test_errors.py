@@ -1,6 +1,8 @@
 """Every error has its place in both protocols."""
 
+import time
 from collections.abc import Iterator
+from typing import cast
 
 import grpc
 import pytest
@@ -8,15 +10,14 @@ from falcon.testing import TestClient
 
 import server.app  # noqa: F401 - so that the errors of every module are known
 from server.errors import IngestError, ResourceExhausted, Unavailable
-from server.events.copy_rows import RowEncoder
-from server.events.json_codec import JsonCodec
+from server.events.json_codec import HTTP, JsonCodec
 from server.events.schema import EVENT_SCHEMA
 from server.http.api import create_app
-from server.ingest.group_commit import Writer
-from server.ingest.key_cache import KeyCache
+from server.http.deferral import ENVIRON_KEY, Deferral
+from server.ingest.admission import Admission
+from server.ingest.ingestion import Ingestion
+from server.ingest.request_record import RequestRecorder
 from server.ingest.service import IngestService
-from server.storage.connection import Link, open_engine
-from server.storage.events import EventStore
 
 # The statuses that google.rpc.Code gives for these codes.
 HTTP_STATUS = {
@@ -41,23 +42,23 @@ ERRORS = sorted(set(find_subclasses(IngestError)), key=lambda error: error.__nam
 @pytest.fixture(scope="module")
 def client() -> TestClient:
     """The HTTP application of a service that was never started."""
-    link = Link(open_engine("postgresql+psycopg2://nowhere/none"))
-    store = EventStore(RowEncoder(EVENT_SCHEMA).columns)
     service = IngestService(
-        EVENT_SCHEMA,
-        KeyCache(link),
-        Writer(link, store, max_waiting_bytes=1),
+        cast(Admission, None),
+        cast(Ingestion, None),
+        {HTTP: JsonCodec(EVENT_SCHEMA)},
         timeout_seconds=1,
     )
-    codec = JsonCodec(EVENT_SCHEMA)
-    return TestClient(create_app(service, codec, bool, description=b"{}", allowed_origins={"*"}))
+    app = create_app(service, RequestRecorder(), bool, description=b"{}", allowed_origins={"*"})
+    return TestClient(app)
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_every_error_has_its_http_status(kind: type[IngestError], client: TestClient) -> None:
     """Over HTTP, each error has the status that corresponds to its code, and its text."""
     error = kind.__new__(kind, "what went wrong")
-    answer = client.simulate_post("/v1/events", extras={"productgraph.failure": error})
+    deferral = Deferral(time.monotonic())
+    deferral.failure = error
+    answer = client.simulate_post("/v1/events", extras={ENVIRON_KEY: deferral})
     assert answer.status_code == HTTP_STATUS[kind.code]
     assert answer.json == {"error": "what went wrong"}
     retry_after = answer.headers.get("Retry-After")

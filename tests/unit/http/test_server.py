@@ -15,7 +15,8 @@ import orjson
 import pytest
 
 from server.errors import Unavailable
-from server.http.server import FAILURE, HOLD, KEEP, KEPT, HTTPServer
+from server.http.deferral import ENVIRON_KEY
+from server.http.server import HTTPServer
 from tests.conftest import Project
 from tests.support.load import make_event
 from tests.support.services import Service, wait_until
@@ -31,11 +32,11 @@ class HoldingApp:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         """The application, as WSGI has it."""
-        body, failure = environ["PATH_INFO"], environ[FAILURE]
-        if failure is not None:
-            body = f"failed: {failure}"
+        body, deferral = environ["PATH_INFO"], environ[ENVIRON_KEY]
+        if deferral.failure is not None:
+            body = f"failed: {deferral.failure}"
         elif body == "/held":
-            environ[HOLD](self._add())
+            deferral.hold(self._add())
         start_response("200 OK", [("Content-Length", str(len(body)))])
         return [body.encode()]
 
@@ -243,13 +244,14 @@ class KeepingApp(HoldingApp):
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         """The application, as WSGI has it."""
-        if kept := environ[KEPT]:
-            kept.found += 1
+        deferral = environ[ENVIRON_KEY]
+        if deferral.pending:
+            deferral.pending.found += 1
         else:
             self.kept.append(Keepsake())
-            environ[KEEP](self.kept[-1])
+            deferral.pending = self.kept[-1]
             if environ["PATH_INFO"] == "/repeat":
-                environ[HOLD](self._add(), repeat=True)
+                deferral.hold(self._add(), repeat=True)
         return super().__call__(environ, start_response)
 
     def count(self) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import psycopg2
 import psycopg2.extensions
 import pytest
 
+from server.deadline import Deadline
 from server.errors import Internal, Unavailable
 from server.ingest.group_commit import Writer
 from server.storage.connection import Engine, Link, Watchdog, open_engine
@@ -111,7 +112,7 @@ def submit(
 ) -> "Future[None]":
     """Hands one request's events in."""
     rows = [make_row(project, event_id, **fields) for event_id in ids]
-    return writer.submit(rows, time.monotonic() + seconds)
+    return writer.submit(rows, Deadline(time.monotonic() + seconds))
 
 
 def is_open(writer: Writer, project: str) -> bool:

@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from productgraph.v1.event_pb2 import Event
-from server.caller import Caller
+from server.deadline import Deadline
 from server.errors import InvalidArgument, Unavailable
 from server.events.json_codec import JsonCodec
 from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document
@@ -17,8 +17,9 @@ from server.events.parsed import ParsedBatch, ParsedEvent
 from server.events.protobuf_codec import ProtobufCodec
 from server.events.schema import EVENT_SCHEMA
 from server.events.validation import MalformedEvent
+from server.ingest.admission import Admission
 from server.ingest.group_commit import Writer
-from server.ingest.key_cache import KeyCache
+from server.ingest.ingestion import Ingestion
 from server.ingest.service import IngestService
 from tests.support.clients import encode_request, to_message
 
@@ -90,41 +91,48 @@ class Storage:
 
 @pytest.fixture
 def clock() -> Clock:
-    """The clock of `ingestion`."""
+    """The clock of a test."""
     return Clock()
 
 
-@pytest.fixture
-def ingestion(clock: Clock) -> IngestService:
-    """A service without a database."""
-    return IngestService(
-        EVENT_SCHEMA,
-        cast(KeyCache, None),
-        cast(Writer, Storage()),
+def test_deadline_counts_from_arrival(clock: Clock) -> None:
+    """What a request has waited for its turn is gone from its time; its client may have less."""
+    service = IngestService(
+        cast(Admission, None),
+        cast(Ingestion, None),
+        {},
         timeout_seconds=TIMEOUT_SECONDS,
         clock=clock,
     )
+    assert service.find_deadline().left() == TIMEOUT_SECONDS
+    assert service.find_deadline(arrived_at=clock.now - 2).left() == TIMEOUT_SECONDS - 2
+    assert service.find_deadline(seconds=1).left() == 1
+    assert service.find_deadline(seconds=60).left() == TIMEOUT_SECONDS
 
 
-def test_the_deadline_counts_from_the_arrival(ingestion: IngestService, clock: Clock) -> None:
-    """What a request has waited for its turn is gone from its time."""
-    assert ingestion.deadline_after(since=clock.now - 2) == clock.now + TIMEOUT_SECONDS - 2
-    assert ingestion.deadline_after() == clock.now + TIMEOUT_SECONDS
-
-
-def test_late_requests_are_refused_before_reading(ingestion: IngestService, clock: Clock) -> None:
+def test_late_requests_are_refused_before_reading(clock: Clock) -> None:
     """A request is refused once there is no time left to read it: a large one earlier."""
-    deadline = ingestion.deadline_after()
-    clock.now = deadline - 0.5
-    ingestion.check_in_time(deadline, 0.25)
+    deadline = Deadline(clock.now + TIMEOUT_SECONDS, clock)
+    clock.now = deadline.at - 0.5
+    deadline.check(0.25)
     with pytest.raises(Unavailable):
-        ingestion.check_in_time(deadline, 1.0)
-    clock.now = deadline
+        deadline.check(1.0)
+    clock.now = deadline.at
     with pytest.raises(Unavailable):
-        ingestion.check_in_time(deadline)
+        deadline.check()
 
 
-def test_reading_ends_at_the_deadline(ingestion: IngestService, clock: Clock) -> None:
+def test_late_bodies_are_not_parsed(clock: Clock) -> None:
+    """A body that takes longer to parse than is left is refused without being looked at."""
+    body = b"[" + b"0," * MAX_VALUES + b"no JSON"
+    codec, deadline = JsonCodec(EVENT_SCHEMA), Deadline(clock.now + 0.5, clock)
+    with pytest.raises(Unavailable):
+        codec.parse_batch(body, deadline)
+    with pytest.raises(InvalidArgument):
+        codec.parse_batch(body)
+
+
+def test_reading_ends_at_the_deadline(clock: Clock) -> None:
     """A large batch whose time is over is not read to its end."""
     read: list[int] = []
 
@@ -135,8 +143,9 @@ def test_reading_ends_at_the_deadline(ingestion: IngestService, clock: Clock) ->
             yield MalformedEvent(Event(), 0, "event: malformed")
 
     batch = ParsedBatch("http", 10, LARGE, parse(), lambda _: b"")
+    ingestion = Ingestion(EVENT_SCHEMA, cast(Writer, Storage()))
     with pytest.raises(Unavailable):
-        ingestion.ingest(Caller("proj"), batch, ingestion.deadline_after())
+        ingestion.ingest("proj", batch, Deadline(clock.now + TIMEOUT_SECONDS, clock))
     assert len(read) == TIMEOUT_SECONDS
 
 

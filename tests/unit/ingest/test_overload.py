@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 
+from server.deadline import Deadline
 from server.errors import Unavailable
 from server.events.copy_rows import Row
 from server.ingest.group_commit import Writer
@@ -31,6 +32,8 @@ class Clock:
 
 class SlowStore:
     """Takes so many bytes a second by the clock, and begins only when it is let."""
+
+    needs_encoded = False
 
     def __init__(self, clock: Clock) -> None:
         self.groups: list[int] = []
@@ -93,7 +96,7 @@ def submit(
     writer: Writer, clock: Clock, size: int = BATCH_BYTES, seconds: float = SECONDS
 ) -> "Future[None]":
     """Hands in one row of so many bytes, to be stored within so many seconds."""
-    return writer.submit([Row("key", "x" * size)], clock.now + seconds)
+    return writer.submit([Row("key", "x" * size)], Deadline(clock.now + seconds, clock))
 
 
 def fill(writer: Writer, store: SlowStore, clock: Clock) -> "list[Future[None]]":

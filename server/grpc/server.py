@@ -1,0 +1,113 @@
+"""The gRPC server: the methods of api.py, the standard health service, reflection."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from server.grpc.api import SERVICE, IngestServicer
+from server.grpc.certificates import Certificates, CertificateSource
+
+MAX_MESSAGE_BYTES = 10 * 1024 * 1024
+_HEALTH_SECONDS = 0.5
+# Connections, not calls, are spread over the workers: renewed now and then, they spread again.
+_MAX_CONNECTION_AGE_MS = 5 * 60 * 1000
+_CONNECTION_GRACE_MS = 30 * 1000
+
+T = TypeVar("T")
+
+
+def _make_credentials(certificates: CertificateSource) -> grpc.ServerCredentials:
+    """Return credentials that follow the files: gRPC asks at each handshake, one at a time."""
+
+    def find_renewed() -> grpc.ServerCertificateConfiguration | None:
+        renewed = certificates.find_renewed()
+        return None if renewed is None else _configure(renewed)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _configure(certificates.first),
+        find_renewed,  # type: ignore[arg-type]  # the stubs do not know that None means: unchanged
+        require_client_authentication=certificates.first.client_ca is not None,
+    )
+
+
+def _configure(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(certificates.key, certificates.chain)], certificates.client_ca
+    )
+
+
+class GrpcServer:
+    """Serves in a thread of its own, which runs an event loop: no call in it may block."""
+
+    def __init__(
+        self,
+        servicer: IngestServicer,
+        is_ready: Callable[[], bool],
+        *,
+        address: str,
+        offer_reflection: bool,
+        certificates: CertificateSource | None = None,
+    ) -> None:
+        """Without certificates, the port speaks plain text."""
+        self._servicer = servicer
+        self._is_ready = is_ready
+        self._address = address
+        self._offer_reflection = offer_reflection
+        self._certificates = certificates
+        self._loop = asyncio.new_event_loop()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stubs lack aio
+        self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
+
+    def start(self) -> None:
+        """Return once the port is listened on; raises RuntimeError if it cannot be."""
+        self._thread.start()
+        self._server, self._refreshing = self._run(self._start())
+
+    def stop(self, grace_seconds: float) -> None:
+        """Refuse new calls, and answer those accepted within `grace_seconds`."""
+        self._run(self._stop(grace_seconds))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, coroutine: "Coroutine[object, object, T]") -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _start(self) -> tuple[grpc.aio.Server, asyncio.Task[None]]:
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 1),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_connection_age_ms", _MAX_CONNECTION_AGE_MS),
+                ("grpc.max_connection_age_grace_ms", _CONNECTION_GRACE_MS),
+            ]
+        )
+        server.add_generic_rpc_handlers((self._servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._offer_reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        if self._certificates is None:
+            server.add_insecure_port(self._address)
+        else:
+            server.add_secure_port(self._address, _make_credentials(self._certificates))
+        await server.start()
+        return server, self._loop.create_task(self._refresh_health())
+
+    async def _refresh_health(self) -> None:
+        while True:
+            states = health_pb2.HealthCheckResponse
+            state = states.SERVING if self._is_ready() else states.NOT_SERVING
+            for name in ("", SERVICE):
+                await self._health.set(name, state)
+            await asyncio.sleep(_HEALTH_SECONDS)
+
+    async def _stop(self, grace_seconds: float) -> None:
+        self._refreshing.cancel()
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_seconds)

@@ -1,0 +1,44 @@
+"""How an application behind our HTTP server puts an answer off, without a thread that waits.
+
+The server puts a `Deferral` into each request's WSGI environment. An application that calls `hold`
+returns its answer as usual; the server keeps it, and sends it once the future is done. If the
+future fails, the server drops the answer and calls the application again, with `failure` set, for
+another one. With `repeat=True` it drops the answer in either case, and calls the application again
+as if for the first time, with `failure` set if the future failed.
+"""
+
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+ENVIRON_KEY = "productgraph.deferral"
+
+
+class Pending(Protocol):
+    """A request that an application has taken up."""
+
+    def close(self) -> None:
+        """Take note that the request is over."""
+
+
+class Deferral:
+    """What the server and the application tell each other about one request.
+
+    `received_at` is when the whole request had arrived, on the clock of time.monotonic: a large
+    one may have waited for its turn. `pending` is the application's own: whatever it puts there,
+    it finds when it is called again for this request. The server calls its method `close` once,
+    when the answer has been handed to the connection or the client is gone.
+    """
+
+    __slots__ = ("awaited", "failure", "pending", "received_at", "repeat")
+
+    def __init__(self, received_at: float) -> None:
+        self.received_at = received_at
+        self.failure: BaseException | None = None
+        self.pending: Pending | None = None
+        self.awaited: Future[Any] | None = None
+        self.repeat = False
+
+    def hold(self, awaited: "Future[Any]", *, repeat: bool = False) -> None:
+        """Keep the answer until the future `awaited` is done; with `repeat`, call again then."""
+        self.awaited = awaited
+        self.repeat = repeat

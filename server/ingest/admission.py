@@ -1,0 +1,41 @@
+"""Who may come in: whose an API key is, and whether its limits leave room."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from server.caller import Caller
+from server.ingest.key_cache import KeyCache
+from server.ingest.limits import Allowance, RateLimiter
+
+
+class Admission:
+    """Knows callers by their keys and counts what they send; None as limiter limits nobody."""
+
+    def __init__(self, keys: KeyCache, limiter: RateLimiter | None = None) -> None:
+        self._keys = keys
+        self._limiter = limiter
+
+    def identify(self, key: str) -> Caller | None:
+        """Return a key's caller, or None if it is not cached (then await `look_up`).
+
+        Raises Unauthenticated for a key that is empty, malformed, unknown or revoked.
+        """
+        return self._keys.known_caller(key)
+
+    def look_up(self, key: str) -> "Future[Caller]":
+        """Ask the database whose a key is; see KeyCache.look_up."""
+        return self._keys.look_up(key)
+
+    def take_bytes(self, caller: Caller, size: int) -> None:
+        """Count the bytes of a request; raises ResourceExhausted if they are too many now."""
+        if self._limiter is not None:
+            self._limiter.take_bytes(caller, size)
+
+    def take_events(self, caller: Caller, count: int) -> None:
+        """Count the events of a request; raises ResourceExhausted if they are too many now."""
+        if self._limiter is not None:
+            self._limiter.take_events(caller, count)
+
+    def allowances_of(self, caller: Caller) -> Sequence[Allowance]:
+        """Return what a caller may still send at this moment; empty if nothing limits it."""
+        return () if self._limiter is None else self._limiter.allowances_of(caller)

@@ -1,0 +1,91 @@
+"""Validating the events of a request, and handing the valid ones over to be stored."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
+from server.deadline import Deadline
+from server.events.copy_rows import Row, RowEncoder
+from server.events.parsed import ParsedBatch, ParsedEvent
+from server.events.schema import Schema
+from server.events.timestamps import truncate_timestamp
+from server.events.validation import InvalidEvent, MalformedEvent, Validator
+from server.ingest.group_commit import Writer
+
+# Reading the events of a batch may take seconds from this size on.
+_LARGE_BYTES = 1 << 20
+
+# Takes a project's rejected events; the bytes of one are to be had from the batch. Must not block.
+OnRejected = Callable[[str, ParsedBatch, Sequence[EventError]], None]
+
+
+class Answer(NamedTuple):
+    """The answer to a request, to be given once `stored` is done, unless that fails."""
+
+    response: IngestEventsResponse
+    stored: "Future[None]"
+
+
+class Ingestion:
+    """Takes batches of events; `on_rejected` takes those that are not valid."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        writer: Writer,
+        *,
+        on_rejected: OnRejected | None = None,
+    ) -> None:
+        self._writer = writer
+        self._validator = Validator(schema)
+        self._rows = RowEncoder(schema)
+        self._on_rejected = on_rejected
+
+    def ingest(self, project_id: str, batch: ParsedBatch, deadline: Deadline) -> Answer:
+        """Validate a project's events and hand the valid ones over to be stored.
+
+        Raises Unavailable if they cannot be stored now, or not be read in time.
+        """
+        rows: list[Row] = []
+        errors: list[EventError] = []
+        for index, event in enumerate(_read_in_time(batch, deadline)):
+            try:
+                rows.append(self._check(event, project_id))
+            except InvalidEvent as problem:
+                errors.append(EventError(index=index, error=str(problem)))
+        response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
+        stored = self._store(rows, deadline)
+        if errors and self._on_rejected is not None:
+            self._on_rejected(project_id, batch, errors)
+        return Answer(response, stored)
+
+    def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
+        if isinstance(parsed, MalformedEvent):
+            raise InvalidEvent(self._validator.explain_malformed(parsed, project_id))
+        self._validator.check_event(parsed.event, parsed.columns, project_id)
+        row = self._rows.encode(parsed)
+        surely_fits = self._validator.surely_fits(parsed.size, len(row.text))
+        if surely_fits and not self._writer.needs_encoded:
+            return row
+        truncate_timestamp(parsed.event.event_timestamp)  # as the row does
+        encoded = parsed.complete().SerializeToString()
+        self._validator.check_size(len(encoded))
+        return row._replace(encoded=encoded)
+
+    def _store(self, rows: list[Row], deadline: Deadline) -> "Future[None]":
+        if rows:
+            return self._writer.submit(rows, deadline)
+        nothing: Future[None] = Future()
+        nothing.set_result(None)
+        return nothing
+
+
+def _read_in_time(batch: ParsedBatch, deadline: Deadline) -> Iterator[ParsedEvent | MalformedEvent]:
+    return batch.events if batch.size < _LARGE_BYTES else _read_until(deadline, batch)
+
+
+def _read_until(deadline: Deadline, batch: ParsedBatch) -> Iterator[ParsedEvent | MalformedEvent]:
+    for event in batch.events:
+        deadline.check()
+        yield event
