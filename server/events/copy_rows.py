@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from server.events.parsed import ParsedEvent
 from server.events.schema import Kind, Schema
-from server.events.timestamps import format_timestamp
+from server.events.timestamps import count_microseconds, format_timestamp
 
 # Of its formats the one in which most lines are their texts, joined: what is absent takes no
 # character, and next to no text holds a tab or what quotes here.
@@ -18,21 +18,24 @@ COPY_OPTIONS = r"FORMAT csv, DELIMITER E'\t', QUOTE E'\x01', NULL ''"
 _QUOTE = "\x01"
 
 
+# Project, microseconds since 1970 and event id: the primary key, which sorts as this does.
+Identity = tuple[str, int, str]
+
+
 class Row(NamedTuple):
     """One event ready for COPY.
 
-    `key` identifies the event, and sorts as the primary key does; `text` is its line; `encoded` is
-    its protobuf, where that is kept.
+    `text` is its line; `encoded` is its protobuf, empty unless it is to be forwarded.
     """
 
-    key: str
+    identity: Identity
     text: str
     encoded: bytes = b""
 
     @property
     def project_id(self) -> str:
-        """The project of the event."""
-        return self.key.partition("\0")[0]
+        """Return the project of the event."""
+        return self.identity[0]
 
 
 class RowEncoder:
@@ -42,20 +45,19 @@ class RowEncoder:
         names = [field.name for field in schema.columns]
         self._position_of = {name: position for position, name in enumerate(names)}
         self._timestamps = tuple(field.name for field in schema.of_kind(Kind.TIMESTAMP))
-        self._key_time = self._timestamps.index("event_timestamp")
-        self._key_texts = itemgetter(names.index("project_id"), names.index("event_id"))
+        self._ids = itemgetter(names.index("project_id"), names.index("event_id"))
         self.columns = (*names, *self._timestamps)
 
     def encode(self, parsed: ParsedEvent) -> Row:
         """The row of a valid event, without its protobuf."""
         event = parsed.event
         times = [_format_time(event, name) for name in self._timestamps]
-        project_id, event_id = self._key_texts(parsed.columns)
-        key = f"{project_id}\0{times[self._key_time]}\0{event_id}"
+        project_id, event_id = self._ids(parsed.columns)
+        identity = project_id, count_microseconds(event.event_timestamp), event_id
         line = "\t".join((*parsed.columns, *times))
         if parsed.empty or self._needs_quotes(line):
             line = "\t".join((*self._quote(parsed), *times))
-        return Row(key, line + "\n")
+        return Row(identity, line + "\n")
 
     def _needs_quotes(self, line: str) -> bool:
         has_more = line.count("\t") >= len(self.columns)

@@ -77,8 +77,13 @@ def truncate_timestamp(timestamp: Timestamp) -> None:
         timestamp.nanos -= excess
 
 
+def count_microseconds(timestamp: Timestamp) -> int:
+    """Return the whole microseconds from 1970 to a timestamp."""
+    return timestamp.seconds * 1_000_000 + timestamp.nanos // 1000
+
+
 def format_timestamp(timestamp: Timestamp) -> str:
-    """A storable timestamp as `YYYY-MM-DD hh:mm:ss.ffffff+00`: of one width, so texts sort."""
+    """Write a storable timestamp as `YYYY-MM-DD hh:mm:ss.ffffff+00`."""
     return _format_second(timestamp.seconds) + _format_fraction(timestamp.nanos)
 
 

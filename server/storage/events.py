@@ -32,14 +32,13 @@ INSERT INTO events ({columns}) SELECT {columns} FROM staged_events
  ORDER BY project_id, event_timestamp, event_id
     ON CONFLICT DO NOTHING
 """
-# What was new, by the keys that the rows have here.
-_RETURN_KEYS = """
-RETURNING project_id, to_char(event_timestamp AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00'),
-          event_id
+# The identities of the rows that were new.
+_RETURN_IDENTITIES = """
+RETURNING project_id, CAST(extract(epoch FROM event_timestamp) * 1000000 AS bigint), event_id
 """
 
-# Called in the transaction, with what it has stored, sorted by key; returns the SQL that belongs to
-# it as well.
+# Called in the transaction, with what it has stored, sorted by identity; returns the SQL that
+# belongs to it as well.
 AlsoStore = Callable[[Cursor, Sequence[Row]], bytes]
 
 
@@ -56,7 +55,7 @@ class EventStore:
         names = ", ".join(columns)
         self._copy = _COPY.format(table="events", columns=names)
         self._stage = _CREATE_STAGING + _COPY.format(table="staged_events", columns=names)
-        self._move = _MOVE_STAGED.format(columns=names) + (_RETURN_KEYS if also_store else "")
+        self._move = _MOVE_STAGED.format(columns=names) + (_RETURN_IDENTITIES if also_store else "")
         self._also_store = also_store
         # Whether the rows must come with their protobuf.
         self.needs_encoded = also_store is not None
@@ -72,7 +71,7 @@ class EventStore:
         """
         # The first of equals wins. Sorted as the primary key is, so that writers of the same rows
         # wait for each other instead of deadlocking.
-        unique = {row.key: row for row in reversed(rows)}
+        unique = {row.identity: row for row in reversed(rows)}
         ordered = sorted(unique.values(), key=itemgetter(0))
         begin = _BEGIN.format(timeout_ms=max(1, int(seconds * 1000)))
         with connection.connection.driver_connection.cursor() as cursor:  # type: ignore[union-attr]
@@ -100,8 +99,8 @@ class EventStore:
         cursor.execute(self._move)
         count = cursor.rowcount
         if self._also_store is not None:
-            stored = {"\0".join(parts) for parts in cursor.fetchall()}
-            rows = [row for row in rows if row.key in stored]
+            stored = set(cursor.fetchall())
+            rows = [row for row in rows if row.identity in stored]
         self._commit(cursor, rows)
         return count
 

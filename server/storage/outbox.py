@@ -91,7 +91,7 @@ class Outbox:
         self._mapping_version = mapping_version
 
     def statements_for(self, cursor: Cursor, rows: Sequence[Row]) -> bytes:
-        """The statements that add rows, sorted by key, to the outbox."""
+        """The statements that add rows, sorted by identity, to the outbox."""
         return b"".join(
             cursor.mogrify(self._keep, self._describe_payload(project, part))
             for project, group in groupby(rows, key=lambda row: row.project_id)

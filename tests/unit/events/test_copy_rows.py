@@ -120,18 +120,19 @@ identities = st.tuples(ids, st.integers(0, 3), ids)
 
 
 @given(identities, identities)
-def test_row_keys_equal_and_sort_as_primary_keys(
+def test_row_identities_equal_and_sort_as_primary_keys(
     one: tuple[str, int, str], other: tuple[str, int, str]
 ) -> None:
-    """Keys are equal where the primary key is, and sort as its bytes do."""
+    """Identities are equal if the primary keys are, and sort as their bytes do."""
 
-    def make_key(identity: tuple[str, int, str]) -> str:
+    def identify(identity: tuple[str, int, str]) -> tuple[str, int, str]:
         project_id, seconds, event_id = identity
-        return make_row(project_id, event_id, seconds=seconds).key
+        return make_row(project_id, event_id, seconds=seconds, nanos=1999).identity
 
     def as_stored(identity: tuple[str, int, str]) -> tuple[bytes, int, bytes]:
         return identity[0].encode(), identity[1], identity[2].encode()
 
-    keys = make_key(one), make_key(other)
-    assert (keys[0] == keys[1]) is (one == other)
-    assert (keys[0] < keys[1]) is (as_stored(one) < as_stored(other))
+    made = identify(one), identify(other)
+    assert made[0] == (one[0], one[1] * 1_000_000 + 1, one[2])
+    assert (made[0] == made[1]) is (one == other)
+    assert (made[0] < made[1]) is (as_stored(one) < as_stored(other))

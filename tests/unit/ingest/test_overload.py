@@ -96,7 +96,9 @@ def submit(
     writer: Writer, clock: Clock, size: int = BATCH_BYTES, seconds: float = SECONDS
 ) -> "Future[None]":
     """Hands in one row of so many bytes, to be stored within so many seconds."""
-    return writer.submit([Row("key", "x" * size)], Deadline(clock.now + seconds, clock))
+    return writer.submit(
+        [Row(("project", 0, "event"), "x" * size)], Deadline(clock.now + seconds, clock)
+    )
 
 
 def fill(writer: Writer, store: SlowStore, clock: Clock) -> "list[Future[None]]":

@@ -236,7 +236,7 @@ def test_a_group_with_another_row_count_fails(
 ) -> None:
     """A group of which PostgreSQL takes another number of rows is not stored at all."""
     project = new_project()
-    two = Row("", make_row(project, "one").text + make_row(project, "more").text)
+    two = Row(("", 0, ""), make_row(project, "one").text + make_row(project, "more").text)
     with connected(engine) as connection, pytest.raises(RuntimeError, match="3 of 2 rows"):
         store.save(connection, [two, make_row(project, "lost")], 5)
     assert query(STORED, project) == []
@@ -264,7 +264,7 @@ def test_a_group_is_stored_whole_or_not_at_all(
         connection.exec_driver_sql("SET lock_timeout = %s", ("50ms" if outcome is Conflict else 0,))
         before = connection.exec_driver_sql(SETTINGS).fetchall()
         if outcome is Refused:
-            rows[1] = Row(rows[1].key, rows[1].text.replace("session", ""))
+            rows[1] = Row(rows[1].identity, rows[1].text.replace("session", ""))
             with pytest.raises(Refused):
                 store.save(connection, rows, 5)
         elif outcome in (Conflict, Unavailable):
