@@ -67,7 +67,7 @@ def test_pages_of_any_origin_can_read_the_description(served: Answer) -> None:
 
 def test_the_description_has_the_rules_of_the_schema(served: Answer) -> None:
     """Every field is there by its wire name, with what its options say and no more."""
-    event = served.json["components"]["schemas"]["Event"]
+    event = served.json["components"]["schemas"]["TelemetryEvent"]
     assert list(event["properties"]) == [field.json_name for field in Event.DESCRIPTOR.fields]
     for field in Event.DESCRIPTOR.fields:
         rules = field.GetOptions().Extensions[rules_pb2.field_rules]
