@@ -1,38 +1,51 @@
-"""What every command is made of: its place in the command line, and a database to work on."""
+"""What commands share: settings, the database, failures, options, and how lists are printed."""
 
-import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from datetime import datetime
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
+import click
+import orjson
 
 from server import app
-from server.config import Settings
+from server.config import Settings, read_settings
+from server.logs import configure_logs
 from server.storage.connection import Connection, Engine, connected, open_engine, transactional
 from server.storage.migrate import check_migrated
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Run = Callable[[Settings, argparse.Namespace], int]
+P = ParamSpec("P")
 
-SETTINGS = "Settings come from environment variables; OPERATIONS.md lists them all."
-
-
-def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-    """Adds a command that `run` carries out; the first sentence of `text` is its summary."""
-    summary = text.split(". ")[0].rstrip(".")
-    command = commands.add_parser(name, help=summary, description=text, epilog=SETTINGS)
-    command.set_defaults(run=run)
-    return command
+# PostgreSQL's bigint, in which every table numbers its rows.
+NUMBER = click.IntRange(1, 2**63 - 1)
+limit_option = click.option(
+    "--limit", type=click.IntRange(1, 2**31 - 1), default=50, show_default=True, help="How many."
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object a line instead."
+)
 
 
-def add_group(commands: Commands, name: str, text: str) -> Commands:
-    """Adds a command that has commands of its own, one of which must be given."""
-    group = commands.add_parser(name, help=text, description=text, epilog=SETTINGS)
-    return group.add_subparsers(metavar="ACTION", required=True)
+class Failure(Exception):
+    """A command cannot do what was asked; the text is one line."""
+
+
+def with_settings(run: Callable[Concatenate[Settings, P], None]) -> Callable[P, None]:
+    """Read the settings and set up the logs when a command runs, not when it is explained."""
+
+    @wraps(run)
+    def run_with_settings(*args: P.args, **options: P.kwargs) -> None:
+        settings = read_settings()
+        configure_logs(settings.log_level)
+        run(settings, *args, **options)
+
+    return run_with_settings
 
 
 @contextmanager
 def opened_engine(settings: Settings) -> Iterator[Engine]:
-    """An engine of a database with this version's tables; raises DatabaseError."""
+    """Open an engine of a database with this version's tables. Raises DatabaseError."""
     with app.opened_database(settings) as url:
         engine = open_engine(url)
         check_migrated(engine)
@@ -41,10 +54,38 @@ def opened_engine(settings: Settings) -> Iterator[Engine]:
 
 @contextmanager
 def opened_tables(settings: Settings) -> Iterator[Connection]:
-    """A connection in a transaction that is committed at the end."""
+    """Open a connection in a transaction that is committed at the end."""
     with (
         opened_engine(settings) as engine,
         connected(transactional(engine)) as connection,
         connection.begin(),
     ):
         yield connection
+
+
+def choose_ids(ids: tuple[int, ...], choose_all: bool) -> list[int]:
+    """Return the numbers, or none for --all. Raises UsageError unless one of both is given."""
+    if bool(ids) == choose_all:
+        raise click.UsageError("give the numbers of events, or --all")
+    return list(ids)
+
+
+def print_json(rows: Iterable[Mapping[str, object]]) -> None:
+    """Print each row as one line of JSON."""
+    for row in rows:
+        click.echo(orjson.dumps(row, option=orjson.OPT_UTC_Z))
+
+
+def format_moment(moment: datetime | None) -> str:
+    """Return a moment to the minute; `-` if there is none."""
+    return f"{moment:%Y-%m-%d %H:%M}" if moment else "-"
+
+
+def make_printable(text: str) -> str:
+    """Escape all that a terminal would obey."""
+    return "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )

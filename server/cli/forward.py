@@ -1,85 +1,165 @@
 """`productgraph forward`: forwards events, shows how that stands, deals with dead ones."""
 
-import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
+
+import click
+from google.protobuf.json_format import MessageToJson
 
 from productgraph.v1.event_pb2 import Event
 from server import app
-from server.cli.command import Commands, add_command, add_group, opened_tables
+from server.cli.command import (
+    NUMBER,
+    Failure,
+    choose_ids,
+    format_moment,
+    json_option,
+    limit_option,
+    make_printable,
+    opened_tables,
+    print_json,
+    with_settings,
+)
 from server.config import Settings
-from server.storage.dead_events import list_dead, purge_dead, retry_dead
-from server.storage.outbox import read_status
+from server.storage.connection import Connection
+from server.storage.dead_events import DeadEvent, find_dead, list_dead, purge_dead, retry_dead
+from server.storage.outbox import LaneStatus, read_status
+
+_provider_option = click.option("--provider", help="Only this provider's.")
+_all_option = click.option("--all", "choose_all", is_flag=True, help="All of them.")
+_ids_argument = click.argument("ids", type=NUMBER, nargs=-1, metavar="[ID]...")
 
 
-def add_forward_commands(commands: Commands) -> None:
-    """Adds the command and those below it."""
-    forward = add_command(
-        commands,
-        "forward",
-        _forward,
-        "Forwards stored events to the enabled analytics providers, until SIGTERM or Ctrl-C."
-        " `serve` runs FORWARDERS of these when analytics is enabled; any number may run, on any"
-        " number of machines.",
-    )
-    actions = forward.add_subparsers(metavar="ACTION")
-    add_command(actions, "status", _show_forwarding, "Shows how far each provider has come.")
-    text = "Lists, retries and purges the events that a provider refused for good."
-    letters = add_group(actions, "dead", text)
-    listing = add_command(letters, "list", _list_dead, "Lists dead events, the newest first.")
-    listing.add_argument("--limit", type=int, default=50, help="how many (50)")
-    listing.add_argument("--provider", help="only this provider's")
-    for name, run, summary in (
-        ("retry", _retry_dead, "Puts dead events back into the queue."),
-        ("purge", _purge_dead, "Deletes dead events."),
-    ):
-        command = add_command(letters, name, run, summary)
-        command.add_argument("--provider", help="only this provider's")
-        chosen = command.add_mutually_exclusive_group(required=True)
-        chosen.add_argument("--all", action="store_true", help="all of them")
-        chosen.add_argument("ids", type=int, nargs="*", default=[], help="their numbers")
+@click.group(invoke_without_command=True)
+@click.pass_context
+def forward(context: click.Context) -> None:
+    """Forward stored events to analytics providers.
+
+    Without a command it forwards to the enabled providers, until SIGTERM or Ctrl-C. `serve` runs
+    FORWARDERS of these if analytics is enabled; any number may run, on any number of machines.
+    """
+    if context.invoked_subcommand is None:
+        _run_forwarder()
 
 
-def _forward(settings: Settings, _options: argparse.Namespace) -> int:
+@with_settings
+def _run_forwarder(settings: Settings) -> None:
     app.run_forwarder(settings)
-    return 0
 
 
-def _show_forwarding(settings: Settings, _options: argparse.Namespace) -> int:
+@forward.command()
+@json_option
+@with_settings
+def status(settings: Settings, as_json: bool) -> None:
+    """Show how far each provider has come."""
     with opened_tables(settings) as connection:
         lanes = read_status(connection)
-    print(f"{'PROVIDER':10}  {'PENDING':>9}  {'OLDEST':>9}  {'DELIVERED':>11}  {'DEAD':>7}  STATE")
+    if as_json:
+        print_json(map(asdict, lanes))
+        return
+    click.echo(
+        f"{'PROVIDER':10}  {'PENDING':>9}  {'OLDEST':>9}  {'DELIVERED':>11}  {'DEAD':>7}  STATE"
+    )
     for lane in lanes:
-        age = (
-            f"{(datetime.now(UTC) - lane.oldest_at).total_seconds():.0f} s"
-            if lane.oldest_at
-            else "-"
-        )
-        state = f"stopped: {lane.stopped_reason}" if lane.stopped_reason else "forwarding"
-        counts = f"{lane.pending:9}  {age:>9}  {lane.delivered:11}  {lane.dead:7}"
-        print(f"{lane.provider:10}  {counts}  {state}")
-    return 0
+        click.echo(_describe_lane(lane))
 
 
-def _list_dead(settings: Settings, options: argparse.Namespace) -> int:
+def _describe_lane(lane: LaneStatus) -> str:
+    age = f"{(datetime.now(UTC) - lane.oldest_at).total_seconds():.0f} s" if lane.oldest_at else "-"
+    state = f"stopped: {lane.stopped_reason}" if lane.stopped_reason else "forwarding"
+    counts = f"{lane.pending:9}  {age:>9}  {lane.delivered:11}  {lane.dead:7}"
+    return f"{lane.provider:10}  {counts}  {make_printable(state)}"
+
+
+@forward.group()
+def dead() -> None:
+    """List, show, retry and purge dead events.
+
+    They are those that a provider refused for good, or that could not be delivered in time.
+    """
+
+
+@dead.command(name="list")
+@_provider_option
+@limit_option
+@json_option
+@with_settings
+def list_(settings: Settings, provider: str | None, limit: int, as_json: bool) -> None:
+    """List dead events, the newest first."""
     with opened_tables(settings) as connection:
-        for letter in list_dead(connection, options.provider, options.limit):
-            event = Event.FromString(letter.event)
-            print(
-                f"{letter.id}  {letter.died_at:%Y-%m-%d %H:%M}  {letter.provider}"
-                f"  {letter.project_id}  {event.event_id!r}  {letter.reason}"
-            )
-    return 0
+        found = list_dead(connection, provider, limit)
+    if as_json:
+        print_json(map(_to_json, found))
+        return
+    for letter in found:
+        click.echo(_describe_dead(letter))
 
 
-def _retry_dead(settings: Settings, options: argparse.Namespace) -> int:
+def _to_json(letter: DeadEvent) -> dict[str, object]:
+    event_id = Event.FromString(letter.event).event_id
+    return {name: value for name, value in asdict(letter).items() if name != "event"} | {
+        "event_id": event_id
+    }
+
+
+def _describe_dead(letter: DeadEvent) -> str:
+    event = Event.FromString(letter.event)
+    return make_printable(
+        f"{letter.id}  {format_moment(letter.died_at)}  {letter.provider}"
+        f"  {letter.project_id}  {event.event_id!r}  {letter.reason}"
+    )
+
+
+@dead.command()
+@click.argument("dead_id", type=NUMBER, metavar="ID")
+@with_settings
+def show(settings: Settings, dead_id: int) -> None:
+    """Show a dead event, the reason and the provider's answer."""
     with opened_tables(settings) as connection:
-        count = retry_dead(connection, options.provider, options.ids)
-    print(f"{count} put back into the queue")
-    return 0
+        found = find_dead(connection, [dead_id])
+    if not found:
+        raise Failure(f"no dead event {dead_id}")
+    [letter] = found
+    click.echo(_describe_dead(letter))
+    if letter.answer:
+        click.echo(make_printable(f"Its answer: {letter.answer}"))
+    # By the names on the wire: what is shown can be sent in again.
+    spelled = MessageToJson(Event.FromString(letter.event), ensure_ascii=False)
+    click.echo(make_printable(spelled))
 
 
-def _purge_dead(settings: Settings, options: argparse.Namespace) -> int:
+@dead.command()
+@_provider_option
+@_all_option
+@_ids_argument
+@with_settings
+def retry(settings: Settings, provider: str | None, choose_all: bool, ids: tuple[int, ...]) -> None:
+    """Put dead events back into the queue."""
+    _change(settings, retry_dead, provider, choose_ids(ids, choose_all), "put back into the queue")
+
+
+@dead.command()
+@_provider_option
+@_all_option
+@_ids_argument
+@with_settings
+def purge(settings: Settings, provider: str | None, choose_all: bool, ids: tuple[int, ...]) -> None:
+    """Delete dead events."""
+    _change(settings, purge_dead, provider, choose_ids(ids, choose_all), "deleted")
+
+
+def _change(
+    settings: Settings,
+    change: Callable[[Connection, str | None, Sequence[int]], int],
+    provider: str | None,
+    ids: list[int],
+    done: str,
+) -> None:
+    """Change dead events, and fail if some of those that were named are not there."""
     with opened_tables(settings) as connection:
-        count = purge_dead(connection, options.provider, options.ids)
-    print(f"{count} deleted")
-    return 0
+        known = {letter.id for letter in find_dead(connection, ids, provider)}
+        count = change(connection, provider, ids)
+    click.echo(f"{count} {done}")
+    if missing := sorted(set(ids) - known):
+        raise Failure(f"no dead event {', '.join(map(str, missing))}")

@@ -1,112 +1,141 @@
 """`productgraph keys`: makes, lists, limits and revokes API keys."""
 
-import argparse
-import sys
 from collections.abc import Callable
+from dataclasses import asdict
 
-from server.cli.command import Commands, add_command, add_group, opened_tables
+import click
+
+from server.cli.command import (
+    NUMBER,
+    Failure,
+    format_moment,
+    json_option,
+    make_printable,
+    opened_tables,
+    print_json,
+    with_settings,
+)
 from server.config import Settings
 from server.rates import format_byte_rate, format_event_rate, parse_byte_rate, parse_event_rate
-from server.storage import keys
+from server.storage.keys import ApiKey, create_key, limit_key, list_keys, revoke_key
+
+# Stands for an option that was not given, where None means the default rate.
+_UNCHANGED = -1
 
 
-def add_key_commands(commands: Commands) -> None:
-    """Adds the command and those below it."""
-    actions = add_group(commands, "keys", "Makes, lists, limits and revokes API keys.")
-    create = add_command(
-        actions,
-        "create",
-        _create,
-        "Makes an API key and prints it, and nothing else. It works at once, and cannot be shown"
-        " again. A project can have several, to change from one to the next.",
-    )
-    create.add_argument("--project", required=True, help="the project that its events belong to")
-    create.add_argument("--name", default="", help="what it is for, for your own memory")
-    _add_rates(create)
-    add_command(actions, "list", _list, "Lists all API keys, without the keys themselves.")
-    limit = add_command(
-        actions, "limit", _limit, "Sets how much may be sent with an API key, within 30 s."
-    )
-    revoke = add_command(
-        actions, "revoke", _revoke, "Revokes an API key; a running service refuses it in 30 s."
-    )
-    for command in (limit, revoke):
-        command.add_argument("id", type=int, help="its number in `productgraph keys list`")
-    _add_rates(limit)
+class _Rate(click.ParamType[int | None]):
+    name = "rate"
 
+    def __init__(self, parse: Callable[[str], int]) -> None:
+        self._parse = parse
 
-def _add_rates(command: argparse.ArgumentParser) -> None:
-    for option, parse, text in (
-        ("rate", parse_event_rate, "events a second"),
-        ("byte-rate", parse_byte_rate, "bytes a second, such as 5MB"),
-    ):
-        command.add_argument(
-            f"--{option}",
-            type=_with_default(parse),
-            default=argparse.SUPPRESS,
-            dest=parse.__name__.removeprefix("parse_"),
-            metavar="RATE",
-            help=f"{text}, off, or default: as the service is set",
-        )
-
-
-def _with_default(parse: Callable[[str], int]) -> Callable[[str], int | None]:
-    def parse_rate(text: str) -> int | None:
+    def convert(
+        self, value: str | int, parameter: click.Parameter | None, context: click.Context | None
+    ) -> int | None:
+        if isinstance(value, int):
+            return value
         try:
-            return None if text.lower() == "default" else parse(text)
+            return None if value.lower() == "default" else self._parse(value)
         except ValueError as problem:
-            raise argparse.ArgumentTypeError(str(problem)) from None
-
-    return parse_rate
+            self.fail(str(problem), parameter, context)
 
 
-def _read_rates(options: argparse.Namespace) -> dict[str, int | None]:
-    """Those that were given."""
-    return {name: rate for name, rate in vars(options).items() if name.endswith("_rate")}
+_event_rate_option = click.option(
+    "--rate",
+    "event_rate",
+    type=_Rate(parse_event_rate),
+    default=_UNCHANGED,
+    help="Events a second; off; or default: as the service is set.",
+)
+_byte_rate_option = click.option(
+    "--byte-rate",
+    type=_Rate(parse_byte_rate),
+    default=_UNCHANGED,
+    help="Bytes a second, such as 5MB; off; or default.",
+)
+_key_argument = click.argument("key_id", type=NUMBER, metavar="ID")
 
 
-def _create(settings: Settings, options: argparse.Namespace) -> int:
+@click.group()
+def keys() -> None:
+    """Make, list, limit and revoke API keys."""
+
+
+@keys.command()
+@click.option("--project", required=True, help="The project that its events belong to.")
+@click.option("--name", default="", help="What the key is for, for your own memory.")
+@_event_rate_option
+@_byte_rate_option
+@with_settings
+def create(
+    settings: Settings, project: str, name: str, event_rate: int | None, byte_rate: int | None
+) -> None:
+    """Make an API key and print it.
+
+    Prints nothing else. The key works at once, and cannot be shown again. A project can have
+    several, to change from one to the next.
+    """
     with opened_tables(settings) as connection:
-        key = keys.create_key(connection, options.project, options.name, **_read_rates(options))
-    print(key)
-    return 0
+        click.echo(create_key(connection, project, name, **_given_rates(event_rate, byte_rate)))
 
 
-def _list(settings: Settings, _options: argparse.Namespace) -> int:
+def _given_rates(event_rate: int | None, byte_rate: int | None) -> dict[str, int | None]:
+    rates = {"event_rate": event_rate, "byte_rate": byte_rate}
+    return {name: rate for name, rate in rates.items() if rate != _UNCHANGED}
+
+
+@keys.command(name="list")
+@json_option
+@with_settings
+def list_(settings: Settings, as_json: bool) -> None:
+    """List all API keys, without the keys themselves."""
     with opened_tables(settings) as connection:
-        known = keys.list_keys(connection)
-    print(
+        known = list_keys(connection)
+    if as_json:
+        print_json(map(asdict, known))
+        return
+    click.echo(
         f"{'ID':>4}  {'PROJECT':20}  {'NAME':20}  {'RATE':>10}  {'BYTE RATE':>10}"
         f"  {'CREATED':16}  {'LAST USED':16}  REVOKED"
     )
     for key in known:
-        rates = f"{format_event_rate(key.event_rate):>10}  {format_byte_rate(key.byte_rate):>10}"
-        moments = (key.created_at, key.last_used_at, key.revoked_at)
-        created, used, revoked = (f"{m:%Y-%m-%d %H:%M}" if m else "-" for m in moments)
-        print(
-            f"{key.id:4}  {key.project_id:20}  {key.name:20}  {rates}"
-            f"  {created:16}  {used:16}  {revoked}"
-        )
-    return 0
+        click.echo(_describe(key))
 
 
-def _limit(settings: Settings, options: argparse.Namespace) -> int:
-    rates = _read_rates(options)
+def _describe(key: ApiKey) -> str:
+    rates = f"{format_event_rate(key.event_rate):>10}  {format_byte_rate(key.byte_rate):>10}"
+    moments = (key.created_at, key.last_used_at, key.revoked_at)
+    created, used, revoked = map(format_moment, moments)
+    names = f"{make_printable(key.project_id):20}  {make_printable(key.name):20}"
+    return f"{key.id:4}  {names}  {rates}  {created:16}  {used:16}  {revoked}"
+
+
+@keys.command()
+@_key_argument
+@_event_rate_option
+@_byte_rate_option
+@with_settings
+def limit(settings: Settings, key_id: int, event_rate: int | None, byte_rate: int | None) -> None:
+    """Set how much may be sent with an API key.
+
+    The service applies it within 30 seconds.
+    """
+    rates = _given_rates(event_rate, byte_rate)
     if not rates:
-        print("productgraph: give --rate, --byte-rate or both", file=sys.stderr)
-        return 1
+        raise click.UsageError("give --rate, --byte-rate or both")
     with opened_tables(settings) as connection:
-        limited = keys.limit_key(connection, options.id, **rates)
-    if limited:
-        return 0
-    print(f"productgraph: no key {options.id}", file=sys.stderr)
-    return 1
+        if not limit_key(connection, key_id, **rates):
+            raise Failure(f"no key {key_id}")
 
 
-def _revoke(settings: Settings, options: argparse.Namespace) -> int:
+@keys.command()
+@_key_argument
+@with_settings
+def revoke(settings: Settings, key_id: int) -> None:
+    """Revoke an API key.
+
+    A running service refuses it within 30 seconds.
+    """
     with opened_tables(settings) as connection:
-        revoked = keys.revoke_key(connection, options.id)
-    if revoked:
-        return 0
-    print(f"productgraph: no key {options.id} that is not revoked", file=sys.stderr)
-    return 1
+        if not revoke_key(connection, key_id):
+            raise Failure(f"no key {key_id} that is not revoked")

@@ -1,87 +1,126 @@
 """The command line `productgraph`."""
 
-import argparse
-import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+from click.shell_completion import get_completion_class
 
 from server import app
 from server.cli.banner import describe_service
-from server.cli.command import SETTINGS, Run, add_command
-from server.cli.forward import add_forward_commands
-from server.cli.keys import add_key_commands
-from server.cli.rejected import add_rejected_commands
-from server.cli.retention import add_retention_command
-from server.config import InvalidSetting, Settings, read_settings
-from server.logs import configure_logs
+from server.cli.command import Failure, with_settings
+from server.cli.forward import forward
+from server.cli.keys import keys
+from server.cli.psql import psql
+from server.cli.rejected import rejected
+from server.cli.retention import retention
+from server.config import InvalidSetting, Settings
 from server.processes.ports import PortTaken
 from server.processes.supervisor import WorkerFailed
 from server.storage.connection import DatabaseError, open_engine
 from server.storage.embedded import EmbeddedPostgresError
-from server.storage.migrate import check_migrated, migrate
+from server.storage.migrate import check_migrated
+from server.storage.migrate import migrate as migrate_tables
 
-_FAILURES = (InvalidSetting, DatabaseError, EmbeddedPostgresError, PortTaken, WorkerFailed)
+_NAME = "productgraph"
+_COMPLETION_VARIABLE = "_PRODUCTGRAPH_COMPLETE"
+_FAILURES = (
+    DatabaseError,
+    EmbeddedPostgresError,
+    Failure,
+    InvalidSetting,
+    PortTaken,
+    WorkerFailed,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, or 1 after one line on standard error."""
-    options = _build_parser().parse_args(arguments)
+    """Run one command. Return its exit code: 0, 1 if it failed, 2 if it was called wrongly."""
     try:
-        settings = read_settings()
-        configure_logs(settings.log_level)
-        run: Run = options.run
-        return run(settings, options)
-    except _FAILURES as failure:
-        print(f"productgraph: {failure}", file=sys.stderr)
+        code = productgraph.main(arguments, _NAME, _COMPLETION_VARIABLE, standalone_mode=False)
+    except click.ClickException as misuse:
+        misuse.show()
+        return misuse.exit_code
+    except click.Abort:
+        click.echo(f"{_NAME}: interrupted", err=True)
         return 1
+    except _FAILURES as failure:
+        click.echo(f"{_NAME}: {failure}", err=True)
+        return 1
+    return code or 0
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="productgraph",
-        description="Takes telemetry events over HTTP and gRPC, and stores them in PostgreSQL.",
-        epilog=SETTINGS,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    add_command(
-        commands,
-        "serve",
-        _serve,
-        "Runs the service until SIGTERM or Ctrl-C, which let it answer what it has accepted. SIGHUP"
-        " replaces the workers one by one. Without DATABASE_URL it runs a PostgreSQL of its own in"
-        " DATA_DIR.",
-    )
-    migrating = add_command(
-        commands,
-        "migrate",
-        _migrate,
-        "Brings the database's tables to what this version needs. Safe to run at any time, and"
-        " several times at once.",
-    )
-    check = "changes nothing, and fails where something would be to do"
-    migrating.add_argument("--check", action="store_true", help=check)
-    worker = add_command(commands, "worker", _work, "Runs one worker; `serve` starts these.")
-    worker.usage = argparse.SUPPRESS
-    add_key_commands(commands)
-    add_forward_commands(commands)
-    add_rejected_commands(commands)
-    add_retention_command(commands)
-    return parser
+def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        try:
+            number = version("productgraph-ingestion")
+        except PackageNotFoundError:  # run from a folder
+            number = "unknown"
+        click.echo(f"{_NAME} {number}")
+        context.exit()
 
 
-def _serve(settings: Settings, _options: argparse.Namespace) -> int:
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Settings come from environment variables; OPERATIONS.md lists them all.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and exit.",
+)
+def productgraph() -> None:
+    """Take telemetry events over HTTP and gRPC, and store them in PostgreSQL."""
+
+
+@productgraph.command()
+@with_settings
+def serve(settings: Settings) -> None:
+    """Run the service.
+
+    It runs until SIGTERM or Ctrl-C, and then answers what it has accepted. SIGHUP replaces the
+    workers one by one. Without DATABASE_URL it runs a PostgreSQL of its own in DATA_DIR.
+    """
+
     def announce(ports: dict[str, int], key: str | None) -> None:
-        print(describe_service(settings, ports, key), flush=True)
+        click.echo(describe_service(settings, ports, key))
 
     app.run_service(settings, announce)
-    return 0
 
 
-def _work(settings: Settings, _options: argparse.Namespace) -> int:
+@productgraph.command(hidden=True)
+@with_settings
+def worker(settings: Settings) -> None:
+    """Run one worker, as `serve` does."""
     app.run_worker(settings)
-    return 0
 
 
-def _migrate(settings: Settings, options: argparse.Namespace) -> int:
-    with app.opened_database(settings, create=not options.check) as url:
-        (check_migrated if options.check else migrate)(open_engine(url))
-    return 0
+@productgraph.command()
+@click.option("--check", is_flag=True, help="Change nothing, and fail if something is to be done.")
+@with_settings
+def migrate(settings: Settings, check: bool) -> None:
+    """Bring the tables to what this version needs.
+
+    Safe to run at any time, and several times at once.
+    """
+    with app.opened_database(settings, create=not check) as url:
+        (check_migrated if check else migrate_tables)(open_engine(url))
+
+
+@productgraph.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands.
+
+    For bash: eval "$(productgraph completion bash)"
+    """
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(productgraph, {}, _NAME, _COMPLETION_VARIABLE).source())
+
+
+for command in (keys, forward, rejected, retention, psql):
+    productgraph.add_command(command)

@@ -1,15 +1,15 @@
-"""`productgraph retention`: deletes events that are older than they are to be kept."""
+"""`productgraph retention`: deletes events that have been kept long enough."""
 
-import argparse
 import re
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from server.cli.command import Commands, add_command, opened_engine
+import click
+
+from server.cli.command import Failure, opened_engine, with_settings
 from server.config import Settings
 from server.storage.connection import Conflict, Connection, connected, transactional
 from server.storage.dead_events import count_old_dead, delete_old_dead
@@ -25,54 +25,57 @@ from server.storage.retention import (
 _PAUSE_SECONDS = 1.0
 
 
-def add_retention_command(commands: Commands) -> None:
-    """Adds the command."""
-    retention = add_command(
-        commands,
-        "retention",
-        _run,
-        "Deletes old events: whole months are dropped once they lie entirely before the time to"
-        " keep, single rows only from the default partition; rejected and dead events go by the"
-        " time at which they came. Without --yes it only shows what would go. Safe to run beside"
-        " the service, which goes on meanwhile.",
-    )
-    retention.add_argument(
-        "--keep", type=_parse_days, required=True, metavar="DAYS", help="such as 90d"
-    )
-    retention.add_argument(
-        "--tries", type=int, default=10, help="how often a lock is asked for, once a second (10)"
-    )
-    how = retention.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="only show what would go (the default)")
-    how.add_argument("--yes", action="store_true", help="delete it")
+class _Days(click.ParamType[timedelta]):
+    name = "days"
+
+    def convert(
+        self, value: str, parameter: click.Parameter | None, context: click.Context | None
+    ) -> timedelta:
+        # No other unit: 3m would be three minutes to one and three months to another.
+        if not re.fullmatch(r"[1-9][0-9]{0,4}d", value, re.ASCII):
+            self.fail(f"must be a number of days such as 90d, is {value!r}", parameter, context)
+        return timedelta(days=int(value[:-1]))
 
 
-def _parse_days(text: str) -> timedelta:
-    # No other unit: 3m would be three minutes to one and three months to another.
-    if not re.fullmatch(r"[1-9][0-9]{0,4}d", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"must be a number of days such as 90d, is {text!r}")
-    return timedelta(days=int(text[:-1]))
+@click.command()
+@click.option("--keep", type=_Days(), required=True, help="How long to keep, such as 90d.")
+@click.option(
+    "--tries",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="How often to ask for a lock, once a second.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would go (the default).")
+@click.option("--yes", is_flag=True, help="Delete it.")
+@with_settings
+def retention(settings: Settings, keep: timedelta, tries: int, dry_run: bool, yes: bool) -> None:
+    """Delete old events.
 
-
-def _run(settings: Settings, options: argparse.Namespace) -> int:
-    cut = datetime.now(UTC) - options.keep
+    Whole months are dropped once they lie entirely before the time to keep, single rows only from
+    the default partition; rejected and dead events go by the time at which they came. Without --yes
+    it only shows what would go. Safe to run beside the service, which goes on meanwhile.
+    """
+    if dry_run and yes:
+        raise click.UsageError("give --dry-run or --yes, not both")
+    cut = datetime.now(UTC) - keep
     with opened_engine(settings) as engine, connected(transactional(engine)) as connection:
         with connection.begin():
             partitions = list_expired_partitions(connection, cut)
-        if options.yes:
-            return _delete(connection, partitions, cut, options.tries)
+        if yes:
+            _delete(connection, partitions, cut, tries)
+            return
         with connection.begin():
             _show(connection, partitions, cut)
-    return 0
 
 
 def _show(connection: Connection, partitions: Sequence[Partition], cut: datetime) -> None:
-    print(f"With --yes, of what came before {cut:%Y-%m-%d %H:%M} UTC would go:")
+    click.echo(f"With --yes, of what came before {cut:%Y-%m-%d %H:%M} UTC would go:")
     for partition in partitions:
-        print(f"  the partition {_describe(partition)}")
-    print(f"  {count_expired_rows(connection, cut)} rows of events_default")
-    print(f"  {count_expired(connection, cut)} rejected events")
-    print(f"  {count_old_dead(connection, cut)} dead events")
+        click.echo(f"  the partition {_describe(partition)}")
+    click.echo(f"  {count_expired_rows(connection, cut)} rows of events_default")
+    click.echo(f"  {count_expired(connection, cut)} rejected events")
+    click.echo(f"  {count_old_dead(connection, cut)} dead events")
 
 
 def _describe(partition: Partition) -> str:
@@ -82,21 +85,18 @@ def _describe(partition: Partition) -> str:
 
 def _delete(
     connection: Connection, partitions: Sequence[Partition], cut: datetime, tries: int
-) -> int:
+) -> None:
     for partition in partitions:
         if not _drop_patiently(connection, partition, tries):
-            print(
-                f"productgraph: {partition.name} could not be locked in {tries} tries, some query"
-                " on the events has been running all the time; run this again later",
-                file=sys.stderr,
+            raise Failure(
+                f"{partition.name} could not be locked in {tries} tries, because some query on the"
+                " events has been running all the time; run this again later"
             )
-            return 1
-        print(f"dropped the partition {_describe(partition)}")
-    print(f"deleted {sum(delete_expired_rows(connection, cut))} rows of events_default")
+        click.echo(f"dropped the partition {_describe(partition)}")
+    click.echo(f"deleted {sum(delete_expired_rows(connection, cut))} rows of events_default")
     for name, delete in (("rejected", delete_expired), ("dead", delete_old_dead)):
         # A round that deletes nothing has found no more.
-        print(f"deleted {sum(iter(partial(delete, connection, cut), 0))} {name} events")
-    return 0
+        click.echo(f"deleted {sum(iter(partial(delete, connection, cut), 0))} {name} events")
 
 
 def _drop_patiently(connection: Connection, partition: Partition, tries: int) -> bool:

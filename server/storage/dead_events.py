@@ -7,8 +7,9 @@ into the outbox, or purged.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, CursorResult, text
 
 from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 
@@ -22,6 +23,10 @@ VALUES (:provider, :project_id, :reason, :answer, :mapping_version, :event, :rec
 _LIST = text("""
 SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
  WHERE CAST(:provider AS text) IS NULL OR provider = :provider ORDER BY id DESC LIMIT :limit
+""")
+_FIND = text("""
+SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
+ WHERE id = ANY(:ids) AND (CAST(:provider AS text) IS NULL OR provider = :provider)
 """)
 _DELETE = """
 DELETE FROM dead_events
@@ -67,8 +72,18 @@ def bury_events(connection: Connection, rows: Sequence[Mapping[str, object]]) ->
 
 def list_dead(connection: Connection, provider: str | None, limit: int) -> list[DeadEvent]:
     """Return the newest dead events of a provider, or of all if it is None."""
-    rows = connection.execute(_LIST, {"provider": provider, "limit": limit}).mappings()
-    return [DeadEvent(**row | {"event": bytes(row["event"])}) for row in map(dict, rows)]
+    return _read_dead(connection.execute(_LIST, {"provider": provider, "limit": limit}))
+
+
+def find_dead(
+    connection: Connection, ids: Sequence[int], provider: str | None = None
+) -> list[DeadEvent]:
+    """Return the dead events with these ids, only a provider's if one is given."""
+    return _read_dead(connection.execute(_FIND, {"provider": provider, "ids": list(ids)}))
+
+
+def _read_dead(rows: CursorResult[Any]) -> list[DeadEvent]:
+    return [DeadEvent(**{**row, "event": bytes(row["event"])}) for row in rows.mappings()]
 
 
 def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:

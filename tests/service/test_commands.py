@@ -205,14 +205,42 @@ def test_the_service_refuses_an_unmigrated_database_with_advice(
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "migrate", "keys", "keys create", "keys list", "keys limit", "keys revoke"],
+    [
+        "keys revoke 424242",
+        "keys limit 424242 --rate 5",
+        "rejected show 424242",
+        "rejected replay 424242",
+        "forward dead show 424242",
+        "forward dead retry 424242",
+        "forward dead purge 424242",
+    ],
 )
-def test_help_works_even_with_unusable_settings(command: str) -> None:
-    """Every command explains itself, even where its settings are unusable."""
-    done = run_command(*command.split(), "--help", settings={"PORT": "bad"})
+def test_a_number_that_is_not_there_is_a_failure(command: str, service: Service) -> None:
+    """A command that finds nothing by a number exits with 1 and names it."""
+    done = service.run(*command.split())
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("productgraph: no ")
+    assert "424242" in line
+
+
+def test_keys_can_be_listed_as_json(service: Service, project: Project) -> None:
+    """`keys list --json` prints one object a line, with everything but the key."""
+    service.run("keys", "create", "--project", project.id, "--name", "a\nb", "--rate", "5")
+    done = service.run("keys", "list", "--json")
+    listed = [json.loads(line) for line in done.stdout.splitlines()]
+    [found] = [key for key in listed if key["name"] == "a\nb"]
+    assert (found["project_id"], found["event_rate"], found["byte_rate"]) == (project.id, 5, None)
+    assert found["revoked_at"] is None
+
+
+def test_psql_opens_the_database(service: Service) -> None:
+    """`psql` runs a query in the service's database, shows it expanded, and hides the password."""
+    done = service.run("psql", "-c", "SELECT count(*) AS tables FROM api_keys")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: productgraph {command}".strip())
-    assert "OPERATIONS.md" in done.stdout
+    assert "-[ RECORD 1 ]" in done.stdout
+    failed = service.run("psql", "-c", "nonsense")
+    assert failed.returncode == 1
 
 
 @pytest.mark.parametrize(
