@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -19,7 +20,6 @@ from tests.support.clients import Tenant, accepted, to_message
 from tests.support.services import ROOT, for_sqlalchemy, query, run_command, running_service
 
 TABLES = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
-COMMITTER = ["-c", "user.name=Test", "-c", "user.email=test@example.com"]
 
 
 def git(*arguments: str, root: Path = ROOT) -> bytes:
@@ -104,23 +104,20 @@ def test_migrate_check_creates_no_database(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def released(tmp_path: Path) -> Path:
-    """A repository of its own with the schema of today."""
-    for place in ("protos", "scripts/breaking"):
+def copied(tmp_path: Path) -> Path:
+    """A repository of its own with the schema of today and of the last release."""
+    for place in ("protos", "scripts/breaking", "gen/released.binpb"):
         copy = shutil.copytree if (ROOT / place).is_dir() else shutil.copy
         (tmp_path / place).parent.mkdir(exist_ok=True)
         copy(ROOT / place, tmp_path / place)
-    git("init", "-q", root=tmp_path)
-    git("add", "-A", root=tmp_path)
-    git(*COMMITTER, "commit", "-q", "-m", "Release", root=tmp_path)
     return tmp_path
 
 
-def compare(root: Path) -> "subprocess.CompletedProcess[str]":
-    """Runs the comparison with the last release."""
+def compare(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the comparison with the last release."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        [root / "scripts/breaking"],
+        [root / "scripts/breaking", *arguments],
         env={"PATH": path, "HOME": str(root)},
         capture_output=True,
         text=True,
@@ -128,21 +125,50 @@ def compare(root: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
+EVENT, SERVICE = "event.proto", "event_ingestion_service.proto"
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "status"),
+    ("file", "old", "new", "status"),
     [
-        ("", "", 0),
-        ("string event_id = 1 [", "string event_id = 99 [", 100),
-        ('json_name = "session.id"', 'json_name = "sessionId"', 100),
-        ("// User session.", "string added = 99; // User session.", 0),
+        (EVENT, "", "", 0),
+        (EVENT, "string event_id = 1 [", "string added = 99;\nstring event_id = 1 [", 0),
+        (EVENT, "string event_id = 1 [", "string event_id = 99 [", 100),
+        (EVENT, "string event_id = 1 [", "bytes event_id = 1 [", 100),
+        (EVENT, 'json_name = "session.id"', 'json_name = "sessionId"', 100),
+        (EVENT, 'optional string page_path = 9 [json_name = "page.path"];', "", 100),
+        (SERVICE, "rpc IngestEvents(", "rpc SendEvents(", 100),
+        (SERVICE, "service EventIngestionService", "service IngestionService", 100),
+        (SERVICE, "int32 index = 1;", "string index = 1;", 100),
     ],
 )
-def test_a_breaking_schema_change_is_found(old: str, new: str, status: int, released: Path) -> None:
-    """A change of the schema that clients of the last release would notice is found."""
-    assert (compare(released).returncode, compare(released).stdout) == (77, "no release tag\n")
-    git("tag", "v1.0.0", root=released)
-    proto = released / "protos/productgraph/v1/event.proto"
+def test_a_breaking_schema_change_is_found(
+    file: str, old: str, new: str, status: int, copied: Path
+) -> None:
+    """A change that clients of the last release would notice, on the wire or in JSON, is found."""
+    proto = copied / "protos/productgraph/v1" / file
+    assert old in proto.read_text()
     proto.write_text(proto.read_text().replace(old, new, 1))
-    done = compare(released)
+    done = compare(copied)
     assert done.returncode == status, done.stdout + done.stderr
     assert bool(done.stdout) == bool(status)
+
+
+def test_a_release_is_what_changes_are_compared_with(copied: Path) -> None:
+    """What scripts/breaking --release writes is the schema of the moment, and it alone."""
+    proto = copied / "protos/productgraph/v1" / EVENT
+    text = proto.read_text()
+    proto.write_text(text.replace("string event_id = 1 [", "string event_id = 99 [", 1))
+    assert compare(copied, "--release").returncode == 0
+    assert compare(copied).returncode == 0
+    proto.write_text(text)
+    assert compare(copied).returncode == 100
+
+
+def test_the_changelog_knows_the_version_of_the_package() -> None:
+    """The newest version in CHANGELOG.md, with its date, is that of pyproject.toml."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    released = re.findall(
+        r"^## \[(\d\S*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert released[0] == version

@@ -25,13 +25,14 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bproductgraph/v1/rules.proto\x12\x0fproductgraph.v1\x1a google/protobuf/descriptor.proto\"\xc0\x01\n\nFieldRules\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x16\n\x0e\x61llowed_values\x18\x02 \x03(\t\x12\x11\n\tmax_bytes\x18\x03 \x01(\r\x12\x11\n\tmax_items\x18\x04 \x01(\r\x12+\n\x08rounding\x18\x05 \x01(\x0e\x32\x19.productgraph.v1.Rounding\x12\x17\n\x0fmatches_api_key\x18\x06 \x01(\x08\x12\x1c\n\x14takes_unnamed_fields\x18\x07 \x01(\x08\"4\n\x0cMessageRules\x12\x11\n\tmax_bytes\x18\x01 \x01(\r\x12\x11\n\tmax_depth\x18\x02 \x01(\r*:\n\x08Rounding\x12\x18\n\x14ROUNDING_UNSPECIFIED\x10\x00\x12\x14\n\x10ROUNDING_NEAREST\x10\x01:Q\n\x0b\x66ield_rules\x12\x1d.google.protobuf.FieldOptions\x18\xd1\x86\x03 \x01(\x0b\x32\x1b.productgraph.v1.FieldRules:W\n\rmessage_rules\x12\x1f.google.protobuf.MessageOptions\x18\xd1\x86\x03 \x01(\x0b\x32\x1d.productgraph.v1.MessageRulesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bproductgraph/v1/rules.proto\x12\x0fproductgraph.v1\x1a google/protobuf/descriptor.proto\"\xc0\x01\n\nFieldRules\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x16\n\x0e\x61llowed_values\x18\x02 \x03(\t\x12\x11\n\tmax_bytes\x18\x03 \x01(\r\x12\x11\n\tmax_items\x18\x04 \x01(\r\x12+\n\x08rounding\x18\x05 \x01(\x0e\x32\x19.productgraph.v1.Rounding\x12\x17\n\x0fmatches_api_key\x18\x06 \x01(\x08\x12\x1c\n\x14takes_unnamed_fields\x18\x07 \x01(\x08\"4\n\x0cMessageRules\x12\x11\n\tmax_bytes\x18\x01 \x01(\r\x12\x11\n\tmax_depth\x18\x02 \x01(\r*:\n\x08Rounding\x12\x18\n\x14ROUNDING_UNSPECIFIED\x10\x00\x12\x14\n\x10ROUNDING_NEAREST\x10\x01:Q\n\x0b\x66ield_rules\x12\x1d.google.protobuf.FieldOptions\x18\xbc\xa9\x03 \x01(\x0b\x32\x1b.productgraph.v1.FieldRules:W\n\rmessage_rules\x12\x1f.google.protobuf.MessageOptions\x18\xc6\xf2\x04 \x01(\x0b\x32\x1d.productgraph.v1.MessageRulesB7\n\x13\x63om.productgraph.v1P\x01Z\x1eproductgraph/v1;productgraphv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'productgraph.v1.rules_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\023com.productgraph.v1P\001Z\036productgraph/v1;productgraphv1'
   _globals['_ROUNDING']._serialized_start=331
   _globals['_ROUNDING']._serialized_end=389
   _globals['_FIELDRULES']._serialized_start=83

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-productgraph/internal/v1/encoded_events.proto\x12\x18productgraph.internal.v1\"\x1f\n\rEncodedEvents\x12\x0e\n\x06\x65vents\x18\x01 \x03(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-productgraph/internal/v1/encoded_events.proto\x12\x18productgraph.internal.v1\"\x1f\n\rEncodedEvents\x12\x0e\n\x06\x65vents\x18\x01 \x03(\x0c\x42\x45\n\x1c\x63om.productgraph.internal.v1P\x01Z#productgraph/internal/v1;internalv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'productgraph.internal.v1.encoded_events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\034com.productgraph.internal.v1P\001Z#productgraph/internal/v1;internalv1'
   _globals['_ENCODEDEVENTS']._serialized_start=75
   _globals['_ENCODEDEVENTS']._serialized_end=106
 # @@protoc_insertion_point(module_scope)
