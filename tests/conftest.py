@@ -1,15 +1,18 @@
 """What most tests share: one PostgreSQL, one running service, a project for each test."""
 
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy.engine import make_url
 
 from server.storage.connection import Engine, connected, open_engine
@@ -27,6 +30,33 @@ class Project:
     key: str
 
 
+# A busy machine must not fail a test: hypothesis does not time what it runs.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+# What the processes of one run share: a directory that other accounts may enter.
+_SHARED = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the shared directory, or take over the one of the process that made it."""
+    given = getattr(config, "workerinput", {}).get("shared")
+    config.stash[_SHARED] = given or tempfile.mkdtemp()
+    Path(config.stash[_SHARED]).chmod(0o711)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a worker of pytest-xdist the shared directory."""
+    node.workerinput["shared"] = node.config.stash[_SHARED]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the shared directory, if this process made it."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(config.stash[_SHARED], ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def open_directory() -> Iterator[Path]:
     """A directory that the account of an embedded PostgreSQL may enter."""
@@ -36,12 +66,13 @@ def open_directory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(open_directory: Path) -> Iterator[str]:
-    """A PostgreSQL for all tests: TEST_DATABASE_URL, or an embedded one."""
+def postgres_url(pytestconfig: pytest.Config) -> Iterator[str]:
+    """A PostgreSQL for all tests of a run: TEST_DATABASE_URL, or an embedded one."""
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
     else:
-        with EmbeddedPostgres(open_directory / "data", create=True) as embedded:
+        directory = Path(pytestconfig.stash[_SHARED], "data")
+        with EmbeddedPostgres(directory, create=True) as embedded:
             yield embedded.url
 
 

@@ -48,6 +48,7 @@ def document(output: Path) -> Any:
     return json.loads((output / "bench.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_chosen_load_is_measured_and_compared(document: Any) -> None:
     """Each load has speed, latency, memory and its ratios to COPY and to the baseline."""
     measured = document["measurements"]
@@ -57,6 +58,7 @@ def test_every_chosen_load_is_measured_and_compared(document: Any) -> None:
     assert all(speed > 0 for speed in document["copy"]["each_time"])
 
 
+@pytest.mark.slow
 def test_cpu_time_is_known_for_each_process(document: Any) -> None:
     """The CPU time of service, database and load generator is known for each load."""
     for figures in document["measurements"]:
@@ -64,12 +66,14 @@ def test_cpu_time_is_known_for_each_process(document: Any) -> None:
         assert figures["cpu_us_per_event"]["load_generator"] > 0
 
 
+@pytest.mark.slow
 def test_every_worker_gets_its_share_of_connections(document: Any) -> None:
     """No load is measured on workers that are unequally busy."""
     shares = [figures["connections_per_worker"] for figures in document["measurements"]]
     assert shares == [[8, 8], [8, 8], [2, 2]]
 
 
+@pytest.mark.slow
 def test_figures_name_the_machine_they_come_from(document: Any) -> None:
     """Figures say where they come from."""
     assert document["machine"]["cores"] > 0
@@ -77,6 +81,7 @@ def test_figures_name_the_machine_they_come_from(document: Any) -> None:
     assert re.match(r"\d+\.\d+", document["postgresql"])
 
 
+@pytest.mark.slow
 def test_the_chart_has_a_bar_for_each_load(output: Path) -> None:
     """The SVG is well-formed, and has a bar for each load."""
     chart = ElementTree.parse(output / "bench.svg")
@@ -95,6 +100,7 @@ def test_refused_requests_are_recorded_and_not_counted_as_throughput(service: Se
     assert sum(result["failures"].values()) > 0
 
 
+@pytest.mark.slow
 def test_forwarding_is_measured_without_losing_an_event(tmp_path: Path) -> None:
     """Each part of it has its figures, and loses no event."""
     words = ("--forwarding", "--scale=0.01", f"--output={tmp_path}")

@@ -18,11 +18,12 @@ from tests.hostile.record import LIMIT_SECONDS, Record
 from tests.hostile.target import Target
 from tests.hostile.volume import probing_health
 from tests.support.clients import INGEST, encode_request, to_message
+from tests.support.patience import PATIENCE
 from tests.support.services import wait_until
 
 _CLIENTS = 8
-_UNREADY_SECONDS = 4.0
-_RECOVERY_SECONDS = 5.0
+_UNREADY_SECONDS = 4.0 * PATIENCE
+_RECOVERY_SECONDS = 5.0 * PATIENCE
 # So many over new connections, and each of the two workers has had one.
 _NORMAL_ROW = 12
 

@@ -15,13 +15,14 @@ from tests.hostile.grammar import encode_batch, make_event
 from tests.hostile.record import LIMIT_SECONDS, Record
 from tests.hostile.target import Target
 from tests.hostile.volume import probing_health
+from tests.support.patience import PATIENCE
 
 _EVENTS = 20
 _CLIENTS = 8
 _FACTOR = 3
-_LEAST_SHARE = 0.8
-_RECOVERY_SECONDS = 5.0
-_NORMAL_SECONDS = 1.0
+_LEAST_SHARE = 0.8 / PATIENCE
+_RECOVERY_SECONDS = 5.0 * PATIENCE
+_NORMAL_SECONDS = 1.0 * PATIENCE
 # Every row takes the database so long: the limit is the same on every machine.
 _SLOW_DOWN = """
 CREATE FUNCTION slow_down() RETURNS trigger LANGUAGE plpgsql AS

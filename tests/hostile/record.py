@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tests.support.patience import PATIENCE
+
 # No answer may take longer.
-LIMIT_SECONDS = 5.0
+LIMIT_SECONDS = 5.0 * PATIENCE
 # The texts of this many violations are kept; the others are only counted.
 _TEXTS = 20
 

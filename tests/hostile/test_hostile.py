@@ -50,12 +50,14 @@ def finished() -> "subprocess.CompletedProcess[str]":
     return run_program("tests.hostile", *words, timeout=180)
 
 
+@pytest.mark.slow
 def test_hostile_input_finds_no_violation(finished: "subprocess.CompletedProcess[str]") -> None:
     """A quick run finds no violation, and exits with 0."""
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "--seed 7" in finished.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_hostile_campaigns_catch_a_broken_build(name: str, tmp_path: Path) -> None:
     """A service with one line broken does not pass."""

@@ -30,6 +30,8 @@ from tests.support.load import (
 )
 from tests.support.services import Service, ask, run_command, running_service, wait_until
 
+pytestmark = pytest.mark.slow
+
 ANSWER_SECONDS = 6.0
 RECOVERY_SECONDS = 5.0
 END_SECONDS = 30.0

@@ -2,10 +2,11 @@
 
 import io
 from collections.abc import Collection, Iterable
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
+
+from psycopg2.extensions import connection as Connection
 
 from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
@@ -119,8 +120,10 @@ def _read_tables(
     cluster: Cluster, acknowledged: Iterable[str], begin: datetime, end: datetime
 ) -> _Tables:
     place = {"project": PROJECT, "begin": begin, "end": end}
-    with closing(cluster.connect()) as connection, connection.cursor() as cursor:
+
+    def read(connection: Connection) -> _Tables:
         connection.set_session(isolation_level="REPEATABLE READ")
+        cursor = connection.cursor()
 
         def find(statement: str) -> list[Any]:
             cursor.execute(statement, place)
@@ -141,4 +144,6 @@ def _read_tables(
             tables.pending[name] |= {Event.FromString(event).event_id for event in chosen}
         for name, event, reason in find(_FIND_DEAD):
             tables.dead[name][Event.FromString(bytes(event)).event_id] = reason
-    return tables
+        return tables
+
+    return cluster.use_connection(read)

@@ -8,6 +8,7 @@ import grpc
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from tests.support.clients import INGEST
+from tests.support.patience import PATIENCE
 from tests.torture.events import Batch
 
 STORED = frozenset({"202", "OK"})
@@ -18,7 +19,7 @@ LOST = "lost"
 # Of calls whose server has died or is leaving.
 BROKEN = frozenset({LOST, "CANCELLED"})
 
-_ANSWER_SECONDS = 20.0
+_ANSWER_SECONDS = 20.0 * PATIENCE
 _RECONNECT = [
     ("grpc.use_local_subchannel_pool", 1),
     # A call whose server has left is sent again here, and told of: not by the library, in silence.

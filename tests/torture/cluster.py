@@ -4,18 +4,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 import psycopg2
+from psycopg2.extensions import connection as Connection
 
 from server.storage.connection import connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.keys import create_key
+from tests.support.patience import PATIENCE
 from tests.support.services import Service, ask, clean_environment, for_sqlalchemy, wait_until
 from tests.torture.clients import Client, GrpcClient, HttpClient
 from tests.torture.events import PROJECT
@@ -23,12 +25,14 @@ from tests.torture.machine import find_ports, is_listening, mounted
 from tests.torture.providers import AMPLITUDE_KEY, MIXPANEL_TOKEN, open_providers
 from tests.torture.proxy import Proxy, to_port, to_socket
 
+T = TypeVar("T")
+
 DATABASE_PASSWORD = "database-s3cret-71c0"
 WORKERS = 2
 _HTTP_CLIENTS, _GRPC_CLIENTS = 5, 3
-_START_SECONDS = 60.0
-_LEAVE_SECONDS = 35.0
-_QUERY_SECONDS = 30.0
+_START_SECONDS = 60.0 * PATIENCE
+_LEAVE_SECONDS = 35.0 * PATIENCE
+_QUERY_SECONDS = 30.0 * PATIENCE
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Cluster:
             lambda: GrpcClient(grpc, self.key)
         ] * _GRPC_CLIENTS
 
-    def connect(self) -> "psycopg2.extensions.connection":
+    def connect(self) -> Connection:
         """Open a connection around the proxy, after waiting for the database."""
         deadline = time.monotonic() + _QUERY_SECONDS
         while True:
@@ -162,20 +166,25 @@ class Cluster:
 
     def wait_for_database(self) -> None:
         """Return when the database answers a query."""
-        wait_until(self._answers_queries, _QUERY_SECONDS)
-
-    def _answers_queries(self) -> bool:
-        # One that is about to die may still take the connection.
-        with suppress(psycopg2.OperationalError):
-            return self.query("SELECT 1") == [(1,)]
-        return False
+        self.query("SELECT 1")
 
     def query(self, statement: str, *parameters: Any) -> list[Any]:
-        """Run a statement in a transaction of its own, and return its rows."""
-        with closing(self.connect()) as connection, connection.cursor() as cursor:
-            connection.autocommit = True
-            cursor.execute(statement, parameters)
-            return cursor.fetchall() if cursor.description else []
+        """Run a repeatable statement, in a transaction of its own, and return its rows."""
+        return self.use_connection(lambda made: _execute(made, statement, parameters))
+
+    def use_connection(self, work: Callable[[Connection], T]) -> T:
+        """Return what repeatable work yields; a connection that breaks meanwhile is replaced.
+
+        A database that has just been killed may take a connection and die after that.
+        """
+        deadline = time.monotonic() + _QUERY_SECONDS
+        while True:
+            try:
+                with closing(self.connect()) as connection:
+                    return work(connection)
+            except (psycopg2.OperationalError, psycopg2.InterfaceError):
+                if time.monotonic() > deadline:
+                    raise
 
     def start_service(self) -> None:
         """Start the service on the ports that it always has, and return when it is whole."""
@@ -286,3 +295,10 @@ class Cluster:
         for process in self.find_postgres():
             with suppress(psutil.Error):
                 process.kill()
+
+
+def _execute(connection: Connection, statement: str, parameters: Sequence[Any]) -> list[Any]:
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute(statement, parameters)
+        return cursor.fetchall() if cursor.description else []

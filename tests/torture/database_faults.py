@@ -3,11 +3,12 @@
 import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from tests.support.patience import PATIENCE
 from tests.support.services import ask, wait_until
 from tests.torture.cluster import Setup
 from tests.torture.machine import frozen
@@ -16,10 +17,10 @@ from tests.torture.trial import Fault, Inject, Trial
 
 _PROXIED = Setup(has_proxied_database=True)
 _SMALL_DISK = Setup(disk_megabytes=256)
-_RECOVERY_SECONDS = 5.0
-_RESTART_SECONDS = 30.0
+_RECOVERY_SECONDS = 5.0 * PATIENCE
+_RESTART_SECONDS = 30.0 * PATIENCE
 # Of a database that does not answer, /ready tells after so long.
-_NOTICE_SECONDS = 4.0
+_NOTICE_SECONDS = 4.0 * PATIENCE
 _LOOK_SECONDS = 0.2
 _CHUNK = b"\0" * (1 << 16)
 
@@ -79,9 +80,9 @@ def _fill_disk(trial: Trial) -> float:
     _fill(ballast)
     try:
         if trial.draw.random() < 0.5:  # a new segment of the WAL, which PostgreSQL dies of
-            with suppress(Exception):
-                trial.cluster.query("SELECT pg_switch_wal()")
-        wait_until(lambda: _was_refused(trial), 30.0)
+            with suppress(Exception), closing(trial.cluster.connect()) as connection:
+                connection.cursor().execute("SELECT pg_switch_wal()")
+        wait_until(lambda: _was_refused(trial), 30.0 * PATIENCE)
         trial.wait(0.2, 1.0)
     finally:
         ballast.unlink()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from tests.support.patience import PATIENCE
 from tests.support.services import wait_until
 from tests.torture.clients import STORED, Client
 from tests.torture.events import Batch, EventSource
@@ -17,7 +18,7 @@ _RETRY_SECONDS = 0.05
 # Some answers get lost on the way to a client, which then sends again what was acknowledged.
 _REPEATED_SHARE = 0.1
 # Until when all must have been acknowledged, after the last fault is over.
-_GIVE_UP_SECONDS = 40.0
+_GIVE_UP_SECONDS = 40.0 * PATIENCE
 
 
 @dataclass(frozen=True, slots=True)

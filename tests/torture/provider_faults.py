@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from tests.support.patience import PATIENCE
 from tests.support.provider_servers import HTML, Event, Script
 from tests.support.provider_servers import Fault as Failure
 from tests.support.services import wait_until
@@ -12,9 +13,9 @@ from tests.torture.proxy import Weather
 from tests.torture.trial import Fault, Inject, Trial
 
 # In which the provider that is well must have everything, while the other one is not.
-_UNHINDERED_SECONDS = 15.0
+_UNHINDERED_SECONDS = 15.0 * PATIENCE
 # A request is given up after 20 s, and the next one comes within a few more.
-_CATCH_UP_SECONDS = 60.0
+_CATCH_UP_SECONDS = 60.0 * PATIENCE
 _THOUSAND = 1000
 
 

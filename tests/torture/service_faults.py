@@ -7,6 +7,7 @@ import time
 import psutil  # type: ignore[import-untyped]
 
 from server import failpoints
+from tests.support.patience import PATIENCE
 from tests.support.services import ask, wait_until
 from tests.torture.clients import STORED
 from tests.torture.cluster import WORKERS
@@ -14,8 +15,8 @@ from tests.torture.trial import WITHOUT_ANSWER, Fault, Inject, Trial
 
 # A gRPC call may arrive in the very moment in which its worker stops listening.
 _LEAVING = STORED | {"CANCELLED"}
-_EXIT_SECONDS = 30.0
-_REACH_SECONDS = 20.0
+_EXIT_SECONDS = 30.0 * PATIENCE
+_REACH_SECONDS = 20.0 * PATIENCE
 _EXTRA_FORWARDERS = 2
 _SLOW_SECONDS = 0.5
 # What a provider has taken is claimed for 60 s, of which 35 may have passed until it answered.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psycopg2
 
+from tests.support.patience import PATIENCE
 from tests.torture.checks import Findings, Ledger, check
 from tests.torture.cluster import Cluster, Setup
 from tests.torture.events import EventSource
@@ -21,7 +22,7 @@ from tests.torture.trial import ANSWER_SECONDS, Fault, Trial
 # Mixpanel takes events of an hour ahead at the most, so the rounds' times begin in the past.
 _EPOCH_AGE = timedelta(hours=12)
 # What a killed forwarder had claimed is due again after 60 s.
-_DRAIN_SECONDS = 90.0
+_DRAIN_SECONDS = 90.0 * PATIENCE
 _SHORT_DRAIN_SECONDS = 3.0
 _COUNT_PENDING = "SELECT count(*) FROM outbox_deliveries"
 # Retries that are far ahead are brought forward; leases are waited for, unless in a hurry.

@@ -2,6 +2,7 @@
 
 import struct
 import subprocess
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg2.extensions import connection as Connection
 
-from tests.support.services import break_build, run_program
+from server.storage.embedded import EmbeddedPostgres
+from tests.support.services import ROOT, break_build, run_program
+from tests.torture.cluster import Cluster, Setup
 from tests.torture.wire import FrontendMessages
 
 _RUN_SECONDS = 600.0
@@ -78,6 +82,7 @@ def run_torture(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return run_program("tests.torture", *arguments, timeout=_RUN_SECONDS)
 
 
+@pytest.mark.slow
 def test_a_few_rounds_of_each_fault_pass(tmp_path: Path) -> None:
     """A few rounds of each fault find nothing wrong."""
     record = tmp_path / "record.md"
@@ -86,6 +91,7 @@ def test_a_few_rounds_of_each_fault_pass(tmp_path: Path) -> None:
     assert "No violation." in record.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
 def test_the_harness_finds_a_seeded_bug(name: str, tmp_path: Path) -> None:
     """A build with this bug is found out, by what it does to events."""
@@ -102,11 +108,32 @@ def test_the_harness_finds_a_seeded_bug(name: str, tmp_path: Path) -> None:
     assert bug.finding in finished.stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_fault_is_answered_with_known_ones() -> None:
     """A misspelt fault ends the command with the names there are."""
     finished = run_torture("--fault", "servise-kill")
     assert finished.returncode == 2
     assert "service-kill" in finished.stderr
+
+
+def test_a_harness_query_replaces_a_broken_connection(open_directory: Path) -> None:
+    """A query of the harness is run again if its connection breaks meanwhile."""
+    cluster = Cluster(open_directory / "torture", Setup(), ROOT, "1")
+    pids: list[int] = []
+
+    def read_pid(connection: Connection) -> int:
+        cursor = connection.cursor()
+        cursor.execute("SELECT pg_backend_pid()")
+        pids.extend(pid for (pid,) in cursor.fetchall())
+        if len(pids) == 1:
+            cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        return pids[-1]
+
+    with ExitStack() as stack:
+        for provider in cluster.providers.values():
+            stack.enter_context(provider)
+        stack.enter_context(EmbeddedPostgres(cluster.data, create=True))
+        assert cluster.use_connection(read_pid) == pids[1]
 
 
 def frame(kind: bytes, content: bytes) -> bytes:

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tests.support.patience import PATIENCE
 from tests.torture.clients import BROKEN, NOT_STORED, STORED
 from tests.torture.cluster import Cluster, Setup
 from tests.torture.load import Load
 
 # A request is answered after five seconds at the latest; the rest is for a machine that is busy.
-ANSWER_SECONDS = 7.0
+ANSWER_SECONDS = 7.0 * PATIENCE
 
 PLAIN = Setup()
 WITHOUT_ANSWER = STORED | NOT_STORED | BROKEN

@@ -23,6 +23,8 @@ from server.storage import embedded
 from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from tests.support.services import ROOT
 
+pytestmark = pytest.mark.slow  # each has the whole life of a database
+
 USE_UNTIL_TOLD = """
 import sys
 from pathlib import Path
