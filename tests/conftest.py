@@ -6,7 +6,6 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from sqlalchemy.engine import make_url
 
-from server.storage.connection import Engine, connected, open_engine
+from server.storage.connection import Engine, open_engine
 from server.storage.embedded import EmbeddedPostgres
-from server.storage.keys import create_key
 from server.storage.migrate import migrate
+from tests.support.clients import Tenant, open_tenant
+from tests.support.projects import Project, create_project
 from tests.support.services import Service, for_sqlalchemy, running_service
-
-
-@dataclass(frozen=True)
-class Project:
-    """A tenant of a test's own."""
-
-    id: str
-    key: str
-
 
 # A busy machine must not fail a test: hypothesis does not time what it runs.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -135,16 +126,16 @@ def project(service: Service) -> Project:
     return create_project(service)
 
 
-def create_project(service: Service) -> Project:
-    """A fresh project with a key, of any service."""
-    name = f"proj_{uuid.uuid4().hex[:12]}"
-    with connected(open_engine(for_sqlalchemy(service.database_url))) as connection:
-        return Project(name, create_key(connection, name, "test"))
-
-
 @pytest.fixture
 def database(service: Service) -> Iterator["psycopg2.extensions.connection"]:
     """A connection to the shared service's database."""
     with closing(psycopg2.connect(service.database_url)) as connection:
         connection.autocommit = True
         yield connection
+
+
+@pytest.fixture
+def tenant(service: Service) -> Iterator[Tenant]:
+    """A project of the test's own that sends events to the service."""
+    with open_tenant(service) as tenant:
+        yield tenant

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
-from tests.conftest import Project
 from tests.hostile.connection import Answer, encode_post
 from tests.hostile.grammar import (
     ODD_JSON,
@@ -16,6 +15,7 @@ from tests.hostile.grammar import (
     make_value,
     spoil_event,
 )
+from tests.support.projects import Project
 
 _GZIP = b"Content-Encoding: gzip"
 _SHAPES = (b"null", b"[]", b"{}", b'"events"', b"7", b'{"events":null}', b'{"events":{}}', b"")

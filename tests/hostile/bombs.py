@@ -9,13 +9,13 @@ import orjson
 
 from server.events.json_parser import MAX_VALUES
 from tests.bench.events import make_long_events
-from tests.conftest import Project
 from tests.hostile.bodies import describe_outcome
 from tests.hostile.connection import Answer, Connection, NoAnswer, encode_post
 from tests.hostile.grammar import encode_batch, make_event
 from tests.hostile.record import Record
 from tests.hostile.target import Target
 from tests.hostile.volume import probing_health
+from tests.support.projects import Project
 
 _BODY_BYTES = 10 * 1024 * 1024
 _GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"

@@ -11,7 +11,6 @@ import grpc
 import psutil  # type: ignore[import-untyped]
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
-from tests.conftest import Project
 from tests.hostile.connection import Answer, Connection, NoAnswer, encode_post
 from tests.hostile.grammar import encode_batch, make_event
 from tests.hostile.record import LIMIT_SECONDS, Record
@@ -19,6 +18,7 @@ from tests.hostile.target import Target
 from tests.hostile.volume import probing_health
 from tests.support.clients import INGEST, encode_request, to_message
 from tests.support.patience import PATIENCE
+from tests.support.projects import Project
 from tests.support.services import wait_until
 
 _CLIENTS = 8

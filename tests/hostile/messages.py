@@ -8,9 +8,9 @@ from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from productgraph.v1.event_pb2 import Event
-from tests.conftest import Project
 from tests.hostile.grammar import damage, make_event, make_text
 from tests.support.clients import encode_request, frame, to_message
+from tests.support.projects import Project
 
 _NUMBERS = [field.number for field in Event.DESCRIPTOR.fields]
 _VARINTS = (b"\0", b"\1", b"\xff" * 9 + b"\1", b"\xff" * 10, b"\x80" * 11, b"\xff", b"\x80\0")

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count as counting
 
-from tests.conftest import Project
 from tests.hostile.bombs import MAX_MEMORY_MB
 from tests.hostile.connection import Connection, NoAnswer, encode_post
 from tests.hostile.grammar import encode_batch, make_event
@@ -16,6 +15,7 @@ from tests.hostile.record import LIMIT_SECONDS, Record
 from tests.hostile.target import Target
 from tests.hostile.volume import probing_health
 from tests.support.patience import PATIENCE
+from tests.support.projects import Project
 
 _EVENTS = 20
 _CLIENTS = 8

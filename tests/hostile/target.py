@@ -10,7 +10,7 @@ import psutil  # type: ignore[import-untyped]
 import psycopg2
 
 from tests.bench.processes import read_memory, read_peak_memory, reset_peak_memory
-from tests.conftest import Project, create_project
+from tests.support.projects import Project, create_project
 from tests.support.services import ROOT, Service, running_service
 
 _WORKERS = 2

@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 
-from tests.conftest import Project
 from tests.hostile.bodies import BodyGrammar
 from tests.hostile.messages import MessageGrammar
 from tests.hostile.record import Record
 from tests.hostile.run import CAMPAIGNS, choose_campaigns, run_campaigns
 from tests.hostile.streams import StreamGrammar
+from tests.support.projects import Project
 from tests.support.services import break_build, run_program
 
 PROJECTS = Project("proj_1", "key_1"), Project("proj_2", "key_2")

@@ -18,8 +18,8 @@ import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
 
-from tests.conftest import Project
 from tests.support.load import GrpcClient, HttpClient, make_event, send
+from tests.support.projects import Project
 from tests.support.services import Service, run_command, running_service
 
 KEY = re.compile(r"pgk_[a-z2-7]{40}")

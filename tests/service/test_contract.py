@@ -7,8 +7,8 @@ import time
 import pytest
 from psycopg2.extensions import connection as Connection
 
-from tests.conftest import Project, create_project
 from tests.support.clients import Answer, Tenant, accepted, create_revoked_key, send
+from tests.support.projects import Project, create_project
 from tests.support.services import Service, running_service
 
 MEGABYTE = 1 << 20
@@ -116,12 +116,6 @@ EVENT_TYPES = [
     *("ui.submit", "state.change", "api.request", "api.response", "journey.step", "error"),
     *("performance", "custom"),
 ]
-
-
-@pytest.fixture
-def tenant(service: Service, project: Project, database: Connection) -> Tenant:
-    """A tenant of the test's own."""
-    return Tenant(service, project, database)
 
 
 def check_refusal(answer: Answer, status: int) -> str:

@@ -12,7 +12,6 @@ import psycopg2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.conftest import Project, create_project
 from tests.support.load import (
     STORED,
     Client,
@@ -23,6 +22,7 @@ from tests.support.load import (
     running_load,
     send,
 )
+from tests.support.projects import Project, create_project
 from tests.support.services import Service, running_service, wait_until
 
 END_SECONDS = 30.0
@@ -36,7 +36,7 @@ def leaver(create_migrated: Callable[[], str]) -> Iterator[Service]:
 
 
 @pytest.fixture
-def tenant(leaver: Service) -> Project:
+def project(leaver: Service) -> Project:
     """A project of that service."""
     return create_project(leaver)
 
@@ -76,42 +76,42 @@ def is_listening(service: Service) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_requests_in_flight_at_sigterm_get_true_answers(
-    number: signal.Signals, leaver: Service, tenant: Project
+    number: signal.Signals, leaver: Service, project: Project
 ) -> None:
     """Requests in flight at SIGTERM or Ctrl-C get their true answers, and the exit status is 0."""
     with ExitStack() as stack:
-        clients = open_clients(leaver, tenant, stack)
+        clients = open_clients(leaver, project, stack)
         with locked_events(leaver):
-            event_ids = begin_all(clients, tenant)
+            event_ids = begin_all(clients, project)
             leaver.process.send_signal(number)
             wait_until(lambda: not is_listening(leaver))
         assert {client.end() for client in clients} <= STORED
         assert leaver.process.wait(END_SECONDS) == 0
-    assert event_ids <= set(read_stored(leaver, tenant))
+    assert event_ids <= set(read_stored(leaver, project))
 
 
-def test_the_last_held_answer_closes_its_connection(leaver: Service, tenant: Project) -> None:
+def test_the_last_held_answer_closes_its_connection(leaver: Service, project: Project) -> None:
     """An answer that was held when the end began tells the client that its connection closes."""
-    with closing(HttpClient(leaver, tenant.key)) as client:
+    with closing(HttpClient(leaver, project.key)) as client:
         with locked_events(leaver):
-            client.begin([make_event(tenant.id)])
+            client.begin([make_event(project.id)])
             leaver.process.send_signal(signal.SIGTERM)
             wait_until(lambda: not is_listening(leaver))
         assert client.end() == "202"
         assert not client.is_open
 
 
-def test_connections_queued_at_sigterm_are_answered(leaver: Service, tenant: Project) -> None:
+def test_connections_queued_at_sigterm_are_answered(leaver: Service, project: Project) -> None:
     """Connections that no one has accepted yet when SIGTERM comes are answered too."""
     (worker,) = leaver.find_workers()
     with ExitStack() as stack:
-        clients = [stack.enter_context(closing(HttpClient(leaver, tenant.key))) for _ in range(24)]
+        clients = [stack.enter_context(closing(HttpClient(leaver, project.key))) for _ in range(24)]
         worker.suspend()
-        event_ids = begin_all(clients, tenant)
+        event_ids = begin_all(clients, project)
         worker.terminate()
         worker.resume()
         assert {client.end() for client in clients} == {"202"}
-    assert event_ids <= set(read_stored(leaver, tenant))
+    assert event_ids <= set(read_stored(leaver, project))
 
 
 def test_a_draining_service_is_unready_but_healthy(leaver: Service) -> None:

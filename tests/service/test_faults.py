@@ -16,7 +16,6 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from server.storage.embedded import EmbeddedPostgres
-from tests.conftest import Project, create_project
 from tests.support.load import (
     NOT_STORED,
     STORED,
@@ -28,6 +27,7 @@ from tests.support.load import (
     running_load,
     send,
 )
+from tests.support.projects import Project, create_project
 from tests.support.services import Service, ask, run_command, running_service, wait_until
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def exposed(postgres: EmbeddedPostgres) -> Iterator[Service]:
 
 
 @pytest.fixture
-def tenant(exposed: Service) -> Project:
+def project(exposed: Service) -> Project:
     """A project of that service."""
     return create_project(exposed)
 
@@ -133,10 +133,10 @@ def directory(open_directory: Path) -> Path:
 
 
 def test_a_stopped_database_costs_503s_until_its_start(
-    postgres: EmbeddedPostgres, directory: Path, exposed: Service, tenant: Project
+    postgres: EmbeddedPostgres, directory: Path, exposed: Service, project: Project
 ) -> None:
     """A stopped database costs 503s, which end within five seconds of its start."""
-    with running_load(exposed, tenant, http_clients=12, grpc_clients=4) as load:
+    with running_load(exposed, project, http_clients=12, grpc_clients=4) as load:
         wait_until(lambda: load.statuses() >= STORED)
         with stopped(postgres, directory):
             wait_until(lambda: load.statuses() >= NOT_STORED)
@@ -146,15 +146,15 @@ def test_a_stopped_database_costs_503s_until_its_start(
         wait_until(lambda: load.stored(recovered_at), RECOVERY_SECONDS)
     assert load.statuses() == STORED | NOT_STORED
     assert load.longest() < ANSWER_SECONDS
-    assert load.stored() <= set(read_stored(exposed, tenant))
+    assert load.stored() <= set(read_stored(exposed, project))
     wait_until(lambda: ask(f"{exposed.http_url}/ready") == 200)
 
 
 def test_a_frozen_database_delays_answers_but_not_health(
-    directory: Path, exposed: Service, tenant: Project
+    directory: Path, exposed: Service, project: Project
 ) -> None:
     """A frozen database delays answers to their deadline, then fails them fast; never health."""
-    with running_load(exposed, tenant, http_clients=40, grpc_clients=8) as load:
+    with running_load(exposed, project, http_clients=40, grpc_clients=8) as load:
         wait_until(lambda: load.statuses() >= STORED)
         with measured_health(exposed) as times, frozen(directory):
             thaw_at = time.monotonic() + FREEZE_SECONDS
@@ -170,7 +170,7 @@ def test_a_frozen_database_delays_answers_but_not_health(
     assert max(late, default=FREEZE_SECONDS) < FAST_SECONDS
     assert statistics.median(times) < HEALTH_MEDIAN_SECONDS
     assert max(times) < HEALTH_SECONDS
-    assert load.stored() <= set(read_stored(exposed, tenant))
+    assert load.stored() <= set(read_stored(exposed, project))
 
 
 @pytest.mark.parametrize("outage", ["stopped", "frozen"])
@@ -197,17 +197,17 @@ def test_an_outage_answers_unknown_keys_with_503(
     postgres: EmbeddedPostgres,
     directory: Path,
     exposed: Service,
-    tenant: Project,
+    project: Project,
 ) -> None:
     """A key that cannot be looked up is answered 503 and not 401; a malformed one still 401."""
     with (
-        closing(kind(exposed, tenant.key)) as unknown,
+        closing(kind(exposed, project.key)) as unknown,
         closing(kind(exposed, "pgk_nonsense")) as malformed,
     ):
         with stopped(postgres, directory):
-            assert send(unknown, [make_event(tenant.id)]) in NOT_STORED
-            assert send(malformed, [make_event(tenant.id)]) in {"401", "UNAUTHENTICATED"}
-        wait_until(lambda: send(unknown, [make_event(tenant.id)]) in STORED, RECOVERY_SECONDS)
+            assert send(unknown, [make_event(project.id)]) in NOT_STORED
+            assert send(malformed, [make_event(project.id)]) in {"401", "UNAUTHENTICATED"}
+        wait_until(lambda: send(unknown, [make_event(project.id)]) in STORED, RECOVERY_SECONDS)
 
 
 def test_one_worker_answers_while_the_other_is_replaced(pair: Service) -> None:

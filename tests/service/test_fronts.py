@@ -19,8 +19,8 @@ import pytest
 import trustme
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
-from tests.conftest import Project
 from tests.support.clients import INGEST
+from tests.support.projects import Project
 from tests.support.services import ROOT, Service, wait_until
 
 CA = trustme.CA()

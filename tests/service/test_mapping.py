@@ -4,11 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from psycopg2.extensions import connection as Connection
 
-from tests.conftest import Project
 from tests.support.clients import Event, Tenant, accepted
-from tests.support.services import Service
 
 IDS = ["event_id", "session.id", "user.id"]
 REQUIRED = ["event_id", "project_id", "session.id", "event.type", "event.timestamp"]
@@ -51,9 +48,9 @@ class Sender(Tenant):
 
 
 @pytest.fixture
-def sender(service: Service, project: Project, database: Connection) -> Sender:
+def sender(tenant: Tenant) -> Sender:
     """A tenant of the test's own."""
-    return Sender(service, project, database)
+    return Sender(**vars(tenant))
 
 
 def column(name: str) -> str:

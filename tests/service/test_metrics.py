@@ -8,20 +8,17 @@ import subprocess
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import psycopg2
 import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.events.validation import REASONS
-from tests.conftest import create_project
-from tests.support.clients import Refusal, Tenant, send, to_message
+from tests.support.clients import Refusal, Tenant, open_tenant, send, to_message
 from tests.support.services import ROOT, Service, ask, running_service, wait_until
 
 DEPLOY = ROOT / "scripts/deploy"
@@ -179,8 +176,8 @@ def pair(create_migrated: Callable[[], str]) -> Iterator[Service]:
 @pytest.fixture
 def load(pair: Service) -> Iterator[Load]:
     """A load for that service."""
-    with closing(psycopg2.connect(pair.database_url)) as connection:
-        yield Load(Tenant(pair, create_project(pair), connection))
+    with open_tenant(pair) as tenant:
+        yield Load(tenant)
 
 
 def settle(load: Load, before: Samples, service: Service) -> None:

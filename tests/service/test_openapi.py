@@ -12,8 +12,8 @@ from productgraph.v1 import rules_pb2
 from productgraph.v1.event_pb2 import Event
 from server.events.schema import EVENT_SCHEMA
 from server.http.openapi import encode_description
-from tests.conftest import Project
 from tests.support.clients import Answer, send
+from tests.support.projects import Project
 from tests.support.services import Service
 
 # Nothing can be wrong with the others' requests.

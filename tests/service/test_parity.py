@@ -14,10 +14,8 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.struct_pb2 import Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from psycopg2.extensions import connection as Connection
 
 from productgraph.v1.event_pb2 import Event as EventMessage
-from tests.conftest import Project
 from tests.service.test_contract import EXAMPLES
 from tests.support.clients import (
     INGEST,
@@ -71,9 +69,9 @@ class Twin(Tenant):
 
 
 @pytest.fixture
-def twin(service: Service, project: Project, database: Connection) -> Twin:
+def twin(tenant: Tenant) -> Twin:
     """A tenant of the test's own."""
-    return Twin(service, project, database)
+    return Twin(**vars(tenant))
 
 
 def typical_value(field: FieldDescriptor) -> object:

@@ -2,17 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
-import psycopg2
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from server.events.validation import UNCLASSIFIED, classify_problem
-from tests.conftest import create_project
-from tests.support.clients import Refusal, Tenant, accepted, encode_request, to_message
+from tests.support.clients import Refusal, Tenant, accepted, encode_request, open_tenant, to_message
 from tests.support.services import Service
 
 bounded = settings(max_examples=150, deadline=None)
@@ -31,9 +28,8 @@ NAMES = st.sampled_from([field.json_name for field in to_message({}).DESCRIPTOR.
 @pytest.fixture(scope="module")
 def tenant(service: Service) -> Iterator[Tenant]:
     """One tenant for all examples."""
-    with closing(psycopg2.connect(service.database_url)) as connection:
-        connection.autocommit = True
-        yield Tenant(service, create_project(service), connection)
+    with open_tenant(service) as tenant:
+        yield tenant
 
 
 @pytest.fixture(autouse=True)

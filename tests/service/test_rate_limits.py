@@ -13,22 +13,15 @@ import http_sf
 import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
-from psycopg2.extensions import connection as Connection
 
 from server.rates import format_byte_rate, format_event_rate, parse_byte_rate, parse_event_rate
 from server.storage.connection import connected, open_engine
 from server.storage.keys import create_key
-from tests.conftest import Project, create_project
 from tests.support.clients import INGEST, Refusal, Tenant, accepted, encode_request, to_message
 from tests.support.clients import send as send_http
 from tests.support.load import STORED, Client, GrpcClient, HttpClient, make_event, send
+from tests.support.projects import Project, create_project
 from tests.support.services import Service, for_sqlalchemy, running_service
-
-
-@pytest.fixture
-def tenant(service: Service, project: Project, database: Connection) -> Tenant:
-    """A project of the shared service, which has no default limits."""
-    return Tenant(service, project, database)
 
 
 def limited(tenant: Tenant, event_rate: int | None = None, byte_rate: int | None = None) -> Tenant:

@@ -8,24 +8,16 @@ from typing import Any
 import psycopg2
 import pytest
 from hypothesis import given
-from psycopg2.extensions import connection as Connection
 
 from productgraph.v1.event_pb2 import Event as EventMessage
 from server.events.json_codec import JsonCodec
 from server.events.json_parser import encode_document, parse_document, parse_exactly
 from server.events.schema import EVENT_SCHEMA
-from tests.conftest import Project, create_project
 from tests.service.test_properties import JSON
-from tests.support.clients import Refusal, Tenant, frame, to_message
+from tests.support.clients import Refusal, Tenant, frame, open_tenant, to_message
 from tests.support.services import Service, run_command, running_service, wait_until
 
 UNKNOWN_TYPE = "event.type: unknown type 'ui.hover'"
-
-
-@pytest.fixture
-def tenant(service: Service, project: Project, database: Connection) -> Tenant:
-    """A project that has sent nothing yet."""
-    return Tenant(service, project, database)
 
 
 def read_kept(tenant: Tenant) -> list[tuple[int, str, str, int, bytes]]:
@@ -326,10 +318,9 @@ def leaver(create_migrated: Callable[[], str]) -> Callable[..., AbstractContextM
     def start(**settings: str) -> Iterator[Tenant]:
         with (
             running_service({"DATABASE_URL": create_migrated(), **settings}) as service,
-            closing(psycopg2.connect(service.database_url)) as database,
+            open_tenant(service) as tenant,
         ):
-            database.autocommit = True
-            yield Tenant(service, create_project(service), database)
+            yield tenant
 
     return start
 

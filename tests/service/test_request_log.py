@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.telemetry.request_log import RequestLog
-from tests.conftest import create_project
-from tests.support.clients import INGEST, Tenant, encode_request, send, to_message
+from tests.support.clients import INGEST, Tenant, encode_request, open_tenant, send, to_message
 from tests.support.services import Service, ask, running_service, wait_until
 
 TIMEOUT_SECONDS = 10.0
@@ -38,9 +37,8 @@ def logged(create_migrated: Callable[[], str]) -> Iterator[Service]:
 @pytest.fixture
 def tenant(logged: Service) -> Iterator[Tenant]:
     """A project of that service."""
-    with closing(psycopg2.connect(logged.database_url)) as database:
-        database.autocommit = True
-        yield Tenant(logged, create_project(logged), database)
+    with open_tenant(logged) as tenant:
+        yield tenant
 
 
 @pytest.fixture

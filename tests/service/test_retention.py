@@ -17,9 +17,9 @@ from server.storage.connection import Engine, Link, connected, open_engine, tran
 from server.storage.partitions import add_months
 from server.storage.rejected_events import Rejection, insert_rejections
 from server.storage.retention import delete_expired_rows, drop_partition, list_expired_partitions
-from tests.conftest import create_project
 from tests.support.clients import Tenant, accepted
 from tests.support.load import STORED, read_stored, running_load
+from tests.support.projects import create_project
 from tests.support.services import (
     Service,
     for_sqlalchemy,
@@ -81,12 +81,6 @@ def database(database_url: str) -> Iterator[Connection]:
 def engine(database_url: str) -> Engine:
     """How a command connects to it."""
     return open_engine(for_sqlalchemy(database_url))
-
-
-@pytest.fixture
-def tenant(service: Service, database: Connection) -> Tenant:
-    """A project that has sent nothing yet."""
-    return Tenant(service, create_project(service), database)
 
 
 def retain(service: Service, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -17,22 +17,15 @@ import grpc
 import pytest
 from google.protobuf.descriptor_pool import Default
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from psycopg2.extensions import connection as Connection
 
-from tests.conftest import Project, create_project
 from tests.support.clients import INGEST, Tenant, accepted
+from tests.support.projects import create_project
 from tests.support.services import ROOT, Service, ask, clean_environment
 
 SECURITY = (ROOT / "SECURITY.md").read_text()
 NAMED = re.findall(r"`(test_\w+)`", SECURITY)
 # Services whose methods need no key.
 OPEN = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-
-
-@pytest.fixture
-def tenant(service: Service, project: Project, database: Connection) -> Tenant:
-    """A tenant of the test's own."""
-    return Tenant(service, project, database)
 
 
 def test_the_tests_named_in_security_md_exist() -> None:

@@ -18,9 +18,9 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
-from tests.conftest import Project, create_project
 from tests.support.clients import INGEST, encode_request, frame, send
 from tests.support.load import make_event
+from tests.support.projects import Project, create_project
 from tests.support.provider_servers import AmplitudeServer, Reply, Script
 from tests.support.services import Service, clean_environment, running_service, wait_until
 

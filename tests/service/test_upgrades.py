@@ -7,16 +7,15 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-import psycopg2
 import pytest
 from sqlalchemy import text
 
 from server.storage.connection import connected, open_engine
-from tests.conftest import create_project
-from tests.support.clients import Tenant, accepted, to_message
+from tests.support.clients import accepted, open_tenant, to_message
 from tests.support.services import ROOT, for_sqlalchemy, query, run_command, running_service
 
 TABLES = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
@@ -54,10 +53,8 @@ def test_the_previous_version_runs_beside_this_one(
             stack.enter_context(running_service(settings, root)) for root in (previous, ROOT)
         )
         assert Path(old.find_workers()[0].cwd()) == previous
-        database = stack.enter_context(closing(psycopg2.connect(settings["DATABASE_URL"])))
-        database.autocommit = True
-        project = create_project(new)
-        tenants = [Tenant(service, project, database) for service in (old, new)]
+        newer = stack.enter_context(open_tenant(new))
+        tenants = [replace(newer, service=old), newer]
         for number, tenant in enumerate(tenants):
             both = tenant.make_event({"event_id": "evt_both"})
             own = tenant.make_event({"event_id": f"evt_http_{number}"})

@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPConnection
 from typing import Any, cast
 
 import grpc
+import psycopg2
 from google.protobuf.json_format import ParseDict
 from psycopg2.extensions import connection as Connection
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from productgraph.v1.event_pb2 import Event as EventMessage
-from tests.conftest import Project
+from tests.support.projects import Project, create_project
 from tests.support.services import Service
 
 Event = dict[str, Any]
@@ -136,6 +137,14 @@ class Tenant:
                 yield word
             finally:
                 cursor.execute(f"ALTER TABLE events DROP CONSTRAINT {word}")
+
+
+@contextmanager
+def open_tenant(service: Service) -> Iterator[Tenant]:
+    """Yield a tenant of any service, with a fresh project, while its connection is open."""
+    with closing(psycopg2.connect(service.database_url)) as database:
+        database.autocommit = True
+        yield Tenant(service, create_project(service), database)
 
 
 def send(

@@ -17,7 +17,7 @@ from google.protobuf.json_format import ParseDict
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsRequest
 from productgraph.v1.event_ingestion_service_pb2_grpc import EventIngestionServiceStub
-from tests.conftest import Project
+from tests.support.projects import Project
 from tests.support.services import Service
 
 # The answers of both protocols to events that are stored.

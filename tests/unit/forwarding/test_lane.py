@@ -48,9 +48,8 @@ from server.storage.connection import Link, connected, open_engine
 from server.storage.connection import transactional as make_transactional
 from server.storage.events import EventStore
 from server.storage.outbox import Delivery, Outbox, Outcome
-from tests.conftest import create_project
 from tests.support import provider_servers
-from tests.support.clients import Tenant
+from tests.support.clients import open_tenant
 from tests.support.provider_servers import (
     HTML,
     AmplitudeServer,
@@ -760,9 +759,8 @@ def test_two_workers_forward_every_accepted_event(
     bench = Bench(create_migrated(), servers)
     with (
         running_service(bench.settings | {"WORKERS": "2"}) as service,
-        closing(psycopg2.connect(bench.url)) as connection,
+        open_tenant(service) as tenant,
     ):
-        tenant = Tenant(service, create_project(service), connection)
 
         def post(number: int) -> None:
             fields = {"event.timestamp": datetime.now(UTC).isoformat()}
@@ -794,10 +792,9 @@ def test_serve_runs_as_many_forwarders_as_set(
     bench = Bench(create_migrated(), servers)
     with (
         running_service(bench.settings | {"FORWARDERS": str(count)}) as service,
-        closing(psycopg2.connect(bench.url)) as connection,
+        open_tenant(service) as tenant,
     ):
         assert len(service.find_forwarders()) == count
-        tenant = Tenant(service, create_project(service), connection)
         tenant.post_events([tenant.make_event({"event.timestamp": datetime.now(UTC).isoformat()})])
         with bench.process() if count == 0 else nullcontext():
             bench.finish()

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from server.config import InvalidSetting, TlsFiles
 from server.grpc.certificates import CertificateSource, read_certificates
-from tests.conftest import Project, create_project
 from tests.support.clients import INGEST
+from tests.support.projects import Project, create_project
 from tests.support.services import Service, run_command, running_service, wait_until
 
 CA, CLIENT_CA = trustme.CA(), trustme.CA()

@@ -30,9 +30,7 @@ from server.storage.outbox import (
     record_outcomes,
     set_stopped,
 )
-from tests.conftest import Project
 from tests.support.clients import Tenant
-from tests.support.services import Service
 from tests.unit.events.test_copy_rows import ENCODER, make_row
 
 TABLES = ("outbox_payloads", "outbox_deliveries", "dead_events", "forward_lanes")
@@ -214,14 +212,11 @@ def test_concurrent_duplicates_are_queued_once(save: Save, query: Query, engine:
     assert set(queued.values()) == {1}
 
 
-def test_the_outbox_stays_empty_without_analytics(
-    service: Service, project: Project, database: Any
-) -> None:
+def test_the_outbox_stays_empty_without_analytics(tenant: Tenant) -> None:
     """With analytics off the service leaves the outbox alone."""
-    tenant = Tenant(service, project, database)
     for _ in range(2):
         assert tenant.post_events(tenant.make_events(5))["accepted"] == 5
-    with database.cursor() as cursor:
+    with tenant.database.cursor() as cursor:
         for table in TABLES:
             cursor.execute(f"SELECT count(*) FROM {table}")
             assert cursor.fetchone() == (0,)
