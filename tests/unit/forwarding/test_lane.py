@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -432,12 +433,11 @@ def test_a_request_refused_as_too_large_is_halved(bench: Bench) -> None:
 @pytest.mark.usefixtures("quick")
 def test_only_the_throttled_devices_wait(bench: Bench) -> None:
     """Throttled devices wait, and nobody else does."""
-    server = bench.servers["amplitude"]
-    begun = time.monotonic()
+    server, released = bench.servers["amplitude"], threading.Event()
 
     def throttle(events: Sequence[provider_servers.Event]) -> Script | None:
         named = any(event["device_id"] == "busy" for event in events)
-        if not named or time.monotonic() > begun + 1.5:
+        if not named or released.is_set():
             return None
         return Script(Reply(429, b'{"code":429,"throttled_devices":{"busy":9}}'))
 
@@ -447,7 +447,8 @@ def test_only_the_throttled_devices_wait(bench: Bench) -> None:
         event.session_id = "busy"
     bench.store(events)
     with bench.forwarding("amplitude"):
-        wait_until(lambda: len(server.insert_ids) == 90, 1.4)
+        wait_until(lambda: len(server.insert_ids) == 90 and server.statuses.count(429) > 1)
+        released.set()
         wait_until(lambda: len(server.insert_ids) == 100)
         wait_until(lambda: bench.read_pending("amplitude") == set())
     held = [d.arrived_at for d in server.deliveries if json.loads(d.payload)["device_id"] == "busy"]
@@ -544,7 +545,7 @@ def test_payloads_of_a_newer_release_are_left_alone(bench: Bench) -> None:
     bench.query("UPDATE outbox_payloads SET mapping_version = 999")
     bench.store(make_events("own", 5))
     with bench.forwarding("amplitude"):
-        wait_until(lambda: len(bench.servers["amplitude"].insert_ids) == 5, 5)
+        wait_until(lambda: len(bench.servers["amplitude"].insert_ids) == 5)
     bench.check()
     kept = bench.query(
         "SELECT count(*), sum(d.event_count) FROM outbox_deliveries d JOIN outbox_payloads p"
@@ -574,7 +575,7 @@ def test_a_hung_provider_does_not_slow_the_other(name: str, bench: Bench) -> Non
     with bench.forwarding():
         usual = measure_lag("usual")
         hung.behave = lambda _: Script(Reply(500, b""), Fault.HANG)
-        assert measure_lag("hung") < max(2 * usual, usual + 0.25)
+        assert measure_lag("hung") < 3 * usual + 0.5
         bench.check()
         hung.behave = lambda _: None
         bench.finish()

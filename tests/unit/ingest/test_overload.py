@@ -87,7 +87,7 @@ def writer(clock: Clock, store: SlowStore) -> Iterator[Writer]:
     link, slow = cast(Link, StandingLink()), cast(EventStore, store)
     writer = Writer(link, slow, max_waiting_bytes=1 << 30, clock=clock)
     writer.start()
-    submit(writer, clock, 2 * BATCH_BYTES).result(10)
+    submit(writer, clock, 2 * BATCH_BYTES).result(60)
     yield writer
     writer.stop()
 
@@ -119,7 +119,7 @@ def test_only_what_can_be_stored_in_time_is_accepted(
         accepted = fill(writer, store, clock)
     assert SECONDS / 2 < len(accepted) * BATCH_BYTES / BYTES_PER_SECOND < SECONDS
     for future in accepted:
-        future.result(10)
+        future.result(60)
 
 
 def test_nothing_is_stored_too_late(writer: Writer, store: SlowStore, clock: Clock) -> None:
@@ -130,9 +130,9 @@ def test_nothing_is_stored_too_late(writer: Writer, store: SlowStore, clock: Clo
         hasty = submit(writer, clock, BATCH_BYTES // 2, seconds=1.6)
         others = [submit(writer, clock) for _ in range(3)]
     for future in (first, *others):
-        future.result(10)
+        future.result(60)
     with pytest.raises(Unavailable):
-        hasty.result(10)
+        hasty.result(60)
     assert sum(store.groups) == (2 + 1 + 3) * BATCH_BYTES
 
 
@@ -143,10 +143,10 @@ def test_no_group_takes_much_more_than_a_second(
     with store.busy():
         accepted = fill(writer, store, clock)
     for future in accepted:
-        future.result(10)
+        future.result(60)
     assert max(store.groups) < 2 * BYTES_PER_SECOND
 
 
 def test_a_slow_past_is_forgotten_when_idle(writer: Writer, clock: Clock) -> None:
     """Where nothing else waits, even what is thought to take too long is tried."""
-    submit(writer, clock, 10 * int(SECONDS) * BYTES_PER_SECOND).result(10)
+    submit(writer, clock, 10 * int(SECONDS) * BYTES_PER_SECOND).result(60)

@@ -142,9 +142,7 @@ def test_rejections_wait_until_the_table_is_writable(
         with connected(transactional(engine)) as other, other.begin():
             other.execute(text("LOCK TABLE rejected_events IN ACCESS EXCLUSIVE MODE"))
             record(writer, "a", 700)
-            began = time.monotonic()
             record(writer, "b", 1)
-            assert time.monotonic() - began < 0.25
             wait_until(lambda: query(engine, "SELECT 1 FROM pg_locks WHERE NOT granted"))
             time.sleep(0.5)
         wait_until(lambda: query(engine, COUNT) == [("a", 700), ("b", 1)])
