@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from server.events.schema import EVENT_SCHEMA, Field, Kind
-from tests.conftest import Project
 from tests.support.clients import send
+from tests.support.projects import Project
 from tests.support.services import Service
 
 PACKAGES = {
