@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 # What every record has; anything else came in by `extra` and is a field of the line.
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message", "taskName"}
 
 # A terminal obeys these, and a line feed would begin a line of somebody else's making.
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}

@@ -1,6 +1,8 @@
 """What `serve` prints once the service answers."""
 
 import json
+import os
+import shlex
 import uuid
 from datetime import UTC, datetime
 
@@ -16,42 +18,56 @@ _METRICS = "  metrics  http://{host}:{metrics}/metrics\n"
 _FIRST_KEY = """
 A first API key, for project {project}. It is shown this once:
   {key}
-
+"""
+_MAKE_KEY = """
+Make an API key, in a shell with the same settings:
+  KEY=$({command} keys create --project {project})
+"""
+_EXAMPLES = """
 Send an event over HTTP:
   curl -i -X POST http://{host}:{http}/v1/events \\
-    -H 'Content-Type: application/json' -H 'X-PG-API-Key: {key}' \\
+    -H 'Content-Type: application/json' -H "X-PG-API-Key: {key}" \\
     -d '{http_events}'
 
 and one over gRPC:
-  grpcurl {security} -H 'x-pg-api-key: {key}' \\
+  grpcurl {security} -H "x-pg-api-key: {key}" \\
     -d '{grpc_events}' \\
     {host}:{grpc} {method}
 """
 _METHOD = "productgraph.v1.EventIngestionService/IngestEvents"
+# By which scripts/serve tells how to run other commands.
+_COMMAND_VARIABLE = "PRODUCTGRAPH_COMMAND"
 
 
 def describe_service(settings: Settings, ports: dict[str, int], key: str | None) -> str:
-    """Return the text that tells where the service is and, with a key, how to send an event."""
-    host = settings.host
+    """Return where the service is, how to get an API key unless `key` is one, and examples."""
     places = {
-        "host": "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else host,  # noqa: S104 - compared, not bound
+        "host": _name_host(settings.host),
         "http": ports["PORT"],
         "grpc": ports["GRPC_PORT"],
     }
     banner = _BANNER.format(**places)
     if port := ports.get("METRICS_PORT"):
         banner += _METRICS.format(**places, metrics=port)
-    if key is None:
-        return banner
-    return banner + _FIRST_KEY.format(
-        **places,
+    banner += (_FIRST_KEY if key else _MAKE_KEY).format(
         key=key,
         project=app.DEMO_PROJECT,
+        command=shlex.quote(os.environ.get(_COMMAND_VARIABLE, "productgraph")),
+    )
+    return banner + _EXAMPLES.format(
+        **places,
+        key=key or "$KEY",
         method=_METHOD,
         security="-insecure" if settings.grpc_tls else "-plaintext",
         http_events=_make_example("over HTTP"),
         grpc_events=_make_example("over gRPC"),
     )
+
+
+def _name_host(host: str) -> str:
+    if host in ("0.0.0.0", "::", "127.0.0.1"):  # noqa: S104 - compared, not bound
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
 
 
 def _make_example(title: str) -> str:

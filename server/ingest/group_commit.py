@@ -174,6 +174,8 @@ class Writer:
                 _settle(group, Internal())
             if not self._available:
                 self._available = self._link.wait_until_available(self._closing)
+                if self._available:
+                    _log.info("storage is available again")
         self._link.close()
 
     def _take_group(self) -> list[Batch] | None:

@@ -124,6 +124,8 @@ class KeyCache:
                 self._fail_pending(Internal())
             if not self._available:
                 self._available = self._link.wait_until_available(self._closing)
+                if self._available:
+                    _log.info("API keys can be looked up again")
         self._fail_pending(Unavailable("API keys cannot be looked up"))
         self._link.close()
 

@@ -148,6 +148,8 @@ def test_a_stopped_database_costs_503s_until_its_start(
     assert load.longest() < ANSWER_SECONDS
     assert load.stored() <= set(read_stored(exposed, project))
     wait_until(lambda: ask(f"{exposed.http_url}/ready") == 200)
+    told = [record["message"] for record in exposed.read_log()]
+    assert told.index("storage is unavailable") < told.index("storage is available again")
 
 
 def test_a_frozen_database_delays_answers_but_not_health(
