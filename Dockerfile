@@ -10,10 +10,10 @@ COPY . .
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir --constraint scripts/constraints.txt setuptools \
     && pip wheel --no-cache-dir --no-build-isolation --only-binary :all: \
-        --constraint scripts/constraints.txt --wheel-dir /wheels ".${EXTRAS:+[$EXTRAS]}" \
+        --constraint scripts/constraints.txt --wheel-dir /wheels ./gen ".${EXTRAS:+[$EXTRAS]}" \
     && python -m venv --without-pip /app \
     && pip --python /app/bin/python install --no-cache-dir --no-index --find-links /wheels \
-        "productgraph-ingestion${EXTRAS:+[$EXTRAS]}"
+        productgraph-events "productgraph-ingestion${EXTRAS:+[$EXTRAS]}"
 
 FROM python:${PYTHON}
 ARG VERSION=unknown

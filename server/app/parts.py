@@ -49,7 +49,7 @@ def open_tracing(settings: Settings) -> "Tracing | None":
     except ImportError as error:
         # What sets the variables is often set up for a whole cluster: no reason not to serve.
         _log.warning(
-            "no traces, for the extra otel is missing: pip install 'productgraph-ingestion[otel]'",
+            "no traces: the extra otel is missing (pip install ./gen '.[otel]')",
             extra={"missing": error.name},
         )
         return None

@@ -5,10 +5,10 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
-from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
 from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
+from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.free_form import REPLACEMENT, replace_nul
 from server.events.parsed import ColumnReader, ParsedBatch, ParsedEvent
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema

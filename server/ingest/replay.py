@@ -6,9 +6,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from server.deadline import Deadline
 from server.errors import IngestError, Unavailable
+from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.json_codec import HTTP, JsonCodec
 from server.events.parsed import ParsedBatch
 from server.events.protobuf_codec import ProtobufCodec

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, CursorResult, text
 
-from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
+from server.events.encoded_events_pb2 import EncodedEvents
 
 _DELETED_AT_ONCE = 1000
 

@@ -14,8 +14,8 @@ from uuid import UUID
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import Connection, RowMapping, text
 
-from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from server.events.copy_rows import Row
+from server.events.encoded_events_pb2 import EncodedEvents
 from server.storage.dead_events import bury_events
 
 _MAX_PAYLOAD_EVENTS = 1000

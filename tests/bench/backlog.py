@@ -12,8 +12,8 @@ from uuid import uuid4
 from google.protobuf.json_format import ParseDict
 from sqlalchemy import text
 
-from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
+from server.events.encoded_events_pb2 import EncodedEvents
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.storage.connection import connected, open_engine, transactional
 from server.storage.outbox import claim_batch

@@ -8,8 +8,8 @@ from typing import Any
 
 from psycopg2.extensions import connection as Connection
 
-from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
+from server.events.encoded_events_pb2 import EncodedEvents
 from tests.torture.cluster import Cluster
 from tests.torture.events import PROJECT, Batch
 from tests.torture.load import Load

@@ -5,7 +5,7 @@ import warnings
 
 from productgraph.v1 import event_ingestion_service_pb2 as productgraph_dot_v1_dot_event__ingestion__service__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in productgraph/v1/event_ingestion_service_pb2_grpc.py depends on'
+        + f' but the generated code in productgraph/v1/event_ingestion_service_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class EventIngestionServiceStub:
+class EventIngestionServiceStub(object):
     """Takes telemetry events into ProductGraph.
     """
 
@@ -42,7 +42,7 @@ class EventIngestionServiceStub:
                 _registered_method=True)
 
 
-class EventIngestionServiceServicer:
+class EventIngestionServiceServicer(object):
     """Takes telemetry events into ProductGraph.
     """
 
@@ -72,7 +72,7 @@ def add_EventIngestionServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class EventIngestionService:
+class EventIngestionService(object):
     """Takes telemetry events into ProductGraph.
     """
 

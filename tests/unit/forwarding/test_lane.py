@@ -29,8 +29,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
+from server.events.encoded_events_pb2 import EncodedEvents
 from server.forwarding import http_client as transport
 from server.forwarding import lane as forwarder
 from server.forwarding.http_client import Transport

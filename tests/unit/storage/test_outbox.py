@@ -11,9 +11,9 @@ from uuid import UUID, uuid4
 import psycopg2
 import pytest
 
-from productgraph.internal.v1.encoded_events_pb2 import EncodedEvents
 from productgraph.v1.event_pb2 import Event
 from server.events.copy_rows import Row
+from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.timestamps import END_SECOND, FIRST_SECOND
 from server.storage.connection import Conflict, Connection, Engine, Refused, connected
 from server.storage.connection import transactional as make_transactional
