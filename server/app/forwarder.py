@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ from server.forwarding.providers.mixpanel import Mixpanel
 from server.forwarding.providers.provider import Provider
 from server.processes.lifeline import Lifeline
 from server.processes.priority import lower_priority
-from server.storage.connection import Engine, Link, Watchdog, open_engine, transactional
+from server.storage.connection import Engine, GuardedConnection, open_engine
+from server.storage.health import Watchdog
 from server.storage.migrate import check_migrated
 
 if TYPE_CHECKING:
@@ -40,21 +42,21 @@ async def _forward(settings: Settings, engine: Engine) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     tracing = open_tracing(settings)
-    lanes = [
-        _build_lane(provider, settings, engine, tracing) for provider in _build_providers(settings)
-    ]
-    watchdog = Watchdog(*(lane.check for lane in lanes))
-    watchdog.start()
-    if lifeline := Lifeline.find():
-        lifeline.report_ready()
-        lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
-    if not lanes:
-        _log.warning("no analytics provider is enabled, nothing is forwarded")
-    # It waits all the same: one that ended would be started again and again by what deploys it.
-    await asyncio.gather(stop.wait(), *(lane.run(stop) for lane in lanes))
-    watchdog.stop()
-    if tracing is not None:
-        tracing.stop()
+    with ExitStack() as stack:
+        if tracing is not None:
+            stack.callback(tracing.stop)
+        lanes = []
+        for provider in _build_providers(settings):
+            connection = stack.enter_context(GuardedConnection(engine))
+            stack.enter_context(Watchdog(connection.cut_if_overdue))
+            lanes.append(_build_lane(provider, settings, connection, tracing))
+        if lifeline := Lifeline.find():
+            lifeline.report_ready()
+            lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
+        if not lanes:
+            _log.warning("no analytics provider is enabled, nothing is forwarded")
+        # It waits all the same: one that ended would be restarted again and again.
+        await asyncio.gather(stop.wait(), *(lane.run(stop) for lane in lanes))
 
 
 def _build_providers(settings: Settings) -> list[Provider]:
@@ -65,7 +67,10 @@ def _build_providers(settings: Settings) -> list[Provider]:
 
 
 def _build_lane(
-    provider: Provider, settings: Settings, engine: Engine, tracing: "Tracing | None"
+    provider: Provider,
+    settings: Settings,
+    connection: GuardedConnection,
+    tracing: "Tracing | None",
 ) -> Lane:
     # Connections of its own: a provider that hangs takes none of another one's.
     transport = (
@@ -73,7 +78,5 @@ def _build_lane(
         if tracing is None
         else tracing.open_transport(provider.name, REQUESTS_IN_FLIGHT)
     )
-    link = Link(transactional(engine))
-    return Lane(
-        provider, transport, link, max_age=timedelta(seconds=settings.forward_max_age_seconds)
-    )
+    max_age = timedelta(seconds=settings.forward_max_age_seconds)
+    return Lane(provider, transport, connection, max_age=max_age)

@@ -18,8 +18,9 @@ from server.http.server import HTTPServer
 from server.ingest.buckets import BucketTable
 from server.processes.ports import listen, reserve_ports
 from server.processes.supervisor import Supervisor
-from server.storage.connection import Engine, Link, Readiness, Watchdog, connected, open_engine
+from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key, list_keys
 from server.storage.migrate import check_migrated, migrate
 from server.storage.partitions import PartitionKeeper
@@ -120,7 +121,8 @@ def _serve_metrics(
     """Serve the page and return what receives its numbers; None if the page is off."""
     if settings.metrics_port is None:
         return None
-    readiness, monitor = Readiness(Link(engine)), OutboxMonitor(Link(engine))
+    readiness = Readiness(GuardedConnection(engine))
+    monitor = OutboxMonitor(GuardedConnection(engine))
     counts = Counts()
     totals = Totals(METRICS, counts)
     receiver = ReportReceiver(totals)
@@ -128,8 +130,10 @@ def _serve_metrics(
     page = MetricsPage(CountsCollector(totals), state)
     listener = listen(settings.host, ports["METRICS_PORT"])
     server = HTTPServer(page, listener, threads=1, max_body_bytes=_METRICS_BODY_BYTES)
-    watchdog = Watchdog(readiness.check, monitor.check)
-    for part in (watchdog, readiness, monitor, receiver, MetricsServer(server)):
+    stack.enter_context(Watchdog(readiness.check, monitor.check))
+    stack.enter_context(readiness)
+    stack.enter_context(monitor)
+    for part in (receiver, MetricsServer(server)):
         part.start()
         stack.callback(part.stop)
     return _Metrics(receiver, counts)
@@ -179,8 +183,6 @@ def _keep_running(embedded: EmbeddedPostgres) -> None:
 
 
 def _keep_partitions(engine: Engine, stack: ExitStack) -> None:
-    keeper = PartitionKeeper(Link(engine))
-    watchdog = Watchdog(keeper.check)
-    for part in (watchdog, keeper):
-        part.start()
-        stack.callback(part.stop)
+    keeper = PartitionKeeper(GuardedConnection(engine))
+    stack.enter_context(Watchdog(keeper.check))
+    stack.enter_context(keeper)

@@ -5,7 +5,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from server.app.parts import BUCKETS, open_outbox, open_tracing, opened_database
 from server.config import Settings
@@ -32,8 +32,9 @@ from server.ingest.request_record import RequestRecorder, Sink
 from server.ingest.service import IngestService
 from server.processes.lifeline import Lifeline
 from server.processes.ports import listen
-from server.storage.connection import Engine, Link, Readiness, Watchdog, open_engine, transactional
+from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.events import EventStore
+from server.storage.health import Readiness, Watchdog
 from server.telemetry.counting import Counts
 from server.telemetry.metrics import RequestMetrics, StorageMetrics
 from server.telemetry.reports import Reporter, find_socket
@@ -56,12 +57,13 @@ class Worker:
         self._request_metrics = RequestMetrics(
             counts, (field.wire_name for field in EVENT_SCHEMA.fields)
         )
-        self._readiness = Readiness(Link(engine))
+        self._readiness = Readiness(GuardedConnection(engine))
         self._keys = KeyCache(
-            Link(engine, on_error=metrics.count_error), on_lookups=metrics.count_lookups
+            GuardedConnection(engine, on_error=metrics.count_error),
+            on_lookups=metrics.count_lookups,
         )
         self._writer = Writer(
-            Link(engine, on_error=metrics.count_error),
+            GuardedConnection(engine, on_error=metrics.count_error),
             EventStore(
                 RowEncoder(EVENT_SCHEMA).columns,
                 open_outbox(settings),
@@ -129,15 +131,19 @@ class Worker:
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Serves until `stop`, then answers what has been accepted."""
-        for writer in self._rejections:
-            writer.start()
-        for part in (self._watchdog, self._writer, self._keys, self._readiness, self._grpc):
-            part.start()
-        if self._reporter is not None:
-            self._reporter.start()
-        on_ready()
-        self._http.serve()
-        self._drain()
+        with ExitStack() as stack:
+            if self._tracing is not None:
+                stack.callback(self._tracing.stop)
+            if self._reporter is not None:
+                self._reporter.start()
+                stack.callback(self._reporter.stop)
+            stack.enter_context(self._watchdog)
+            for part in (self._keys, *self._rejections, self._writer, self._readiness):
+                stack.enter_context(part)
+            self._grpc.start()
+            on_ready()
+            self._http.serve()
+            self._drain()
 
     def stop(self) -> None:
         """Makes `run` return; from any thread or a signal handler."""
@@ -148,20 +154,11 @@ class Worker:
         self._storage_metrics.show(self._writer.backlog(), self._keys.known_count())
 
     def _drain(self) -> None:
-        self._readiness.stop()
+        self._readiness.withdraw()
         grpc_drain = threading.Thread(target=self._grpc.stop, args=(_DRAIN_SECONDS,))
         grpc_drain.start()
         self._http.drain(_DRAIN_SECONDS)
         grpc_drain.join()
-        self._writer.stop()
-        for writer in self._rejections:
-            writer.stop()
-        self._keys.stop()
-        self._watchdog.stop()
-        if self._reporter is not None:
-            self._reporter.stop()
-        if self._tracing is not None:
-            self._tracing.stop()
 
 
 def _open_rejection_writers(
@@ -171,7 +168,7 @@ def _open_rejection_writers(
     keep = settings.rejected_keep
     if keep is None:
         return []
-    return [RejectionWriter(Link(transactional(engine)), keep, on_dropped=on_dropped)]
+    return [RejectionWriter(GuardedConnection(engine), keep, on_dropped=on_dropped)]
 
 
 def _build_limiter(settings: Settings) -> RateLimiter:
@@ -205,21 +202,15 @@ def _raise_file_limit() -> None:
 def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
     """What stores rejected events after all, by the same parts as a worker's."""
     writer = Writer(
-        Link(engine),
+        GuardedConnection(engine),
         EventStore(RowEncoder(EVENT_SCHEMA).columns, open_outbox(settings)),
         max_waiting_bytes=settings.max_waiting_bytes,
     )
     ingestion = Ingestion(EVENT_SCHEMA, writer)
-    watchdog = Watchdog(writer.check)
-    for part in (watchdog, writer):
-        part.start()
-    try:
+    with Watchdog(writer.check), writer:
         yield Replay(
             ingestion,
             JsonCodec(EVENT_SCHEMA),
             ProtobufCodec(EVENT_SCHEMA),
             timeout_seconds=settings.request_timeout_seconds,
         )
-    finally:
-        writer.stop()
-        watchdog.stop()

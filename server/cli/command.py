@@ -12,7 +12,7 @@ import orjson
 from server import app
 from server.config import Settings, read_settings
 from server.logs import configure_logs
-from server.storage.connection import Connection, Engine, connected, open_engine, transactional
+from server.storage.connection import Connection, Engine, connected, open_engine
 from server.storage.migrate import check_migrated
 
 P = ParamSpec("P")
@@ -55,11 +55,7 @@ def opened_engine(settings: Settings) -> Iterator[Engine]:
 @contextmanager
 def opened_tables(settings: Settings) -> Iterator[Connection]:
     """Open a connection in a transaction that is committed at the end."""
-    with (
-        opened_engine(settings) as engine,
-        connected(transactional(engine)) as connection,
-        connection.begin(),
-    ):
+    with opened_engine(settings) as engine, connected(engine) as connection:
         yield connection
 
 

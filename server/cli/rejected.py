@@ -25,7 +25,7 @@ from server.cli.command import (
 from server.config import Settings
 from server.events.json_codec import HTTP
 from server.ingest.replay import Replayed
-from server.storage.connection import connected, transactional
+from server.storage.connection import connected
 from server.storage.rejected_events import StoredRejection, list_rejections, read_rejection
 
 _project_option = click.option("--project", help="Only this project's.")
@@ -114,7 +114,7 @@ def replay(settings: Settings, project: str | None, choose_all: bool, ids: tuple
     with (
         opened_engine(settings) as engine,
         app.opened_replay(settings, engine) as replay,
-        connected(transactional(engine)) as connection,
+        connected(engine) as connection,
     ):
         replay.run(connection, project, chosen, replayed)
     click.echo(f"{len(replayed.accepted)} accepted, {len(replayed.rejected)} rejected again")

@@ -11,8 +11,9 @@ import click
 
 from server.cli.command import Failure, opened_engine, with_settings
 from server.config import Settings
-from server.storage.connection import Conflict, Connection, connected, transactional
+from server.storage.connection import Connection, connected
 from server.storage.dead_events import count_old_dead, delete_old_dead
+from server.storage.errors import Conflict
 from server.storage.rejected_events import count_expired, delete_expired
 from server.storage.retention import (
     Partition,
@@ -59,7 +60,7 @@ def retention(settings: Settings, keep: timedelta, tries: int, dry_run: bool, ye
     if dry_run and yes:
         raise click.UsageError("give --dry-run or --yes, not both")
     cut = datetime.now(UTC) - keep
-    with opened_engine(settings) as engine, connected(transactional(engine)) as connection:
+    with opened_engine(settings) as engine, connected(engine) as connection:
         with connection.begin():
             partitions = list_expired_partitions(connection, cut)
         if yes:

@@ -27,7 +27,7 @@ from server.forwarding.providers.provider import (
     Provider,
     Request,
 )
-from server.storage.connection import Connection, Link
+from server.storage.connection import Connection, GuardedConnection
 from server.storage.outbox import Death, Outcome, claim_batch, record_outcomes, set_stopped
 
 P = ParamSpec("P")
@@ -83,21 +83,22 @@ class Lane:
     """Forwards to one provider, whatever becomes of the others."""
 
     def __init__(
-        self, provider: Provider, transport: Transport, link: Link, *, max_age: timedelta
+        self,
+        provider: Provider,
+        transport: Transport,
+        connection: GuardedConnection,
+        *,
+        max_age: timedelta,
     ) -> None:
         self._provider = provider
         self._transport = transport
-        self._link = link
+        self._connection = connection
         self._max_age = max_age
         self._failures = 0
         self._has_progressed = False
         self._stop_event = asyncio.Event()
         # A single event goes first, to find out.
         self._is_stopped = True
-
-    def check(self) -> None:
-        """For the watchdog: cuts a query that hangs."""
-        self._link.cut_if_overdue()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Forwards until `stop` is set, and then until what is in flight is recorded."""
@@ -237,7 +238,7 @@ class Lane:
         self, work: "Callable[Concatenate[Connection, P], T]", *args: P.args, **kwargs: P.kwargs
     ) -> T:
         def run() -> T:
-            with self._link.connected(_QUERY_SECONDS) as connection:
+            with self._connection.connected(_QUERY_SECONDS) as connection:
                 return work(connection, *args, **kwargs)
 
         return await asyncio.to_thread(run)

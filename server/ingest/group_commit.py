@@ -7,7 +7,6 @@ a second lately, and what it cannot take in time is refused at once.
 
 import logging
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +17,9 @@ from dataclasses import dataclass, field
 from server.deadline import Deadline
 from server.errors import IngestError, Internal, Unavailable
 from server.events.copy_rows import Row
-from server.storage.connection import Conflict, Link, Refused
+from server.storage.connection import GuardedConnection
+from server.storage.database_thread import DatabaseThread
+from server.storage.errors import Conflict, Refused
 from server.storage.events import EventStore
 
 # A request is answered so long before its deadline, where its outcome is still unknown.
@@ -33,7 +34,6 @@ _TELLING_BYTES, _TELLING_SECONDS = 32 << 10, 0.25
 # Of the time that a request has left, so much may be used up by what waits before it: the rest is
 # for its own group, and for a database that gets slower meanwhile.
 _WAITING_SHARE = 0.7
-_STOP_SECONDS = 5.0
 
 _log = logging.getLogger("productgraph.writer")
 
@@ -78,22 +78,24 @@ class _Pace:
         return min(_GROUP_BYTES, max(_TELLING_BYTES, self._rate * _GROUP_SECONDS))
 
 
-class Writer:
+class Writer(DatabaseThread):
     """One thread that stores what all requests of the process hand in, one group at a time.
 
     `on_group` is told the rows and bytes of each group that was committed.
     """
 
+    STOP_SECONDS = 5.0
+
     def __init__(
         self,
-        link: Link,
+        connection: GuardedConnection,
         store: EventStore,
         *,
         max_waiting_bytes: int,
         clock: Callable[[], float] = time.monotonic,
         on_group: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._link = link
+        super().__init__("writer", connection)
         self._store = store
         self.needs_encoded = store.needs_encoded
         self._max_waiting_bytes = max_waiting_bytes
@@ -105,13 +107,6 @@ class Writer:
         self._busy_until = -math.inf
         self._pace = _Pace()
         self._available = True
-        self._closing = threading.Event()
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-
-    def start(self) -> None:
-        """Starts storing."""
-        self._thread.start()
 
     def submit(self, rows: Sequence[Row], deadline: Deadline) -> Future[None]:
         """Hands rows in; the future is done once they are committed, or fails by `deadline`.
@@ -122,7 +117,7 @@ class Writer:
         size = sum(len(row.text) for row in rows)
         batch = Batch(rows, size, deadline.at - _MARGIN_SECONDS)
         with self._changed:
-            if not self._available or self._closing.is_set():
+            if not self._available or self._stopping.is_set():
                 raise Unavailable("storage is unavailable")
             if self._waiting_bytes + size > self._max_waiting_bytes:
                 raise Unavailable("too many events are waiting to be stored")
@@ -154,40 +149,36 @@ class Writer:
         for batch in (*overdue, *self._in_flight):
             if now >= batch.answer_by:
                 batch.settle(Unavailable("not stored in time"))
-        if self._link.cut_if_overdue():
-            self._fail(self._in_flight)
+        super().check()
 
-    def stop(self) -> None:
-        """Stores what is waiting, then ends."""
-        with self._changed:
-            self._closing.set()
-            self._changed.notify()
-        self._thread.join(_STOP_SECONDS)
+    def _note_cut(self) -> None:
+        self._fail(self._in_flight)
 
-    def _run(self) -> None:
-        while (group := self._take_group()) is not None:
-            try:
-                if group:
-                    self._store_group(group)
-            except Exception:  # noqa: BLE001 - the thread outlives whatever happens
-                _log.exception("a group could not be stored")
-                _settle(group, Internal())
-            if not self._available:
-                self._available = self._link.wait_until_available(self._closing)
-                if self._available:
-                    _log.info("storage is available again")
-        self._link.close()
+    def _has_work(self) -> bool:
+        return bool(self._waiting)
 
-    def _take_group(self) -> list[Batch] | None:
-        """Waits for batches to store together: none where the database is away, None at the end."""
+    def _run_round(self) -> float:
+        group = self._take_group()
+        try:
+            if group:
+                self._store_group(group)
+        except Exception:  # noqa: BLE001 - whatever happens, these requests are answered
+            _log.exception("a group could not be stored")
+            _settle(group, Internal())
+        if not self._available:
+            self._available = self._connection.wait_until_available(self._stopping)
+            if self._available:
+                _log.info("storage is available again")
+        return 0.0
+
+    def _take_group(self) -> list[Batch]:
+        """Wait for batches to store together; none if the database is away, or at the end."""
         with self._changed:
             self._in_flight = []
             # A commit may be cut in the moment of its success, and nobody submits after that.
             self._changed.wait_for(
-                lambda: self._waiting or self._closing.is_set() or not self._available
+                lambda: self._waiting or self._stopping.is_set() or not self._available
             )
-            if self._closing.is_set() and not self._waiting:
-                return None
             self._in_flight = self._pop_group()
             return self._in_flight
 
@@ -243,7 +234,7 @@ class Writer:
         while True:
             seconds = until - self._clock()
             try:
-                with self._link.connected(seconds) as connection:
+                with self._connection.connected(seconds) as connection:
                     self._store.save(connection, rows, seconds)
                 self._pace.learn(size, self._clock() - started_at)
                 return

@@ -1,7 +1,6 @@
 """The keys in use, held in memory, so that a request rarely waits for the database to know one."""
 
 import logging
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -11,7 +10,9 @@ from typing import NamedTuple
 
 from server.caller import Caller
 from server.errors import IngestError, Internal, Unauthenticated, Unavailable
-from server.storage.connection import Conflict, Link
+from server.storage.connection import GuardedConnection
+from server.storage.database_thread import DatabaseThread
+from server.storage.errors import Conflict
 from server.storage.keys import digest_key, find_callers, is_well_formed, record_use
 
 # A revoked key is refused after the first of these, or the second while the database is away.
@@ -33,19 +34,21 @@ class _Entry(NamedTuple):
     confirmed_at: float
 
 
-class KeyCache:
+class KeyCache(DatabaseThread):
     """Tells whose a key is; one thread asks the database for all requests.
 
     `on_lookups` is told how many keys it was asked for with one of the results `LOOKUP_RESULTS`.
     """
 
+    STOP_SECONDS = _QUERY_SECONDS
+
     def __init__(
         self,
-        link: Link,
+        connection: GuardedConnection,
         clock: Callable[[], float] = time.monotonic,
         on_lookups: Callable[[str, int], None] | None = None,
     ) -> None:
-        self._link = link
+        super().__init__("keys", connection)
         self._clock = clock
         self._on_lookups = on_lookups
         self._known: dict[bytes, _Entry] = {}
@@ -55,13 +58,6 @@ class KeyCache:
         self._refresh_at = clock() + _REFRESH_SECONDS
         self._record_use_at = clock() + _RECORD_USE_SECONDS
         self._available = True
-        self._closing = threading.Event()
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="keys", daemon=True)
-
-    def start(self) -> None:
-        """Starts answering."""
-        self._thread.start()
 
     def known_caller(self, key: str) -> Caller | None:
         """Whose a key in use is; None where the database must be asked.
@@ -86,7 +82,7 @@ class KeyCache:
         """
         digest = digest_key(key)
         with self._changed:
-            if not self._available or self._closing.is_set():
+            if not self._available or self._stopping.is_set():
                 raise Unavailable("API keys cannot be looked up")
             if digest not in self._pending:
                 if len(self._pending) >= _MAX_PENDING:
@@ -99,42 +95,34 @@ class KeyCache:
         """How many keys are in memory."""
         return len(self._known)
 
-    def check(self) -> None:
-        """For the watchdog: answers those who wait for a query that hangs, and cuts it."""
-        if self._link.cut_if_overdue():
-            self._fail_pending(Unavailable("API keys cannot be looked up"))
-
-    def stop(self) -> None:
-        """Records which keys were used, then ends."""
-        with self._changed:
-            self._closing.set()
-            self._changed.notify()
-        self._thread.join(_QUERY_SECONDS)
-
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            self._wait_for_work()
-            try:
-                self._work()
-            except Unavailable as error:
-                _log.warning("API keys cannot be looked up", exc_info=error.__cause__)
-                self._fail_pending(error)
-            except Exception:  # noqa: BLE001 - the thread outlives whatever happens
-                _log.exception("API keys cannot be looked up")
-                self._fail_pending(Internal())
-            if not self._available:
-                self._available = self._link.wait_until_available(self._closing)
-                if self._available:
-                    _log.info("API keys can be looked up again")
+    def _note_cut(self) -> None:
         self._fail_pending(Unavailable("API keys cannot be looked up"))
-        self._link.close()
+
+    def _run_round(self) -> float:
+        self._wait_for_work()
+        try:
+            self._work()
+        except Unavailable as error:
+            _log.warning("API keys cannot be looked up", exc_info=error.__cause__)
+            self._fail_pending(error)
+        except Exception:  # noqa: BLE001 - whatever happens, those who wait are answered
+            _log.exception("API keys cannot be looked up")
+            self._fail_pending(Internal())
+        if not self._available:
+            self._available = self._connection.wait_until_available(self._stopping)
+            if self._available:
+                _log.info("API keys can be looked up again")
+        return 0.0
+
+    def _finish(self) -> None:
+        self._fail_pending(Unavailable("API keys cannot be looked up"))
 
     def _wait_for_work(self) -> None:
         with self._changed:
             pause = max(0.0, self._refresh_at - self._clock())
             # A query may be cut in the moment of its success, and nobody asks after that.
             self._changed.wait_for(
-                lambda: self._pending or self._closing.is_set() or not self._available, pause
+                lambda: self._pending or self._stopping.is_set() or not self._available, pause
             )
 
     def _work(self) -> None:
@@ -142,12 +130,12 @@ class KeyCache:
             self._answer(list(self._pending))
         if self._clock() >= self._refresh_at:
             self._refresh()
-        if self._clock() >= self._record_use_at or self._closing.is_set():
+        if self._clock() >= self._record_use_at or self._stopping.is_set():
             self._record_use()
 
     def _find(self, digests: Iterable[bytes]) -> dict[bytes, _Entry]:
         asked_at = self._clock()
-        with self._link.connected(_QUERY_SECONDS) as connection:
+        with self._connection.connected(_QUERY_SECONDS) as connection:
             callers = find_callers(connection, list(digests))
         return {digest: _Entry(caller, asked_at) for digest, caller in callers.items()}
 
@@ -183,7 +171,7 @@ class KeyCache:
         used, self._used = self._used, set()
         if used:
             # Workers may note the same keys at once; the next time is soon enough.
-            with suppress(Conflict), self._link.connected(_QUERY_SECONDS) as connection:
+            with suppress(Conflict), self._connection.connected(_QUERY_SECONDS) as connection:
                 record_use(connection, used)
         self._known = {digest: self._known[digest] for digest in used if digest in self._known}
 

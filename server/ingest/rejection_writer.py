@@ -1,7 +1,6 @@
 """Keeps rejected events, by a thread and a connection that ingestion never waits for."""
 
 import logging
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
@@ -13,7 +12,9 @@ from productgraph.v1.event_ingestion_service_pb2 import EventError
 from server.config import RejectedKeep
 from server.errors import Unavailable
 from server.events.parsed import ParsedBatch
-from server.storage.connection import Conflict, Connection, Link
+from server.storage.connection import Connection, GuardedConnection
+from server.storage.database_thread import DatabaseThread
+from server.storage.errors import Conflict
 from server.storage.rejected_events import (
     MAX_EVENT_BYTES,
     Rejection,
@@ -35,7 +36,6 @@ _REST = 25
 _TRIM_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
 _QUERY_SECONDS = 10.0
-_STOP_SECONDS = 2.0
 
 P = ParamSpec("P")
 
@@ -84,20 +84,22 @@ class _Backlog:
         self._count_of -= Counter(rejection.project_id for rejection in group)
 
 
-class RejectionWriter:
+class RejectionWriter(DatabaseThread):
     """Writes what validation rejected to its table, and keeps that table short.
 
     `on_dropped` is told now and then how many were too many to be kept.
     """
 
+    STOP_SECONDS = 2.0
+
     def __init__(
         self,
-        link: Link,
+        connection: GuardedConnection,
         keep: RejectedKeep,
         clock: Callable[[], float] = time.monotonic,
         on_dropped: Callable[[int], None] | None = None,
     ) -> None:
-        self._link = link
+        super().__init__("rejected", connection)
         self._keep = keep
         self._clock = clock
         self._on_dropped = on_dropped
@@ -106,13 +108,6 @@ class RejectionWriter:
         # The projects that may have too many rows by now; None: any, as those of another setting.
         self._grown: set[str] | None = None
         self._trim_at = clock()
-        self._closing = threading.Event()
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="rejected", daemon=True)
-
-    def start(self) -> None:
-        """Starts writing."""
-        self._thread.start()
 
     def record(self, project_id: str, batch: ParsedBatch, errors: Sequence[EventError]) -> None:
         """Takes the events of a batch that these errors are of; never waits for the database."""
@@ -129,42 +124,36 @@ class RejectionWriter:
                 )
             self._changed.notify()
 
-    def check(self) -> None:
-        """For the watchdog: cuts a query that hangs."""
-        self._link.cut_if_overdue()
+    def _has_work(self) -> bool:
+        return bool(self._backlog)
 
-    def stop(self) -> None:
-        """Writes what is waiting, for two seconds at the most, then ends."""
-        with self._changed:
-            self._closing.set()
-            self._changed.notify()
-        self._thread.join(_STOP_SECONDS)
+    def _run_round(self) -> float:
+        group = self._wait_for_group()
+        began = self._clock()
+        try:
+            self._write(group)
+            if self._clock() >= self._trim_at:
+                self._trim()
+        except (Conflict, Unavailable) as error:
+            _log.warning("rejected events cannot be kept now", exc_info=error.__cause__)
+            if self._stopping.is_set():
+                self._drop_backlog()
+            return _RETRY_SECONDS
+        return _REST * (self._clock() - began)
 
-    def _run(self) -> None:
-        while not self._closing.is_set() or self._backlog:
-            group = self._wait_for_group()
-            began = self._clock()
-            try:
-                self._write(group)
-                if self._clock() >= self._trim_at:
-                    self._trim()
-            except (Conflict, Unavailable) as error:
-                _log.warning("rejected events cannot be kept now", exc_info=error.__cause__)
-                if self._closing.is_set():
-                    break
-                self._closing.wait(_RETRY_SECONDS)
-            except Exception:  # noqa: BLE001 - the thread outlives whatever happens
-                _log.exception("rejected events were not kept")
-            self._closing.wait(_REST * (self._clock() - began))
-        self._dropped += len(self._backlog)
+    def _finish(self) -> None:
         self._tell_dropped()
-        self._link.close()
+
+    def _drop_backlog(self) -> None:
+        with self._changed:
+            self._dropped += len(self._backlog)
+            self._backlog = _Backlog()
 
     def _wait_for_group(self) -> list[Rejection]:
         """What is to be written next; nothing where it is time to trim."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._backlog or self._closing.is_set(),
+                lambda: self._backlog or self._stopping.is_set(),
                 max(0.0, self._trim_at - self._clock()),
             )
             return self._backlog.first()
@@ -173,13 +162,12 @@ class RejectionWriter:
         if not group:
             return
         try:
-            with self._link.connected(_QUERY_SECONDS) as connection:
+            with self._connection.connected(_QUERY_SECONDS) as connection:
                 insert_rejections(connection, group)
         except (Conflict, Unavailable):
             raise  # tried again
-        except Exception:
-            self._remove(group)
-            raise
+        except Exception:  # noqa: BLE001 - what can never be kept must not hold up the others
+            _log.exception("rejected events were not kept")
         self._remove(group)
         if self._grown is not None:
             self._grown.update(rejection.project_id for rejection in group)
@@ -199,15 +187,15 @@ class RejectionWriter:
     def _find_grown(self) -> Collection[str]:
         if self._grown is not None:
             return self._grown
-        with self._link.connected(_QUERY_SECONDS) as connection:
+        with self._connection.connected(_QUERY_SECONDS) as connection:
             return find_crowded_projects(connection, self._keep.count)
 
     def _repeat(
         self, delete: "Callable[Concatenate[Connection, P], int]", *args: P.args, **kwargs: P.kwargs
     ) -> None:
         """Deletes a little at a time, until there is no more."""
-        while not self._closing.is_set():
-            with self._link.connected(_QUERY_SECONDS) as connection:
+        while not self._stopping.is_set():
+            with self._connection.connected(_QUERY_SECONDS) as connection:
                 if not delete(connection, *args, **kwargs):
                     return
 

@@ -13,7 +13,8 @@ from server.events.json_codec import HTTP, JsonCodec
 from server.events.parsed import ParsedBatch
 from server.events.protobuf_codec import ProtobufCodec
 from server.ingest.ingestion import Ingestion
-from server.storage.connection import Connection, DatabaseError
+from server.storage.connection import Connection
+from server.storage.errors import DatabaseError
 from server.storage.rejected_events import StoredRejection, read_pages, settle_replayed
 
 _CUT = "event: kept in part, and cannot be replayed"

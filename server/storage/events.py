@@ -11,7 +11,8 @@ from sqlalchemy import Connection
 
 from server import failpoints
 from server.events.copy_rows import COPY_OPTIONS, Row
-from server.storage.connection import Conflict, Refused, translated_errors
+from server.storage.connection import raw_cursor
+from server.storage.errors import Conflict, Refused, translated_errors
 
 # After a duplicate for so long, since clients that send again do so in bursts.
 _STAGING_SECONDS = 5.0
@@ -74,7 +75,7 @@ class EventStore:
         unique = {row.identity: row for row in reversed(rows)}
         ordered = sorted(unique.values(), key=itemgetter(0))
         begin = _BEGIN.format(timeout_ms=max(1, int(seconds * 1000)))
-        with connection.connection.driver_connection.cursor() as cursor:  # type: ignore[union-attr]
+        with raw_cursor(connection) as cursor:
             try:
                 with translated_errors():
                     stored = self._write(cursor, begin, ordered)

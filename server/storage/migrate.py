@@ -8,7 +8,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
-from server.storage.connection import DatabaseError, connected, transactional
+from server.storage.connection import connected
+from server.storage.errors import DatabaseError
 
 # Held while migrating, so that several starts at once migrate one after the other.
 _ADVISORY_LOCK = 0x7067_6576_656E_7473  # "pgevents"
@@ -23,7 +24,7 @@ def migrate(engine: Engine) -> None:
 
     A database of this version or a newer one is left as it is.
     """
-    with connected(transactional(engine)) as connection, connection.begin():
+    with connected(engine) as connection:
         _check_encoding(connection)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         if _current_revision(connection) < _newest_revision():

@@ -1,15 +1,15 @@
 """The monthly partitions of the events table, made ahead of their time."""
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError
 
 from server.errors import Unavailable
-from server.storage.connection import Conflict, Link
+from server.storage.connection import GuardedConnection
+from server.storage.database_thread import DatabaseThread
+from server.storage.errors import Conflict
 
 MONTHS_AHEAD = 2
 _DAY_SECONDS = 86_400.0
@@ -26,7 +26,6 @@ SELECT 1 FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
 # that ingestion does not wait for, so the two cannot deadlock. A long reader makes this fail by its
 # lock timeout rather than stop ingestion behind it.
 _BEGIN = """
-BEGIN;
 SET LOCAL lock_timeout = '1s';
 SELECT pg_advisory_xact_lock('events'::regclass::oid::bigint);
 """
@@ -59,62 +58,42 @@ def add_months(connection: Connection, today: date) -> None:
     Raises Conflict where a lock could not be had in time: the months done so far stay.
     """
     for start, end in months_from(today, MONTHS_AHEAD + 1):
-        name = f"events_{start:%Y_%m}"
-        if not _exists(connection, name):
-            _add_month(connection, name, f"{start} 00:00+00", f"{end} 00:00+00")
+        with connection.begin():
+            _add_month(connection, f"events_{start:%Y_%m}", start, end)
 
 
 def _exists(connection: Connection, name: str) -> bool:
     return connection.scalar(_FIND_PARTITION, {"name": name}) is not None
 
 
-def _add_month(connection: Connection, name: str, start: str, end: str) -> None:
+def _add_month(connection: Connection, name: str, start: date, end: date) -> None:
+    if _exists(connection, name):
+        return
     connection.exec_driver_sql(_BEGIN)
-    try:
-        if not _exists(connection, name):  # nobody else has added it meanwhile
-            connection.exec_driver_sql(_ADD_MONTH.format(name=name, start=start, end=end))
-            _log.info("partition added", extra={"partition": name})
-        connection.exec_driver_sql("COMMIT")
-    except DBAPIError:
-        connection.exec_driver_sql("ROLLBACK")
-        raise
+    if not _exists(connection, name):  # nobody else has added it meanwhile
+        bounds = {"start": f"{start} 00:00+00", "end": f"{end} 00:00+00"}
+        connection.exec_driver_sql(_ADD_MONTH.format(name=name, **bounds))
+        _log.info("partition added", extra={"partition": name})
 
 
-class PartitionKeeper:
-    """A thread that adds partitions when the service starts, and every day."""
+class PartitionKeeper(DatabaseThread):
+    """Adds partitions when the service starts, and every day."""
 
-    def __init__(self, link: Link, today: Callable[[], date] = lambda: datetime.now(UTC).date()):
-        self._link = link
+    STOP_SECONDS = _ROUND_SECONDS
+
+    def __init__(
+        self,
+        connection: GuardedConnection,
+        today: Callable[[], date] = lambda: datetime.now(UTC).date(),
+    ) -> None:
+        super().__init__("partitions", connection)
         self._today = today
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="partitions", daemon=True)
 
-    def start(self) -> None:
-        """Starts the daily round, the first one now."""
-        self._thread.start()
-
-    def check(self) -> None:
-        """For the watchdog: cuts a round that hangs."""
-        self._link.cut_if_overdue()
-
-    def stop(self) -> None:
-        """Ends the thread after its round."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self._stop.wait(self._add_months())
-        self._link.close()
-
-    def _add_months(self) -> float:
-        """Says how long to wait until the next time, in seconds."""
+    def _run_round(self) -> float:
         try:
-            with self._link.connected(_ROUND_SECONDS) as connection:
+            with self._connection.connected(_ROUND_SECONDS) as connection:
                 add_months(connection, self._today())
         except (Conflict, Unavailable):
             _log.warning("partitions could not be added, trying again")
             return _RETRY_SECONDS
-        except Exception:  # noqa: BLE001 - the thread outlives whatever happens
-            _log.exception("partitions could not be added")
         return _DAY_SECONDS

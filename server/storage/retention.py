@@ -6,7 +6,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-from server.storage.connection import translated_errors
+from server.storage.errors import translated_errors
 
 # As much of the default partition as one transaction reads: 4 MB.
 _PAGES = 512

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from server.events.validation import classify_problem
 from server.ingest.key_cache import LOOKUP_RESULTS
 from server.ingest.request_record import RequestRecord
-from server.storage.connection import ERROR_KINDS
+from server.storage.errors import ERROR_KINDS
 from server.telemetry.counting import Counts, Kind, Metric
 
 # The field of a problem whose text does not begin with one.

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from productgraph.v1.event_pb2 import Event
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
-from server.storage.connection import connected, open_engine, transactional
+from server.storage.connection import connected, open_engine
 from server.storage.outbox import claim_batch
 from tests.bench.cells import Cell
 from tests.bench.database import BenchDatabase
@@ -107,7 +107,7 @@ def pile_up(database: BenchDatabase, payloads: int) -> None:
 def measure_claims(database: BenchDatabase) -> float:
     """Return the median time of a claim of ten payloads, in milliseconds."""
     times = []
-    with connected(transactional(open_engine(database.url))) as connection:
+    with connected(open_engine(database.url)) as connection:
         for _ in range(_CLAIMS):
             lease, started_at = uuid4(), time.perf_counter()
             claimed = claim_batch(connection, NAMES[0], lease, 60.0, _CLAIMED_EVENTS)

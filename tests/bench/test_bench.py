@@ -127,7 +127,9 @@ def baseline(create_migrated: Callable[[], str]) -> Iterator[tuple[int, str]]:
         connected(open_engine(database.url)) as connection,
         running_baseline(database, workers=1) as server,
     ):
-        yield server.ports["http"], create_key(connection, "proj_demo", "baseline")
+        key = create_key(connection, "proj_demo", "baseline")
+        connection.commit()
+        yield server.ports["http"], key
 
 
 def test_baseline_answers_as_the_specification_says(baseline: tuple[int, str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from psycopg2.extensions import connection as Connection
 from sqlalchemy import text
 
-from server.storage.connection import Engine, Link, connected, open_engine, transactional
+from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.partitions import add_months
 from server.storage.rejected_events import Rejection, insert_rejections
 from server.storage.retention import delete_expired_rows, drop_partition, list_expired_partitions
@@ -54,7 +54,7 @@ def name_of(moment: datetime) -> str:
 def database_url(create_migrated: Callable[[], str]) -> str:
     """A database with partitions for all three months."""
     url = create_migrated()
-    link = Link(open_engine(for_sqlalchemy(url)))
+    link = GuardedConnection(open_engine(for_sqlalchemy(url)))
     for moment in (OLD, PART):
         with link.connected(30) as connection:
             add_months(connection, moment.date())
@@ -161,7 +161,7 @@ def test_retention_gives_up_for_a_long_reader(tenant: Tenant, engine: Engine) ->
     partitions = query(engine, PARTITIONS)
     with (
         running_load(tenant.service, tenant.project, http_clients=4, grpc_clients=2) as load,
-        connected(transactional(engine)) as reader,
+        connected(engine) as reader,
     ):
         reader.execute(text("SELECT count(*) FROM events"))
         done = retain(tenant.service, "--yes", "--tries", "3")
@@ -194,7 +194,7 @@ def test_old_default_rows_go_in_small_transactions(
     insert = f"INSERT INTO events ({columns}) SELECT {rows} FROM generate_series(1, 3000) i"
     query_nothing(engine, insert)
     cut, left = datetime(2005, 1, 1, tzinfo=UTC), 3000
-    with connected(transactional(engine)) as connection:
+    with connected(engine) as connection:
         for deleted in delete_expired_rows(connection, cut):
             left -= deleted
             assert deleted < 1000
@@ -210,7 +210,7 @@ def test_a_partition_goes_once_its_end_is_reached(engine: Engine) -> None:
     strange = "FROM (MINVALUE) TO ('1999-01-01 00:00+00')"
     query_nothing(engine, f'CREATE TABLE "Odd one" PARTITION OF events FOR VALUES {strange}')
     cut = datetime(1999, 1, 1, tzinfo=UTC)
-    with connected(transactional(engine)) as connection:
+    with connected(engine) as connection:
         assert list_expired_partitions(connection, cut - timedelta(microseconds=1)) == []
         [partition] = list_expired_partitions(connection, cut)
         connection.commit()
@@ -220,7 +220,7 @@ def test_a_partition_goes_once_its_end_is_reached(engine: Engine) -> None:
 
 def test_rejected_and_dead_events_expire_by_arrival(database_url: str, engine: Engine) -> None:
     """Rejected and dead events go by the time at which they came."""
-    with connected(transactional(engine)) as connection:
+    with connected(engine) as connection:
         for days in (29, 31):
             moment = NOW - timedelta(days=days)
             rows = [Rejection("p", moment, "http", str(days), 1, b"x")] * 1500

@@ -45,8 +45,7 @@ from server.forwarding.providers.provider import (
     Provider,
     Request,
 )
-from server.storage.connection import Link, connected, open_engine
-from server.storage.connection import transactional as make_transactional
+from server.storage.connection import GuardedConnection, connected, open_engine
 from server.storage.events import EventStore
 from server.storage.outbox import Delivery, Outbox, Outcome
 from tests.support import provider_servers
@@ -115,7 +114,9 @@ class Bench:
         with connected(open_engine(for_sqlalchemy(self.url))) as c:
             EventStore(ENCODER.columns, outbox.statements_for).save(c, rows, 10)
 
-    def build_lane(self, name: str, max_age: timedelta, sender: Transport) -> tuple[Lane, Link]:
+    def build_lane(
+        self, name: str, max_age: timedelta, sender: Transport
+    ) -> tuple[Lane, GuardedConnection]:
         """A lane to one of the servers, and its link to the database."""
         types: dict[str, type[Amplitude | Mixpanel]] = {
             "amplitude": Amplitude,
@@ -123,7 +124,7 @@ class Bench:
         }
         provider: Provider = types[name](SECRET, self.servers[name].url)
         engine = open_engine(for_sqlalchemy(self.url))
-        link = Link(make_transactional(engine))
+        link = GuardedConnection(engine)
         return Lane(provider, sender, link, max_age=max_age), link
 
     @contextmanager

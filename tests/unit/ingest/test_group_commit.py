@@ -14,8 +14,9 @@ import pytest
 from server.deadline import Deadline
 from server.errors import Internal, Unavailable
 from server.ingest.group_commit import Writer
-from server.storage.connection import Engine, Link, Watchdog, open_engine
+from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.events import EventStore
+from server.storage.health import Watchdog
 from tests.support.services import wait_until
 from tests.unit.events.test_copy_rows import ENCODER, make_row
 
@@ -93,18 +94,14 @@ def writer(engine: Engine) -> Iterator[Writer]:
 def make_writer(engine: Engine, **options: Any) -> Writer:
     """A writer that was not started."""
     options = {"max_waiting_bytes": 1 << 20} | options
-    return Writer(Link(engine), EventStore(ENCODER.columns), **options)
+    return Writer(GuardedConnection(engine), EventStore(ENCODER.columns), **options)
 
 
 @contextmanager
 def running(writer: Writer) -> Iterator[Writer]:
     """The writer, started and watched."""
-    watchdog = Watchdog(writer.check)
-    watchdog.start()
-    writer.start()
-    yield writer
-    writer.stop()
-    watchdog.stop()
+    with Watchdog(writer.check), writer:
+        yield writer
 
 
 def submit(
@@ -170,10 +167,9 @@ def test_a_request_expired_on_arrival_is_never_written(engine: Engine, table: Ta
     late = submit(writer, "stale", "late", seconds=1)
     now[0] += 1
     on_time = submit(writer, "stale", "on time", seconds=9)
-    writer.start()
-    on_time.result(60)
-    assert isinstance(late.exception(60), Unavailable)
-    writer.stop()
+    with writer:
+        on_time.result(60)
+        assert isinstance(late.exception(60), Unavailable)
     assert table.find_events("stale") == {"on time"}
 
 
@@ -194,15 +190,13 @@ def test_a_commit_ending_at_its_cut_keeps_writing(
     engine: Engine, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A commit that ends in the very moment of its cut does not close the writer for good."""
-    link = Link(engine)
-    writer = Writer(link, EventStore(ENCODER.columns), max_waiting_bytes=1 << 20)
-    writer.start()
-    submit(writer, "cut", "first").result(60)
-    with monkeypatch.context() as patch:
-        patch.setattr(link, "cut_if_overdue", lambda: True)
-        writer.check()
-    wait_until(lambda: is_open(writer, "cut"))
-    writer.stop()
+    link = GuardedConnection(engine)
+    with Writer(link, EventStore(ENCODER.columns), max_waiting_bytes=1 << 20) as writer:
+        submit(writer, "cut", "first").result(60)
+        with monkeypatch.context() as patch:
+            patch.setattr(link, "cut_if_overdue", lambda: True)
+            writer.check()
+        wait_until(lambda: is_open(writer, "cut"))
     assert table.find_events("cut") == {"first", "late"}
 
 

@@ -5,7 +5,6 @@ import logging
 import string
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from server.caller import Caller
 from server.errors import Unauthenticated, Unavailable
 from server.ingest import key_cache as key_directory
 from server.ingest.key_cache import KeyCache
-from server.storage.connection import Engine, Link, Watchdog, connected, open_engine
+from server.storage.connection import Engine, GuardedConnection, connected, open_engine
+from server.storage.health import Watchdog
 from server.storage.keys import (
     ApiKey,
     create_key,
@@ -68,16 +68,8 @@ def clock() -> Clock:
 @pytest.fixture
 def directory(engine: Engine, clock: Clock) -> Iterator[KeyCache]:
     """A running directory."""
-    with running(KeyCache(Link(engine), clock)) as directory:
+    with KeyCache(GuardedConnection(engine), clock) as directory:
         yield directory
-
-
-@contextmanager
-def running(directory: KeyCache) -> Iterator[KeyCache]:
-    """The directory, started."""
-    directory.start()
-    yield directory
-    directory.stop()
 
 
 def add_key(engine: Engine, project: str = "proj") -> str:
@@ -177,9 +169,9 @@ def test_simultaneous_look_ups_share_one_query(engine: Engine, queries: list[str
     """Many look-ups of several keys at the same time make one query."""
     known, unknown = add_key(engine, "busy"), generate_key()
     queries.clear()
-    directory = KeyCache(Link(engine))
+    directory = KeyCache(GuardedConnection(engine))
     futures = [directory.look_up(key) for key in (known, unknown) * 100]
-    with running(directory):
+    with directory:
         assert {future.result(60).project_id for future in futures[::2]} == {"busy"}
         assert {type(future.exception(60)) for future in futures[1::2]} == {Unauthenticated}
         assert len(queries) == 1
@@ -188,7 +180,7 @@ def test_simultaneous_look_ups_share_one_query(engine: Engine, queries: list[str
 @pytest.mark.parametrize("key", ["", "x", "pgk_", "pgk_" + "a" * 40, "é\0", "a" * 10_000])
 def test_a_malformed_key_needs_no_database(key: str) -> None:
     """A malformed key is refused without a database."""
-    directory = KeyCache(Link(open_engine("postgresql+psycopg2://nowhere/none")))
+    directory = KeyCache(GuardedConnection(open_engine("postgresql+psycopg2://nowhere/none")))
     with pytest.raises(Unauthenticated, match="missing or invalid API key"):
         directory.known_caller(key)
 
@@ -224,7 +216,7 @@ def test_the_memory_of_unknown_keys_is_bounded(
 
 def test_too_many_pending_look_ups_are_refused(engine: Engine) -> None:
     """Too many keys to look up at a time are refused at once."""
-    directory = KeyCache(Link(engine))
+    directory = KeyCache(GuardedConnection(engine))
     for _ in range(1000):
         directory.look_up(generate_key())
     with pytest.raises(Unavailable, match="too many API keys"):
@@ -253,6 +245,7 @@ def test_new_rates_apply_after_a_refresh(engine: Engine, directory: KeyCache, cl
     """A key's rates are known with it, and new ones after the next refresh."""
     with connected(engine) as connection:
         key = create_key(connection, "mine", "test", event_rate=5)
+        connection.commit()
         number = list_keys(connection)[-1].id
         assert directory.look_up(key).result(60) == Caller("mine", number, 5, None)
         assert limit_key(connection, number, byte_rate=2048)
@@ -265,7 +258,7 @@ def test_new_rates_apply_after_a_refresh(engine: Engine, directory: KeyCache, cl
 def test_an_outage_limits_the_trust_in_keys(engine: Engine, clock: Clock) -> None:
     """While the database is away, a key is trusted for less time than revocation may take."""
     key = add_key(engine)
-    with running(KeyCache(Link(engine), clock)) as directory:
+    with KeyCache(GuardedConnection(engine), clock) as directory:
         directory.look_up(key).result(60)
         assert known_project(directory, key) == "proj"
     clock.now += REFRESH_SECONDS + 1
@@ -295,8 +288,8 @@ def test_the_last_use_of_a_key_is_recorded(
 
 def test_look_ups_fail_at_once_during_an_outage() -> None:
     """While the database is away the first look-up fails in time, the next ones at once."""
-    directory = KeyCache(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
-    with running(directory):
+    directory = KeyCache(GuardedConnection(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
+    with directory:
         assert isinstance(directory.look_up(generate_key()).exception(60), Unavailable)
         with pytest.raises(Unavailable):
             directory.look_up(generate_key())
@@ -304,16 +297,13 @@ def test_look_ups_fail_at_once_during_an_outage() -> None:
 
 def test_a_hanging_look_up_is_cut_and_replaced(engine: Engine) -> None:
     """A query that hangs is answered for and cut, and the next one works."""
-    link, key = Link(engine), add_key(engine)
+    link, key = GuardedConnection(engine), add_key(engine)
     directory = KeyCache(link)
-    watchdog = Watchdog(directory.check)
-    watchdog.start()
-    with running(directory):
-        with connected(engine.execution_options(isolation_level="READ COMMITTED")) as holder:
+    with Watchdog(directory.check), directory:
+        with connected(engine) as holder:
             holder.execute(text("LOCK TABLE api_keys"))
             assert isinstance(directory.look_up(key).exception(60), Unavailable)
         wait_until(lambda: finds(directory, key))
-    watchdog.stop()
 
 
 def finds(directory: KeyCache, key: str) -> bool:
@@ -328,8 +318,8 @@ def test_a_look_up_ending_at_its_cut_keeps_working(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A query that ends in the very moment of its cut does not end look-ups for good."""
-    link, key = Link(engine), add_key(engine)
-    with running(KeyCache(link)) as directory:
+    link, key = GuardedConnection(engine), add_key(engine)
+    with KeyCache(link) as directory:
         directory.look_up(key).result(60)
         with monkeypatch.context() as patch:
             patch.setattr(link, "cut_if_overdue", lambda: True)
@@ -345,6 +335,7 @@ def test_a_failing_refresh_waits_and_heals(
     directory.look_up(key).result(60)
     with connected(engine) as connection:
         connection.execute(text("ALTER TABLE api_keys RENAME TO hidden"))
+        connection.commit()
         queries.clear()
         clock.now += REFRESH_SECONDS
         directory.look_up(generate_key()).exception(60)
@@ -363,11 +354,11 @@ def test_no_key_is_ever_logged(
         caplog.set_level(logging.DEBUG, logger)
     verbose = open_engine(engine.url.render_as_string(hide_password=False))
     keys = [add_key(verbose), generate_key(), generate_key()]
-    with running(KeyCache(Link(verbose), clock)) as directory:
+    with KeyCache(GuardedConnection(verbose), clock) as directory:
         for key in keys[:2]:
             directory.look_up(key).exception(60)
-    away = KeyCache(Link(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
-    with running(away):
+    away = KeyCache(GuardedConnection(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
+    with away:
         away.look_up(keys[2]).exception(60)
     assert "api_keys" in caplog.text
     assert "cannot be looked up" in caplog.text

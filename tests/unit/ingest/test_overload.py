@@ -12,7 +12,7 @@ from server.deadline import Deadline
 from server.errors import Unavailable
 from server.events.copy_rows import Row
 from server.ingest.group_commit import Writer
-from server.storage.connection import Link
+from server.storage.connection import GuardedConnection
 from server.storage.events import EventStore
 
 SECONDS = 5.0
@@ -84,12 +84,10 @@ def store(clock: Clock) -> SlowStore:
 @pytest.fixture
 def writer(clock: Clock, store: SlowStore) -> Iterator[Writer]:
     """A running writer, which has learnt how slow its store is."""
-    link, slow = cast(Link, StandingLink()), cast(EventStore, store)
-    writer = Writer(link, slow, max_waiting_bytes=1 << 30, clock=clock)
-    writer.start()
-    submit(writer, clock, 2 * BATCH_BYTES).result(60)
-    yield writer
-    writer.stop()
+    link, slow = cast(GuardedConnection, StandingLink()), cast(EventStore, store)
+    with Writer(link, slow, max_waiting_bytes=1 << 30, clock=clock) as writer:
+        submit(writer, clock, 2 * BATCH_BYTES).result(60)
+        yield writer
 
 
 def submit(

@@ -13,7 +13,8 @@ from productgraph.v1.event_ingestion_service_pb2 import EventError
 from server.config import RejectedKeep
 from server.events.parsed import ParsedBatch
 from server.ingest.rejection_writer import MAX_WAITING, RejectionWriter
-from server.storage.connection import Engine, Link, Watchdog, connected, open_engine, transactional
+from server.storage.connection import Engine, GuardedConnection, connected, open_engine
+from server.storage.health import Watchdog
 from server.storage.rejected_events import Rejection, insert_rejections
 from tests.support.services import for_sqlalchemy, query, wait_until
 
@@ -36,18 +37,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_writer(engine: Engine, keep: RejectedKeep = KEEP) -> RejectionWriter:
     """A writer that is not started yet."""
-    return RejectionWriter(Link(transactional(engine)), keep)
+    return RejectionWriter(GuardedConnection(engine), keep)
 
 
 @contextmanager
 def running(writer: RejectionWriter) -> Iterator[None]:
     """The writer works while the context lasts."""
-    watchdog = Watchdog(writer.check)
-    watchdog.start()
-    writer.start()
-    yield
-    writer.stop()
-    watchdog.stop()
+    with Watchdog(writer.check), writer:
+        yield
 
 
 def record(writer: RejectionWriter, project_id: str, count: int, first: int = 0) -> None:
@@ -60,7 +57,7 @@ def record(writer: RejectionWriter, project_id: str, count: int, first: int = 0)
 def insert(engine: Engine, project_id: str, count: int, age: timedelta = timedelta(0)) -> None:
     """Adds rows of this age."""
     moment = datetime.now(UTC) - age
-    with connected(transactional(engine)) as connection:
+    with connected(engine) as connection:
         rows = [Rejection(project_id, moment, "http", "wrong", 1, b"x")] * count
         insert_rejections(connection, rows)
 
@@ -139,7 +136,7 @@ def test_rejections_wait_until_the_table_is_writable(
     monkeypatch.setattr("server.ingest.rejection_writer._QUERY_SECONDS", 0.3)
     writer = make_writer(engine)
     with running(writer):
-        with connected(transactional(engine)) as other, other.begin():
+        with connected(engine) as other, other.begin():
             other.execute(text("LOCK TABLE rejected_events IN ACCESS EXCLUSIVE MODE"))
             record(writer, "a", 700)
             record(writer, "b", 1)

@@ -17,19 +17,10 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 from server.errors import Unavailable
-from server.storage.connection import (
-    Conflict,
-    DatabaseError,
-    Engine,
-    Link,
-    Readiness,
-    Refused,
-    Watchdog,
-    connected,
-    open_engine,
-    translated_errors,
-)
+from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
+from server.storage.errors import Conflict, DatabaseError, Refused, translated_errors
+from server.storage.health import Readiness, Watchdog
 from tests.support.services import wait_until
 
 UNREACHABLE = "postgresql+psycopg2://me:s3cret@127.0.0.1:1/db"
@@ -38,24 +29,20 @@ END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE dat
 
 
 @pytest.fixture
-def link(engine: Engine) -> Iterator[Link]:
+def link(engine: Engine) -> Iterator[GuardedConnection]:
     """A link that a watchdog cuts."""
     with watched_link(engine) as link:
         yield link
 
 
 @contextmanager
-def watched_link(engine: Engine) -> Iterator[Link]:
+def watched_link(engine: Engine) -> Iterator[GuardedConnection]:
     """A link that a watchdog cuts, closed at the end."""
-    link = Link(engine)
-    watchdog = Watchdog(link.cut_if_overdue)
-    watchdog.start()
-    yield link
-    watchdog.stop()
-    link.close()
+    with GuardedConnection(engine) as link, Watchdog(link.cut_if_overdue):
+        yield link
 
 
-def run(link: Link, statement: str, seconds: float = 5.0) -> object:
+def run(link: GuardedConnection, statement: str, seconds: float = 5.0) -> object:
     """The first value that a statement yields."""
     with link.connected(seconds) as connection:
         result = connection.execute(text(statement))
@@ -68,7 +55,9 @@ def fail_with(sqlstate: str) -> str:
 
 
 @pytest.mark.parametrize("statement", ["SELECT pg_sleep(60)", "SELECT pg_advisory_lock(1)"])
-def test_a_hanging_query_is_cut_at_its_deadline(statement: str, url: str, link: Link) -> None:
+def test_a_hanging_query_is_cut_at_its_deadline(
+    statement: str, url: str, link: GuardedConnection
+) -> None:
     """A query that hangs is given up when its time is over, and the next one works."""
     with closing(psycopg2.connect(url)) as holder:
         holder.cursor().execute("SELECT pg_advisory_lock(1)")
@@ -82,7 +71,7 @@ def test_a_hanging_query_is_cut_at_its_deadline(statement: str, url: str, link: 
 def test_idle_time_between_uses_is_not_limited(engine: Engine) -> None:
     """Time limits a use of a link, not the link."""
     now = [0.0]
-    link = Link(engine, clock=lambda: now[0])
+    link = GuardedConnection(engine, clock=lambda: now[0])
     run(link, "SELECT 1", seconds=1)
     now[0] += 100
     assert not link.cut_if_overdue()
@@ -93,7 +82,7 @@ def test_idle_time_between_uses_is_not_limited(engine: Engine) -> None:
 def test_an_overstaying_use_is_reported_once(engine: Engine) -> None:
     """A use that overstays is reported once."""
     now = [0.0]
-    link = Link(engine, clock=lambda: now[0])
+    link = GuardedConnection(engine, clock=lambda: now[0])
     with link.connected(1):
         assert not link.cut_if_overdue()
         now[0] += 1
@@ -175,7 +164,7 @@ def test_a_database_silent_after_login_is_abandoned(delay: float) -> None:
     ],
 )
 def test_database_errors_say_whether_to_try_again(
-    sqlstate: str, translation: type[Exception], link: Link
+    sqlstate: str, translation: type[Exception], link: GuardedConnection
 ) -> None:
     """Errors say whether to try again now, later or never; only the first two keep the session."""
     session = run(link, "SELECT pg_backend_pid()")
@@ -185,7 +174,9 @@ def test_database_errors_say_whether_to_try_again(
     assert kept is (translation in (Conflict, Refused))
 
 
-def test_a_killed_session_is_replaced_after_its_use(engine: Engine, link: Link) -> None:
+def test_a_killed_session_is_replaced_after_its_use(
+    engine: Engine, link: GuardedConnection
+) -> None:
     """A session that the server ended is found out by its next use, and replaced after that."""
     session = run(link, "SELECT pg_backend_pid()")
     with connected(engine) as connection:
@@ -203,7 +194,7 @@ def test_an_error_without_a_code_is_an_outage() -> None:
 
 def test_an_unreachable_database_can_be_closed_repeatedly() -> None:
     """Where no database answers, the link says so, and can be closed as often as one likes."""
-    link = Link(open_engine(UNREACHABLE))
+    link = GuardedConnection(open_engine(UNREACHABLE))
     with pytest.raises(Unavailable):
         link.ping()
     link.close()
@@ -223,7 +214,9 @@ def test_waiting_for_a_database_can_be_stopped() -> None:
     """Who waits for a database that is away can be told to stop."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(Link(open_engine(UNREACHABLE)).wait_until_available, stop)
+        waiting = threads.submit(
+            GuardedConnection(open_engine(UNREACHABLE)).wait_until_available, stop
+        )
         stop.set()
         assert waiting.result(60) is False
 
@@ -236,10 +229,8 @@ def test_a_failing_check_does_not_stop_the_watchdog(caplog: pytest.LogCaptureFix
         calls.append("fail")
         raise ZeroDivisionError
 
-    watchdog = Watchdog(fail, lambda: calls.append("next"))
-    watchdog.start()
-    wait_until(lambda: len(calls) >= 4)
-    watchdog.stop()
+    with Watchdog(fail, lambda: calls.append("next")):
+        wait_until(lambda: len(calls) >= 4)
     assert calls[:4] == ["fail", "next"] * 2
     assert "ZeroDivisionError" in caplog.text
 
@@ -247,15 +238,12 @@ def test_a_failing_check_does_not_stop_the_watchdog(caplog: pytest.LogCaptureFix
 @contextmanager
 def watched_readiness(url: str) -> Iterator[Readiness]:
     """A probe of this database that has found it ready."""
-    readiness = Readiness(Link(open_engine(url)))
-    watchdog = Watchdog(readiness.check)
-    watchdog.start()
-    readiness.start()
-    wait_until(readiness.is_ready)
-    yield readiness
-    readiness.stop()
-    assert not readiness.is_ready()
-    watchdog.stop()
+    readiness = Readiness(GuardedConnection(open_engine(url)))
+    with Watchdog(readiness.check), readiness:
+        wait_until(readiness.is_ready)
+        yield readiness
+        readiness.withdraw()
+        assert not readiness.is_ready()
 
 
 def test_readiness_follows_a_refusing_database(
@@ -269,8 +257,10 @@ def test_readiness_follows_a_refusing_database(
     ):
         admin.execute(text(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS false"))
         admin.execute(text(END_SESSIONS), {"name": url.database})
+        admin.commit()
         wait_until(lambda: not readiness.is_ready())
         admin.execute(text(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS true"))
+        admin.commit()
         wait_until(readiness.is_ready)
 
 
@@ -295,8 +285,8 @@ def test_readiness_follows_a_frozen_database(open_directory: Path) -> None:
 def test_each_failed_transaction_is_counted_by_kind(engine: Engine) -> None:
     """Each transaction that fails is told by its kind, and one that does not is not."""
     told: list[str] = []
-    link = Link(engine, on_error=told.append)
-    away = Link(open_engine(UNREACHABLE), on_error=told.append)
+    link = GuardedConnection(engine, on_error=told.append)
+    away = GuardedConnection(open_engine(UNREACHABLE), on_error=told.append)
     assert run(link, "SELECT 1") == 1
     for failing, statement, kind, error in (
         (link, "DO $$ BEGIN RAISE deadlock_detected; END $$", "conflict", Conflict),

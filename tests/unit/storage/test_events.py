@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from server.errors import Unavailable
 from server.events.copy_rows import Row
-from server.storage.connection import Conflict, Connection, Engine, Refused, connected, open_engine
+from server.storage.connection import Connection, Engine, connected, open_engine
+from server.storage.errors import Conflict, Refused
 from server.storage.events import EventStore
 from tests.support.services import for_sqlalchemy
 from tests.unit.events.test_copy_rows import ENCODER, make_row
@@ -221,6 +222,7 @@ def test_duplicates_switch_to_staging_for_five_seconds(create_migrated: Callable
     engine = open_engine(for_sqlalchemy(url))
     with connected(engine) as connection:
         assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "off"
+        connection.commit()
         for seconds, names in [(0, "a"), (0, "b"), (0, "bc"), (0, "d"), (4.9, "e"), (0.2, "f")]:
             now[0] += seconds
             store.save(connection, [make_row("p", name) for name in names], 5)
@@ -263,6 +265,7 @@ def test_a_group_is_stored_whole_or_not_at_all(
     with connected(engine) as connection:
         connection.exec_driver_sql("SET lock_timeout = %s", ("50ms" if outcome is Conflict else 0,))
         before = connection.exec_driver_sql(SETTINGS).fetchall()
+        connection.commit()
         if outcome is Refused:
             rows[1] = Row(rows[1].identity, rows[1].text.replace("session", ""))
             with pytest.raises(Refused):

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
+import psycopg2
 import pytest
 from sqlalchemy import text
 
 from server.events.schema import EVENT_SCHEMA
-from server.storage.connection import DatabaseError, Engine, connected, open_engine
+from server.storage.connection import Engine, connected, open_engine
+from server.storage.errors import DatabaseError
 from server.storage.migrate import UnsuitableDatabase, check_migrated, migrate
 from tests.support.services import for_sqlalchemy, query
 
@@ -90,10 +93,12 @@ def test_a_failed_migration_leaves_nothing_behind(engine: Engine) -> None:
     """A migration that fails leaves nothing behind, and works once its obstacle is gone."""
     with connected(engine) as connection:
         connection.execute(text("CREATE TABLE api_keys (obstacle int)"))
+        connection.commit()
         with pytest.raises(DatabaseError, match='relation "api_keys" already exists'):
             migrate(engine)
         assert query(engine, TABLES) == [("api_keys",)]
         connection.execute(text("DROP TABLE api_keys"))
+        connection.commit()
     migrate(engine)
     check_migrated(engine)
 
@@ -103,12 +108,15 @@ def test_a_database_without_utf_8_is_refused(use: Callable[[Engine], None], engi
     """A database that cannot hold every text is refused before anything is made in it."""
     ascii_url = engine.url.set(database=f"{engine.url.database}_ascii")
     options = "ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'"
-    with connected(engine) as connection:
-        connection.execute(text(f"CREATE DATABASE {ascii_url.database} {options}"))
+    with closing(
+        psycopg2.connect(engine.url.set(drivername="postgresql").render_as_string(False))
+    ) as c:
+        c.autocommit = True
+        c.cursor().execute(f"CREATE DATABASE {ascii_url.database} {options}")
         try:
             ascii_engine = open_engine(ascii_url.render_as_string(hide_password=False))
             with pytest.raises(UnsuitableDatabase, match="encoding is SQL_ASCII, UTF8 is needed"):
                 use(ascii_engine)
             assert query(ascii_engine, TABLES) == []
         finally:
-            connection.execute(text(f"DROP DATABASE {ascii_url.database} WITH (FORCE)"))
+            c.cursor().execute(f"DROP DATABASE {ascii_url.database} WITH (FORCE)")

@@ -15,9 +15,9 @@ from productgraph.v1.event_pb2 import Event
 from server.events.copy_rows import Row
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.timestamps import END_SECOND, FIRST_SECOND
-from server.storage.connection import Conflict, Connection, Engine, Refused, connected
-from server.storage.connection import transactional as make_transactional
+from server.storage.connection import Connection, Engine, connected
 from server.storage.dead_events import DeadEvent, list_dead, purge_dead, retry_dead
+from server.storage.errors import Conflict, Refused
 from server.storage.events import EventStore
 from server.storage.outbox import (
     _FIND_DUE,
@@ -62,7 +62,7 @@ def query(url: str) -> Iterator[Query]:
 @pytest.fixture
 def connection(engine: Engine) -> Iterator[Connection]:
     """A connection such as a forwarder's."""
-    with connected(make_transactional(engine)) as connection:
+    with connected(engine) as connection:
         yield connection
 
 
@@ -256,7 +256,7 @@ def test_lanes_ending_together_leave_no_payload(save: Save, query: Query, engine
         save([make_row("p", f"e{number}")])
 
     def run(provider: str) -> None:
-        with connected(make_transactional(engine)) as connection:
+        with connected(engine) as connection:
             lease, deliveries = claim(connection, provider)
             assert len(deliveries) == rounds
             for delivery in deliveries:
@@ -299,7 +299,7 @@ def test_four_claimers_share_everything_without_overlap(
 
     def run(_: int) -> list[int]:
         claimed: list[int] = []
-        with connected(make_transactional(engine)) as connection:
+        with connected(engine) as connection:
             start.wait(10)
             while query_due(connection):
                 claimed += [delivery.id for delivery in claim(connection, count=3)[1]]
@@ -325,7 +325,7 @@ def test_a_claim_skips_what_another_has_locked(save: Save, engine: Engine, query
     save([make_row("p", "e1")])
     save([make_row("p", "e2")])
     with ExitStack() as stack:
-        one, other = (stack.enter_context(connected(make_transactional(engine))) for _ in "12")
+        one, other = (stack.enter_context(connected(engine)) for _ in "12")
         stack.enter_context(one.begin())
         one.execute(_FIND_DUE, {"provider": "a", "limit": 1})
         [delivery] = claim(other)[1]

@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
 from sqlalchemy import text
 
-from server.storage.connection import Conflict, Engine, Link, connected, open_engine
+from server.storage.connection import Engine, GuardedConnection, connected, open_engine
+from server.storage.errors import Conflict
 from server.storage.events import EventStore
 from server.storage.partitions import PartitionKeeper, add_months, months_from
 from tests.support.services import for_sqlalchemy, query, wait_until
@@ -33,7 +34,7 @@ def engine(create_migrated: Callable[[], str]) -> Engine:
 
 def add(engine: Engine, today: date = DECEMBER) -> None:
     """Adds the months of this day."""
-    link = Link(engine)
+    link = GuardedConnection(engine)
     try:
         with link.connected(30) as connection:
             add_months(connection, today)
@@ -54,7 +55,7 @@ def save(engine: Engine, *moments: str) -> None:
 @contextmanager
 def transaction(engine: Engine, statement: str) -> Iterator[None]:
     """A transaction of somebody else's that goes on meanwhile."""
-    with connected(engine.execution_options(isolation_level="READ COMMITTED")) as connection:
+    with connected(engine) as connection:
         connection.execute(text(statement))
         yield
 
@@ -190,10 +191,8 @@ def test_no_event_is_lost_while_months_are_added(engine: Engine) -> None:
 
 def test_the_partition_keeper_starts_and_stops_cleanly(engine: Engine) -> None:
     """The keeper adds the months when it starts, and ends when it is told to."""
-    keeper = PartitionKeeper(Link(engine), today=lambda: DECEMBER)
-    keeper.start()
-    wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])
-    keeper.stop()
+    with PartitionKeeper(GuardedConnection(engine), today=lambda: DECEMBER):
+        wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])
 
 
 def test_the_partition_keeper_retries_after_a_long_reader(
@@ -201,12 +200,12 @@ def test_the_partition_keeper_retries_after_a_long_reader(
 ) -> None:
     """A round that met a long reader is repeated soon."""
     monkeypatch.setattr("server.storage.partitions._RETRY_SECONDS", 0.1)
-    keeper = PartitionKeeper(Link(engine), today=lambda: DECEMBER)
-    with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
-        keeper.start()
-        keeper_waits = "SELECT 1 FROM pg_locks WHERE NOT granted"
-        for _ in range(2):
-            wait_until(lambda: query(engine, keeper_waits))
-            wait_until(lambda: not query(engine, keeper_waits))
-    wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])
-    keeper.stop()
+    keeper = PartitionKeeper(GuardedConnection(engine), today=lambda: DECEMBER)
+    with ExitStack() as stack:
+        with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
+            stack.enter_context(keeper)
+            keeper_waits = "SELECT 1 FROM pg_locks WHERE NOT granted"
+            for _ in range(2):
+                wait_until(lambda: query(engine, keeper_waits))
+                wait_until(lambda: not query(engine, keeper_waits))
+        wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])

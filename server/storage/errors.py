@@ -1,0 +1,91 @@
+"""What a transaction can fail with: the driver's errors, translated into ours."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psycopg2
+from psycopg2 import errors as driver_errors
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+
+from server.errors import Unavailable
+
+
+class DatabaseError(Exception):
+    """The database cannot be used; the text is one line for an operator, without passwords."""
+
+
+class Conflict(Exception):
+    """The transaction met another one's and was rolled back: it can be run again at once."""
+
+
+class Refused(Exception):
+    """PostgreSQL refuses the data itself; running the transaction again cannot help."""
+
+
+# How a failed transaction is counted; all kinds there are.
+_KINDS: dict[type[BaseException], str] = {
+    Conflict: "conflict",
+    Refused: "refused",
+    Unavailable: "unavailable",
+}
+OTHER_ERROR = "other"
+ERROR_KINDS = (*_KINDS.values(), OTHER_ERROR)
+
+# Takes the kind of a failed transaction. Must not block.
+OnError = Callable[[str], None]
+
+_CONFLICTS = (
+    driver_errors.DeadlockDetected,
+    driver_errors.SerializationFailure,
+    driver_errors.LockNotAvailable,
+)
+_OUTAGES = (
+    psycopg2.OperationalError,
+    psycopg2.InterfaceError,
+    driver_errors.ReadOnlySqlTransaction,
+)
+
+
+def name_kind(error: BaseException) -> str:
+    """Return the kind by which a transaction's error is counted."""
+    return _KINDS.get(type(error), OTHER_ERROR)
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn the driver's errors into Conflict, Refused or Unavailable; let others pass."""
+    try:
+        yield
+    except (psycopg2.Error, DBAPIError) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, _CONFLICTS) or _lost_its_partition(cause):
+            raise Conflict from error
+        if isinstance(cause, _OUTAGES) or _lost_its_server(cause):
+            raise Unavailable("storage is unavailable") from error
+        if isinstance(cause, psycopg2.DataError | psycopg2.IntegrityError):
+            # The driver's text may repeat the data.
+            raise Refused(f"{type(cause).__name__} {cause.diag.constraint_name or ''}") from None
+        raise
+    except PendingRollbackError as error:  # the connection broke within a transaction
+        raise Unavailable("storage is unavailable") from error
+
+
+def _lost_its_server(cause: BaseException | None) -> bool:
+    """Return whether the connection broke in a way that the driver has no class for.
+
+    If a server dies while libpq still writes to it, the error has no code and is no
+    OperationalError, since libpq does not yet call the connection bad.
+    """
+    return type(cause) is psycopg2.DatabaseError and cause.pgcode is None
+
+
+def _lost_its_partition(cause: BaseException | None) -> bool:
+    """Return whether a row was on its way to the default partition when its month got its own.
+
+    PostgreSQL reports it as a check violation there, of no named constraint.
+    """
+    return (
+        isinstance(cause, driver_errors.CheckViolation)
+        and cause.diag.table_name == "events_default"
+        and not cause.diag.constraint_name
+    )
