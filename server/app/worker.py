@@ -10,14 +10,13 @@ from contextlib import ExitStack, contextmanager
 from server.app.parts import BUCKETS, open_outbox, open_tracing, opened_database
 from server.config import Settings
 from server.events.copy_rows import RowEncoder
-from server.events.json_codec import HTTP, JsonCodec
-from server.events.protobuf_codec import GRPC, ProtobufCodec
-from server.events.schema import EVENT_SCHEMA
+from server.events.json_codec import JsonCodec
+from server.events.protobuf_codec import ProtobufCodec
+from server.events.schema import EVENT_SCHEMA, MAX_REQUEST_BYTES
 from server.grpc.api import IngestServicer
 from server.grpc.certificates import CertificateSource
 from server.grpc.server import GrpcServer
 from server.http.api import create_app
-from server.http.body import MAX_BODY_BYTES
 from server.http.openapi import encode_description
 from server.http.server import HTTPServer
 from server.ingest.admission import Admission
@@ -32,6 +31,7 @@ from server.ingest.request_record import RequestRecorder, Sink
 from server.ingest.service import IngestService
 from server.processes.lifeline import Lifeline
 from server.processes.ports import listen
+from server.protocols import GRPC, HTTP
 from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.events import EventStore
 from server.storage.health import Readiness, Watchdog
@@ -54,9 +54,7 @@ class Worker:
         engine = open_engine(database_url)
         counts = Counts()
         self._storage_metrics = metrics = StorageMetrics(counts)
-        self._request_metrics = RequestMetrics(
-            counts, (field.wire_name for field in EVENT_SCHEMA.fields)
-        )
+        self._request_metrics = RequestMetrics(counts)
         self._readiness = Readiness(GuardedConnection(engine))
         self._keys = KeyCache(
             GuardedConnection(engine, on_error=metrics.count_error),
@@ -109,13 +107,15 @@ class Worker:
             service,
             recorder,
             self._readiness.is_ready,
-            description=encode_description(EVENT_SCHEMA, MAX_BODY_BYTES),
+            description=encode_description(EVENT_SCHEMA, MAX_REQUEST_BYTES),
             allowed_origins=settings.cors_allowed_origins,
         )
         listener = listen(settings.host, settings.port)
         # What is a little too large is refused by the application, in its words; a body far over
         # the limit is not even read.
-        return HTTPServer(app, listener, threads=_HTTP_THREADS, max_body_bytes=2 * MAX_BODY_BYTES)
+        return HTTPServer(
+            app, listener, threads=_HTTP_THREADS, max_body_bytes=2 * MAX_REQUEST_BYTES
+        )
 
     def _build_grpc(
         self, service: IngestService, settings: Settings, recorder: RequestRecorder

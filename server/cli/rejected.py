@@ -23,8 +23,8 @@ from server.cli.command import (
     with_settings,
 )
 from server.config import Settings
-from server.events.json_codec import HTTP
 from server.ingest.replay import Replayed
+from server.protocols import HTTP
 from server.storage.connection import connected
 from server.storage.rejected_events import StoredRejection, list_rejections, read_rejection
 

@@ -27,12 +27,23 @@ from server.events.json_parser import (
     parse_exactly,
 )
 from server.events.parsed import ColumnReader, ParsedBatch, ParsedEvent
+from server.events.problems import (
+    NOT_A_STRING,
+    NOT_A_TIMESTAMP,
+    NOT_AN_EVENT,
+    NOT_AN_INTEGER,
+    NOT_AN_OBJECT,
+    Fault,
+    InvalidValue,
+    Problem,
+    Reason,
+    report_excess,
+)
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.events.timestamps import parse_timestamp
-from server.events.validation import NOT_A_TIMESTAMP, NOT_AN_EVENT, MalformedEvent, describe_excess
+from server.events.validation import MalformedEvent
+from server.protocols import HTTP
 
-# The protocol whose events are JSON.
-HTTP = "http"
 # A number as JSON writes it, no longer than any double is written.
 _NUMBER = re.compile(r"-?\d{1,40}(\.\d{1,40})?([eE][+-]?\d{1,3})?", re.ASCII)
 # How orjson writes a float that may have been an integer with more digits.
@@ -86,7 +97,7 @@ class JsonCodec:
         parsed = self._parse_carefully(fields)
         if isinstance(parsed, MalformedEvent):
             return parsed
-        return MalformedEvent(parsed.event, len(self._fields), describe_excess(self._max_bytes))
+        return MalformedEvent(parsed.event, len(self._fields), report_excess(self._max_bytes))
 
     def _parse_event(self, item: Any) -> ParsedEvent | MalformedEvent:
         if type(item) is not dict:
@@ -152,14 +163,15 @@ class JsonCodec:
                 continue
             try:
                 self._set_field(event, field, fields[field.name])
-            except ValueError as problem:
-                return MalformedEvent(event, field.position, f"{field.wire_name}: {problem}")
+            except InvalidValue as error:
+                problem = Problem(field.wire_name, *error.fault)
+                return MalformedEvent(event, field.position, problem)
         return self._columns.read(event, event.SerializeToString())
 
     def _set_field(self, event: Event, field: Field, value: Any) -> None:
         if field.kind is Kind.TEXT:
             if type(value) is not str:
-                raise ValueError("must be a string")
+                raise InvalidValue(NOT_A_STRING)
             setattr(event, field.name, value)
         elif field.kind is Kind.TIMESTAMP:
             _set_timestamp(getattr(event, field.name), value)
@@ -170,7 +182,7 @@ class JsonCodec:
 
     def _set_object(self, target: Struct, value: Any) -> None:
         if type(value) is not dict:
-            raise ValueError("must be an object")
+            raise InvalidValue(NOT_AN_OBJECT)
         # One level more than allowed, for the column to be found too deep.
         fill_struct(target, value, self._max_depth + 1)
 
@@ -211,24 +223,25 @@ def _set_timestamp(target: Timestamp, value: Any) -> None:
     if value == "":
         return
     if type(value) is not str:  # a list or an object need not be refused by what follows
-        raise ValueError(NOT_A_TIMESTAMP)
+        raise InvalidValue(NOT_A_TIMESTAMP)
     try:
         target.seconds, target.nanos = parse_timestamp(value)
     except ValueError:
-        raise ValueError(NOT_A_TIMESTAMP) from None
+        raise InvalidValue(NOT_A_TIMESTAMP) from None
 
 
 def _read_integer(value: Any, field: Field) -> int:
     """An integer as proto3's JSON mapping takes it, rounded where the field's rules say so."""
     is_number = isinstance(value, str | int | float | Decimal) and type(value) is not bool
     if not is_number or not _NUMBER.fullmatch(str(value)):
-        raise ValueError("must be an integer")
+        raise InvalidValue(NOT_AN_INTEGER)
     number = Decimal(str(value))
     whole = number.to_integral_value(ROUND_HALF_UP)
     if whole != number and not field.rules.rounding:
-        raise ValueError("must be an integer")
+        raise InvalidValue(NOT_AN_INTEGER)
     if int(whole) not in field.range:
-        raise ValueError(f"must be an integer of {field.range.stop.bit_length()} bits")
+        bits = field.range.stop.bit_length()
+        raise InvalidValue(Fault(Reason.OUT_OF_RANGE, f"must be an integer of {bits} bits"))
     return int(whole)
 
 

@@ -11,8 +11,9 @@ from google.protobuf.message import Message
 
 from productgraph.v1.event_pb2 import Event
 from server.events.free_form import TooDeep, fill_struct, read_struct
+from server.events.problems import Problem, report_nesting
 from server.events.schema import Kind, Schema
-from server.events.validation import MalformedEvent, describe_nesting
+from server.events.validation import MalformedEvent
 
 # Where most NUL bytes are found, in free-form fields: zeros behind a double's tag, and `false`, by
 # a tag that no field of an event has.
@@ -55,9 +56,6 @@ class ParsedBatch:
     events: Iterator[ParsedEvent | MalformedEvent]
     received: Callable[[int], bytes]
 
-    def __iter__(self) -> Iterator[ParsedEvent | MalformedEvent]:
-        return self.events
-
 
 class ColumnReader:
     """Reads columns off events of one schema."""
@@ -91,7 +89,7 @@ class ColumnReader:
             try:
                 objects.append(self._read_object(event, field.name))
             except TooDeep:
-                problem = f"{field.wire_name}: {describe_nesting(self._max_depth)}"
+                problem = Problem(field.wire_name, *report_nesting(self._max_depth))
                 return MalformedEvent(event, field.position, problem)
         numbers = [str(number) if number else "" for number in self._numbers(event)]
         empty: Sequence[str] = ()

@@ -11,17 +11,20 @@ from server.errors import InvalidArgument
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.free_form import REPLACEMENT, replace_nul
 from server.events.parsed import ColumnReader, ParsedBatch, ParsedEvent
-from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
-from server.events.validation import (
+from server.events.problems import (
     NOT_A_TIMESTAMP,
     NOT_AN_EVENT,
-    MalformedEvent,
-    describe_excess,
-    describe_nesting,
+    NOT_AN_OBJECT,
+    NOT_UTF8,
+    Fault,
+    Problem,
+    report_excess,
+    report_nesting,
 )
+from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
+from server.events.validation import MalformedEvent
+from server.protocols import GRPC
 
-# The protocol whose events are protobuf.
-GRPC = "grpc"
 _READABLE_SHARE = 8
 
 
@@ -37,7 +40,7 @@ class ProtobufCodec:
         # An event's own encoding is shorter than what was sent where fields in that are repeated or
         # unknown; from this size on that is not looked at.
         self._readable_bytes = _READABLE_SHARE * schema.max_bytes
-        self._too_large = describe_excess(schema.max_bytes)
+        self._too_large = report_excess(schema.max_bytes)
 
     def parse_batch(self, request: bytes, deadline: Deadline = NEVER) -> ParsedBatch:
         """The events of an encoded IngestEventsRequest in order, each parsed when asked for.
@@ -88,12 +91,12 @@ class ProtobufCodec:
             return MalformedEvent(event, 0, NOT_AN_EVENT)
         present = {field.name for field, _ in loose.ListFields()}
         for field in self._schema.fields:
-            if field.name in present and (problem := self._copy_field(loose, event, field)):
-                return MalformedEvent(event, field.position, f"{field.wire_name}: {problem}")
+            if field.name in present and (fault := self._copy_field(loose, event, field)):
+                return MalformedEvent(event, field.position, Problem(field.wire_name, *fault))
         return MalformedEvent(event, 0, NOT_AN_EVENT)
 
-    def _copy_field(self, loose: Any, event: Event, field: Field) -> str | None:
-        """Copies one field; returns the problem where its bytes are unreadable."""
+    def _copy_field(self, loose: Any, event: Event, field: Field) -> Fault | None:
+        """Copy one field; return what is wrong if its bytes are unreadable."""
         value, target = getattr(loose, field.name), getattr(event, field.name)
         try:
             if isinstance(target, Message):
@@ -103,18 +106,18 @@ class ProtobufCodec:
             else:
                 setattr(event, field.name, value)
         except UnicodeDecodeError:
-            return "must be valid UTF-8"
+            return NOT_UTF8
         except DecodeError as error:
             return self._explain_unreadable(field, error)
         return None
 
-    def _explain_unreadable(self, field: Field, error: DecodeError) -> str:
+    def _explain_unreadable(self, field: Field, error: DecodeError) -> Fault:
         if field.kind is Kind.TIMESTAMP:
             return NOT_A_TIMESTAMP
         # The parser's own limit on nesting lies beyond the schema's.
         if "MaxDepth" in str(error):
-            return describe_nesting(self._schema.max_depth)
-        return "must be an object"
+            return report_nesting(self._schema.max_depth)
+        return NOT_AN_OBJECT
 
 
 def _is_storable(parsed: ParsedEvent | MalformedEvent) -> bool:

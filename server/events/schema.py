@@ -100,10 +100,9 @@ def _kind_of(field: FieldDescriptor) -> Kind:
     return kind
 
 
-def _read_max_batch_size() -> int:
-    events = IngestEventsRequest.DESCRIPTOR.fields_by_name["events"]
-    return events.GetOptions().Extensions[rules_pb2.field_rules].max_items
-
+_REQUEST = IngestEventsRequest.DESCRIPTOR
+_EVENTS = _REQUEST.fields_by_name["events"]
 
 EVENT_SCHEMA = read_schema(Event.DESCRIPTOR)
-MAX_BATCH_SIZE = _read_max_batch_size()
+MAX_BATCH_SIZE = _EVENTS.GetOptions().Extensions[rules_pb2.field_rules].max_items
+MAX_REQUEST_BYTES = _REQUEST.GetOptions().Extensions[rules_pb2.message_rules].max_bytes

@@ -1,4 +1,4 @@
-"""The rules of the schema, applied to one event: the first that it breaks, in schema order."""
+"""The rules of the schema, applied to one event in the order of its fields."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,49 +8,36 @@ from google.protobuf.message import Message
 
 from productgraph.v1 import rules_pb2
 from productgraph.v1.event_pb2 import Event
+from server.events.problems import (
+    NOT_A_TIMESTAMP,
+    REQUIRED,
+    WRONG_PROJECT,
+    Fault,
+    InvalidEvent,
+    Problem,
+    Reason,
+    report_excess,
+)
 from server.events.schema import Field, Kind, Schema
 from server.events.timestamps import is_storable
 
 MAX_QUOTED_CHARACTERS = 64
-# Of an event's protobuf, by its line of COPY. Arrays of digits grow most, two characters to eleven
-# bytes; of other texts a character takes up to four.
+# An event's protobuf takes at most this many bytes for each character of its line of COPY. Arrays
+# of digits grow most, two characters to eleven bytes; a character of a text takes up to four.
 MAX_BYTES_PER_CHARACTER = 8
-NOT_AN_EVENT = "event: must be an object"
-NOT_A_TIMESTAMP = "must be an ISO 8601 date-time"
-
-
-# What problems are counted as, by how they begin.
-_REASONS = {
-    "required": "required",
-    "unknown ": "unknown_value",
-    "longer than ": "too_long",
-    "larger than ": "too_large",
-    "nested more than ": "too_deep",
-    "does not match ": "wrong_project",
-    NOT_A_TIMESTAMP: "invalid_timestamp",
-    "must be valid UTF-8": "invalid_encoding",
-    "must be an integer of ": "out_of_range",
-    "must be ": "wrong_type",
-}
-UNCLASSIFIED = "other"
-REASONS = (*_REASONS.values(), UNCLASSIFIED)
-
-
-class InvalidEvent(Exception):
-    """One event cannot be accepted; the text is `<documented field name>: <problem>`."""
 
 
 @dataclass(frozen=True)
 class MalformedEvent:
-    """What an edge could read of an event one of whose fields has an unreadable value.
+    """What could be read of an event before a field whose value is unreadable.
 
-    `position` is that field's place in the schema; 0, with an empty `event`, where the whole
-    cannot be read. `problem` is complete, the field's name included.
+    `position` is that field's place in the schema; 0 if the whole cannot be read, with an empty
+    `event`.
     """
 
     event: Event
     position: int
-    problem: str
+    problem: Problem
 
 
 class Validator:
@@ -75,7 +62,7 @@ class Validator:
         self._timestamps = [field.name for field in schema.of_kind(Kind.TIMESTAMP)]
 
     def check_event(self, event: Event, columns: Sequence[str], project_id: str) -> None:
-        """Raises InvalidEvent for the first rule that a field of the event breaks.
+        """Raise InvalidEvent for the first rule that a field of the event breaks.
 
         `columns` has its texts too, in the order of `Schema.columns`.
         """
@@ -85,21 +72,21 @@ class Validator:
                 raise InvalidEvent(problem)
 
     def surely_fits(self, size: int, line_length: int) -> bool:
-        """Whether an event is small enough, by what it took as protobuf or as a line of COPY."""
+        """Tell whether an event is small enough, by its size as protobuf or as a line of COPY."""
         return (size or line_length * MAX_BYTES_PER_CHARACTER) <= self._max_bytes
 
     def check_size(self, size: int) -> None:
-        """Raises InvalidEvent for an encoded event of too many bytes."""
+        """Raise InvalidEvent for an encoded event of too many bytes."""
         if size > self._max_bytes:
-            raise InvalidEvent(describe_excess(self._max_bytes))
+            raise InvalidEvent(report_excess(self._max_bytes))
 
-    def explain_malformed(self, malformed: MalformedEvent, project_id: str) -> str:
-        """The first problem of an event that an edge could not read in full."""
+    def explain_malformed(self, malformed: MalformedEvent, project_id: str) -> Problem:
+        """Return the first problem of an event that could not be read in full."""
         before = self._find_problem(malformed.event, project_id, malformed.position)
         return before or malformed.problem
 
     def _looks_valid(self, event: Message, columns: Sequence[str], project_id: str) -> bool:
-        """All rules at once, by a few operations in C; False may still be a valid event."""
+        """Check all rules at once, by a few operations in C; a valid event may still fail."""
         texts = self._ruled(columns)
         if texts[0] != project_id or "" in texts[: self._required_count]:
             return False
@@ -113,57 +100,41 @@ class Validator:
                 return False
         return True
 
-    def _find_problem(self, event: Event, project_id: str, end: int) -> str | None:
+    def _find_problem(self, event: Event, project_id: str, end: int) -> Problem | None:
         for field in self._fields[:end]:
-            if problem := _check_field(event, field, project_id):
-                return f"{field.wire_name}: {problem}"
+            if fault := _check_field(event, field, project_id):
+                return Problem(field.wire_name, *fault)
         return None
 
 
-def _check_field(event: Message, field: Field, project_id: str) -> str | None:
+def _check_field(event: Message, field: Field, project_id: str) -> Fault | None:
     value = getattr(event, field.name)
     if field.kind is Kind.TEXT:
         return _check_text(value, field, project_id)
     present = event.HasField(field.name)
     if field.rules.required and not present:
-        return "required"
+        return REQUIRED
     if field.kind is Kind.TIMESTAMP and present and not is_storable(value):
         return NOT_A_TIMESTAMP
     return None
 
 
-def _check_text(value: str, field: Field, project_id: str) -> str | None:
+def _check_text(value: str, field: Field, project_id: str) -> Fault | None:
     rules = field.rules
     if not value:
-        return "required" if rules.required else None
+        return REQUIRED if rules.required else None
     if rules.max_bytes and len(value.encode()) > rules.max_bytes:
-        return f"longer than {rules.max_bytes} bytes"
+        return Fault(Reason.TOO_LONG, f"longer than {rules.max_bytes} bytes")
     if rules.matches_api_key and value != project_id:
-        return "does not match the API key"
+        return WRONG_PROJECT
     if rules.allowed_values and value not in rules.allowed_values:
-        return f"unknown {field.wire_name.rpartition('.')[2]} {quote(value)}"
+        noun = field.wire_name.rpartition(".")[2]
+        return Fault(Reason.UNKNOWN_VALUE, f"unknown {noun} {quote(value)}")
     return None
 
 
-def classify_problem(text: str) -> tuple[str, str]:
-    """The field (or `event`) of a problem, and which of `REASONS` it is; nothing of a client's."""
-    field, _, problem = text.partition(": ")
-    reasons = (reason for start, reason in _REASONS.items() if problem.startswith(start))
-    return field, next(reasons, UNCLASSIFIED)
-
-
-def describe_excess(max_bytes: int) -> str:
-    """The problem of an event whose protobuf encoding has more than `max_bytes` bytes."""
-    return f"event: larger than {max_bytes} bytes"
-
-
-def describe_nesting(max_depth: int) -> str:
-    """The problem of a field whose objects and arrays nest deeper than `max_depth` levels."""
-    return f"nested more than {max_depth} levels deep"
-
-
 def quote(value: str) -> str:
-    """A value of a client's for an error text: cut short, and on one line."""
+    """Quote a client's value for an error text: cut short, and on one line."""
     text = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in value[:MAX_QUOTED_CHARACTERS]

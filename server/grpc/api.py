@@ -14,9 +14,9 @@ from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEvents
 from server.caller import Caller
 from server.deadline import Deadline
 from server.errors import IngestError, Internal, Unavailable
-from server.events.protobuf_codec import GRPC
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
+from server.protocols import GRPC
 
 _DESCRIPTOR = DESCRIPTOR.services_by_name["EventIngestionService"]
 _METHOD = _DESCRIPTOR.methods_by_name["IngestEvents"].name

@@ -9,10 +9,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from server.events.schema import MAX_REQUEST_BYTES
 from server.grpc.api import SERVICE, IngestServicer
 from server.grpc.certificates import Certificates, CertificateSource
 
-MAX_MESSAGE_BYTES = 10 * 1024 * 1024
 _HEALTH_SECONDS = 0.5
 # Connections, not calls, are spread over the workers: renewed now and then, they spread again.
 _MAX_CONNECTION_AGE_MS = 5 * 60 * 1000
@@ -82,7 +82,7 @@ class GrpcServer:
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 1),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_connection_age_ms", _MAX_CONNECTION_AGE_MS),
                 ("grpc.max_connection_age_grace_ms", _CONNECTION_GRACE_MS),
             ]

@@ -10,13 +10,14 @@ from falcon.constants import COMBINED_METHODS
 
 from server.caller import Caller
 from server.errors import IngestError, Internal
-from server.events.json_codec import HTTP, encode_response
+from server.events.json_codec import encode_response
 from server.http.body import read_json
 from server.http.cors import CrossOrigin
 from server.http.deferral import ENVIRON_KEY, Deferral
 from server.ingest.limits import Allowance
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
+from server.protocols import HTTP
 
 EVENTS_PATH = "/v1/events"
 # As proxies write it in their logs, for nobody is answered it: the client was gone.

@@ -5,8 +5,8 @@ import zlib
 import falcon
 
 from server.errors import InvalidArgument
+from server.events.schema import MAX_REQUEST_BYTES
 
-MAX_BODY_BYTES = 10 * 1024 * 1024
 _GZIP_WINDOW = 31  # zlib's number for "with a gzip header"
 
 
@@ -18,23 +18,23 @@ def read_json(req: falcon.Request) -> bytes:
     coding = (req.get_header("Content-Encoding") or "identity").strip().lower()
     if coding not in ("identity", "gzip"):
         raise falcon.HTTPUnsupportedMediaType(title="Content-Encoding must be identity or gzip")
-    if (req.content_length or 0) <= MAX_BODY_BYTES:
+    if (req.content_length or 0) <= MAX_REQUEST_BYTES:
         body: bytes = req.bounded_stream.read()
         if coding == "gzip":
             body = _decompress(body)
-        if len(body) <= MAX_BODY_BYTES:
+        if len(body) <= MAX_REQUEST_BYTES:
             return body
-    raise InvalidArgument(f"body: larger than {MAX_BODY_BYTES} bytes")
+    raise InvalidArgument(f"body: larger than {MAX_REQUEST_BYTES} bytes")
 
 
 def _decompress(body: bytes) -> bytes:
     """Return the content of a gzip body, up to one byte over the limit."""
     member = zlib.decompressobj(_GZIP_WINDOW)
     try:
-        content = member.decompress(body, MAX_BODY_BYTES + 1)
+        content = member.decompress(body, MAX_REQUEST_BYTES + 1)
     except zlib.error:
         raise InvalidArgument("body: invalid gzip") from None
     # Further members are refused: a body of many tiny ones takes minutes to read.
-    if len(content) <= MAX_BODY_BYTES and (not member.eof or member.unused_data):
+    if len(content) <= MAX_REQUEST_BYTES and (not member.eof or member.unused_data):
         raise InvalidArgument("body: invalid gzip")
     return content

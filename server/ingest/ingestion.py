@@ -8,9 +8,10 @@ from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEvents
 from server.deadline import Deadline
 from server.events.copy_rows import Row, RowEncoder
 from server.events.parsed import ParsedBatch, ParsedEvent
+from server.events.problems import InvalidEvent, Problem
 from server.events.schema import Schema
 from server.events.timestamps import truncate_timestamp
-from server.events.validation import InvalidEvent, MalformedEvent, Validator
+from server.events.validation import MalformedEvent, Validator
 from server.ingest.group_commit import Writer
 
 # Reading the events of a batch may take seconds from this size on.
@@ -24,6 +25,7 @@ class Answer(NamedTuple):
     """The answer to a request, to be given once `stored` is done, unless that fails."""
 
     response: IngestEventsResponse
+    problems: Sequence[Problem]
     stored: "Future[None]"
 
 
@@ -48,17 +50,19 @@ class Ingestion:
         Raises Unavailable if they cannot be stored now, or not be read in time.
         """
         rows: list[Row] = []
+        problems: list[Problem] = []
         errors: list[EventError] = []
         for index, event in enumerate(_read_in_time(batch, deadline)):
             try:
                 rows.append(self._check(event, project_id))
-            except InvalidEvent as problem:
-                errors.append(EventError(index=index, error=str(problem)))
+            except InvalidEvent as invalid:
+                problems.append(invalid.problem)
+                errors.append(EventError(index=index, error=str(invalid)))
         response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
         stored = self._store(rows, deadline)
         if errors and self._on_rejected is not None:
             self._on_rejected(project_id, batch, errors)
-        return Answer(response, stored)
+        return Answer(response, problems, stored)
 
     def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
         if isinstance(parsed, MalformedEvent):

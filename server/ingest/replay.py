@@ -9,10 +9,11 @@ from itertools import groupby
 from server.deadline import Deadline
 from server.errors import IngestError, Unavailable
 from server.events.encoded_events_pb2 import EncodedEvents
-from server.events.json_codec import HTTP, JsonCodec
+from server.events.json_codec import JsonCodec
 from server.events.parsed import ParsedBatch
 from server.events.protobuf_codec import ProtobufCodec
 from server.ingest.ingestion import Ingestion
+from server.protocols import HTTP
 from server.storage.connection import Connection
 from server.storage.errors import DatabaseError
 from server.storage.rejected_events import StoredRejection, read_pages, settle_replayed
@@ -68,7 +69,7 @@ class Replay:
         try:
             project_id, protocol = _source(rejections[0])
             batch = self._parse(whole, protocol)
-            response, stored = self._ingestion.ingest(project_id, batch, deadline)
+            response, _, stored = self._ingestion.ingest(project_id, batch, deadline)
             _wait(stored, deadline)
         except IngestError as error:
             raise DatabaseError(str(error)) from error

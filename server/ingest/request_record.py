@@ -5,10 +5,11 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
+from server.events.problems import Problem
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # The gRPC codes that say what HTTP says with a status of 500 or more.
@@ -37,6 +38,7 @@ class RequestRecord:
         "_recorder",
         "_started",
         "ended",
+        "problems",
         "project_id",
         "protocol",
         "request_id",
@@ -63,6 +65,7 @@ class RequestRecord:
         self.project_id: str | None = None
         self.size_bytes: int | None = None  # decompressed
         self.response: IngestEventsResponse | None = None
+        self.problems: Sequence[Problem] = ()
         # HTTP's number or gRPC's name; 499 and CANCELLED: the client was gone before its answer.
         self.status: int | str = 0
         self.ended = 0.0
@@ -77,9 +80,10 @@ class RequestRecord:
         self.project_id = project_id
         self._authenticated = self._recorder.clock()
 
-    def decoded(self, response: IngestEventsResponse) -> None:
+    def decoded(self, response: IngestEventsResponse, problems: Sequence[Problem] = ()) -> None:
         """Note that the events have been validated and handed over to be stored."""
         self.response = response
+        self.problems = problems
         self._decoded = self._recorder.clock()
 
     def finish(self, status: int | str) -> None:

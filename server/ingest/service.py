@@ -61,5 +61,5 @@ class IngestService:
         batch = self._codecs[record.protocol].parse_batch(body, deadline)
         self.admission.take_events(caller, batch.count)
         answer = self._ingestion.ingest(caller.project_id, batch, deadline)
-        record.decoded(answer.response)
+        record.decoded(answer.response, answer.problems)
         return answer

@@ -10,7 +10,9 @@ from datetime import datetime
 
 from sqlalchemy import Connection, TextClause, text
 
-MAX_EVENT_BYTES = 102_400
+from server.events.schema import EVENT_SCHEMA
+
+MAX_EVENT_BYTES = EVENT_SCHEMA.max_bytes
 # How many rows one statement deletes at the most.
 _DELETED_AT_ONCE = 1000
 _READ_AT_ONCE = 200

@@ -4,14 +4,10 @@ from collections import Counter as Tally
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from server.events.validation import classify_problem
 from server.ingest.key_cache import LOOKUP_RESULTS
 from server.ingest.request_record import RequestRecord
 from server.storage.errors import ERROR_KINDS
 from server.telemetry.counting import Counts, Kind, Metric
-
-# The field of a problem whose text does not begin with one.
-OTHER_FIELD = "other"
 
 _SUCCESS_OF = {"http": 202, "grpc": "OK"}
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -113,13 +109,11 @@ METRICS = (
 class RequestMetrics:
     """Counts requests and their events. A sink of their records, which `flush` counts.
 
-    Counting many requests at once costs less, and not in the threads that serve them. `fields` are
-    the names that a problem's field may have, besides that of the event as a whole.
+    Counting many requests at once costs less, and not in the threads that serve them.
     """
 
-    def __init__(self, counts: Counts, fields: Iterable[str]) -> None:
+    def __init__(self, counts: Counts) -> None:
         self._counts = counts
-        self._fields = frozenset(("event", *fields))
         self._finished: deque[RequestRecord] = deque()
 
     def record(self, request: RequestRecord) -> None:
@@ -142,14 +136,13 @@ class RequestMetrics:
         storing = _present(each.seconds_storing for each in finished)
         counts.observe(SECONDS_STORING, storing, protocol)
         success = _SUCCESS_OF[protocol]
-        responses = [each.response for each in finished if each.status == success]
-        answers = [response for response in responses if response is not None]
+        succeeded = [each for each in finished if each.status == success]
+        answers = [each.response for each in succeeded if each.response is not None]
         counts.add(ACCEPTED, sum(answer.accepted for answer in answers), protocol)
         counts.observe(EVENTS, [each.accepted + each.rejected for each in answers], protocol)
-        problems = Tally(error.error for answer in answers for error in answer.errors)
-        for problem, count in problems.items():
-            field, reason = classify_problem(problem)
-            counts.add(REJECTED, count, field if field in self._fields else OTHER_FIELD, reason)
+        kinds = Tally(problem[:2] for each in succeeded for problem in each.problems)
+        for (field, reason), count in kinds.items():
+            counts.add(REJECTED, count, field, reason)
 
 
 def _present(amounts: Iterable[float | None]) -> list[float]:

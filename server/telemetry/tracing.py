@@ -17,10 +17,10 @@ from opentelemetry.trace import SpanKind, StatusCode, Tracer, set_span_in_contex
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from server.events.json_codec import HTTP
 from server.forwarding.http_client import Transport
 from server.forwarding.providers.provider import Answer, Request
 from server.ingest.request_record import RequestRecord
+from server.protocols import HTTP
 
 _SERVICE = "productgraph-ingestion"
 _STOP_SECONDS = 5.0

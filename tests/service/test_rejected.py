@@ -107,8 +107,8 @@ def test_odd_json_is_kept_with_its_meaning(value: str, tenant: Tenant) -> None:
     assert tenant.post(b'{"events":[' + bad.encode() + b"]}").json["rejected"] == 1
     [(*_, event)] = wait_for_kept(tenant, 1)
     codec = JsonCodec(EVENT_SCHEMA)
-    [read_first] = codec.parse_batch(b'{"events":[' + bad.encode() + b"]}")
-    [read_again] = codec.parse_batch(b'{"events":[' + event + b"]}")
+    [read_first] = codec.parse_batch(b'{"events":[' + bad.encode() + b"]}").events
+    [read_again] = codec.parse_batch(b'{"events":[' + event + b"]}").events
     assert read_again == read_first
 
 

@@ -10,7 +10,7 @@ from falcon.testing import TestClient
 
 import server.app  # noqa: F401 - so that the errors of every module are known
 from server.errors import IngestError, ResourceExhausted, Unavailable
-from server.events.json_codec import HTTP, JsonCodec
+from server.events.json_codec import JsonCodec
 from server.events.schema import EVENT_SCHEMA
 from server.http.api import create_app
 from server.http.deferral import ENVIRON_KEY, Deferral
@@ -18,6 +18,7 @@ from server.ingest.admission import Admission
 from server.ingest.ingestion import Ingestion
 from server.ingest.request_record import RequestRecorder
 from server.ingest.service import IngestService
+from server.protocols import HTTP
 
 # The statuses that google.rpc.Code gives for these codes.
 HTTP_STATUS = {

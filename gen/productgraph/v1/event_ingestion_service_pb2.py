@@ -26,7 +26,7 @@ from productgraph.v1 import event_pb2 as productgraph_dot_v1_dot_event__pb2
 from productgraph.v1 import rules_pb2 as productgraph_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-productgraph/v1/event_ingestion_service.proto\x12\x0fproductgraph.v1\x1a\x1bproductgraph/v1/event.proto\x1a\x1bproductgraph/v1/rules.proto\"F\n\x13IngestEventsRequest\x12/\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.productgraph.v1.EventB\x07\xe2\xcb\x1a\x03 \xe8\x07\"g\n\x14IngestEventsResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x05\x12\x10\n\x08rejected\x18\x02 \x01(\x05\x12+\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x1b.productgraph.v1.EventError\"*\n\nEventError\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05\x65rror\x18\x02 \x01(\t2t\n\x15\x45ventIngestionService\x12[\n\x0cIngestEvents\x12$.productgraph.v1.IngestEventsRequest\x1a%.productgraph.v1.IngestEventsResponseB7\n\x13\x63om.productgraph.v1P\x01Z\x1eproductgraph/v1;productgraphv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-productgraph/v1/event_ingestion_service.proto\x12\x0fproductgraph.v1\x1a\x1bproductgraph/v1/event.proto\x1a\x1bproductgraph/v1/rules.proto\"Q\n\x13IngestEventsRequest\x12/\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.productgraph.v1.EventB\x07\xe2\xcb\x1a\x03 \xe8\x07:\t\xb2\x94\'\x05\x08\x80\x80\x80\x05\"g\n\x14IngestEventsResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x05\x12\x10\n\x08rejected\x18\x02 \x01(\x05\x12+\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x1b.productgraph.v1.EventError\"*\n\nEventError\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05\x65rror\x18\x02 \x01(\t2t\n\x15\x45ventIngestionService\x12[\n\x0cIngestEvents\x12$.productgraph.v1.IngestEventsRequest\x1a%.productgraph.v1.IngestEventsResponseB7\n\x13\x63om.productgraph.v1P\x01Z\x1eproductgraph/v1;productgraphv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,12 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\023com.productgraph.v1P\001Z\036productgraph/v1;productgraphv1'
   _globals['_INGESTEVENTSREQUEST'].fields_by_name['events']._loaded_options = None
   _globals['_INGESTEVENTSREQUEST'].fields_by_name['events']._serialized_options = b'\342\313\032\003 \350\007'
+  _globals['_INGESTEVENTSREQUEST']._loaded_options = None
+  _globals['_INGESTEVENTSREQUEST']._serialized_options = b'\262\224\'\005\010\200\200\200\005'
   _globals['_INGESTEVENTSREQUEST']._serialized_start=124
-  _globals['_INGESTEVENTSREQUEST']._serialized_end=194
-  _globals['_INGESTEVENTSRESPONSE']._serialized_start=196
-  _globals['_INGESTEVENTSRESPONSE']._serialized_end=299
-  _globals['_EVENTERROR']._serialized_start=301
-  _globals['_EVENTERROR']._serialized_end=343
-  _globals['_EVENTINGESTIONSERVICE']._serialized_start=345
-  _globals['_EVENTINGESTIONSERVICE']._serialized_end=461
+  _globals['_INGESTEVENTSREQUEST']._serialized_end=205
+  _globals['_INGESTEVENTSRESPONSE']._serialized_start=207
+  _globals['_INGESTEVENTSRESPONSE']._serialized_end=310
+  _globals['_EVENTERROR']._serialized_start=312
+  _globals['_EVENTERROR']._serialized_end=354
+  _globals['_EVENTINGESTIONSERVICE']._serialized_start=356
+  _globals['_EVENTINGESTIONSERVICE']._serialized_end=472
 # @@protoc_insertion_point(module_scope)

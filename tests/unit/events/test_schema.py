@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, wrappers_pb2
 from google.protobuf.descriptor import Descriptor
 
 from productgraph.v1.event_pb2 import Event
-from server.events.schema import EVENT_SCHEMA, MAX_BATCH_SIZE, Kind, read_schema
+from server.events.schema import EVENT_SCHEMA, MAX_BATCH_SIZE, MAX_REQUEST_BYTES, Kind, read_schema
 from tests.support.services import ROOT, clean_environment, for_sqlalchemy
 
 # The documentation's tables of fields, in its order; the last one takes what it does not name.
@@ -88,10 +88,11 @@ from server.events.json_codec import JsonCodec
 from server.events.copy_rows import RowEncoder
 from server.events.schema import EVENT_SCHEMA
 from server.storage.events import EventStore
-from server.events.validation import InvalidEvent, MalformedEvent, Validator
+from server.events.problems import InvalidEvent
+from server.events.validation import MalformedEvent, Validator
 
 validator, encoder, rows = Validator(EVENT_SCHEMA), RowEncoder(EVENT_SCHEMA), []
-for parsed in JsonCodec(EVENT_SCHEMA).parse_batch(sys.stdin.buffer.read()):
+for parsed in JsonCodec(EVENT_SCHEMA).parse_batch(sys.stdin.buffer.read()).events:
     try:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(validator.explain_malformed(parsed, "p"))
@@ -131,7 +132,8 @@ def test_schema_kinds_are_the_documented_ones(kind: Kind, names: set[str]) -> No
 
 def test_schema_rules_are_the_documented_ones() -> None:
     """Required are the first five fields, limited the ids and the whole, rounded the durations."""
-    assert (MAX_BATCH_SIZE, EVENT_SCHEMA.max_bytes, EVENT_SCHEMA.max_depth) == (1000, 102_400, 32)
+    assert (MAX_BATCH_SIZE, MAX_REQUEST_BYTES) == (1000, 10_485_760)
+    assert (EVENT_SCHEMA.max_bytes, EVENT_SCHEMA.max_depth) == (102_400, 32)
     found = {
         rule: {name for name, field in FIELDS.items() if getattr(field.rules, rule)}
         for rule in (

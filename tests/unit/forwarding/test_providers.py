@@ -71,7 +71,7 @@ def make_event(**fields: Any) -> Event:
 
 def parse(sent: dict[str, Any]) -> Event:
     """An event as it is stored."""
-    [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [sent]}).encode())
+    [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [sent]}).encode()).events
     assert isinstance(parsed, ParsedEvent)
     return parsed.complete()
 

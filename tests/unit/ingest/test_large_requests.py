@@ -14,6 +14,7 @@ from server.errors import InvalidArgument, Unavailable
 from server.events.json_codec import JsonCodec
 from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document
 from server.events.parsed import ParsedBatch, ParsedEvent
+from server.events.problems import NOT_AN_EVENT
 from server.events.protobuf_codec import ProtobufCodec
 from server.events.schema import EVENT_SCHEMA
 from server.events.validation import MalformedEvent
@@ -140,7 +141,7 @@ def test_reading_ends_at_the_deadline(clock: Clock) -> None:
         for number in range(10):
             clock.now += 1
             read.append(number)
-            yield MalformedEvent(Event(), 0, "event: malformed")
+            yield MalformedEvent(Event(), 0, NOT_AN_EVENT)
 
     batch = ParsedBatch("http", 10, LARGE, parse(), lambda _: b"")
     ingestion = Ingestion(EVENT_SCHEMA, cast(Writer, Storage()))
@@ -170,9 +171,9 @@ def test_an_event_of_too_many_values_is_refused(value: object) -> None:
     """An event of more values than it has room for is refused by that, after the other rules."""
     codec = JsonCodec(EVENT_SCHEMA)
     body = json.dumps({"events": [{"event_id": "evt_1", "own": value, "filler": "x" * 99_999}]})
-    [parsed] = codec.parse_batch(body.encode())
+    [parsed] = codec.parse_batch(body.encode()).events
     assert isinstance(parsed, MalformedEvent)
-    assert parsed.problem == "event: larger than 102400 bytes"
+    assert str(parsed.problem) == "event: larger than 102400 bytes"
     assert parsed.event.event_id == "evt_1"
     assert not parsed.event.HasField("attributes")
 
@@ -180,30 +181,30 @@ def test_an_event_of_too_many_values_is_refused(value: object) -> None:
 def test_an_unreadable_field_is_reported_before_the_size() -> None:
     """A field that cannot be read is told before the size."""
     event = {"event_id": 7, "metadata": {"values": [0] * 60_000}}
-    [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [event]}).encode())
+    [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [event]}).encode()).events
     assert isinstance(parsed, MalformedEvent)
-    assert parsed.problem == "event_id: must be a string"
+    assert str(parsed.problem) == "event_id: must be a string"
 
 
 def test_an_oversized_message_is_refused_by_its_size() -> None:
     """An event over the limit is refused by its size, after the rules that come before that."""
     event = to_message({"event_id": "evt_1", "metadata": {"values": [0] * 20_000}})
-    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([event]))
+    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([event])).events
     assert isinstance(parsed, MalformedEvent)
-    assert parsed.problem == "event: larger than 102400 bytes"
+    assert str(parsed.problem) == "event: larger than 102400 bytes"
     assert parsed.event.event_id == "evt_1"
     assert parsed.position == len(EVENT_SCHEMA.fields)
 
 
 def test_a_far_too_large_event_is_never_parsed() -> None:
     """An event of many times the limit is refused unseen."""
-    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([b"x" * 1_000_000]))
+    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([b"x" * 1_000_000])).events
     assert isinstance(parsed, MalformedEvent)
-    assert parsed.problem == "event: larger than 102400 bytes"
+    assert str(parsed.problem) == "event: larger than 102400 bytes"
 
 
 def test_repeated_protobuf_fields_do_not_add_to_size() -> None:
     """An event is as large as what remains of it where fields are sent again and again."""
     event = to_message({"event_id": "evt_1", "page.title": "x" * 1000}).SerializeToString()
-    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([event * 200]))
+    [parsed] = ProtobufCodec(EVENT_SCHEMA).parse_batch(encode_request([event * 200])).events
     assert isinstance(parsed, ParsedEvent)
