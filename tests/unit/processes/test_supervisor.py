@@ -123,7 +123,7 @@ class Service:
 
     def records(self, message: str) -> list[dict[str, float]]:
         """Return the fields of the log records with this message, in order."""
-        lines = self._log.read_text().splitlines()
+        lines = self._log.read_text().rpartition("\n")[0].splitlines()
         records = [json.loads(line) for line in lines if line.startswith("{")]
         return [record for record in records if record["message"] == message]
 
