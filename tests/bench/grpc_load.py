@@ -12,8 +12,8 @@ from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from tests.bench.events import NumberedRequest
 from tests.bench.meter import Meter
 from tests.bench.processes import find_client_ports
+from tests.support.clients import INGEST
 
-_INGEST = "/productgraph.v1.EventIngestionService/IngestEvents"
 _CONNECT_SECONDS = 10.0
 _CALL_SECONDS = 30.0
 
@@ -28,7 +28,7 @@ class GrpcConnection:
         self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", options)
         grpc.channel_ready_future(self._channel).result(_CONNECT_SECONDS)
         [self.local_port] = find_client_ports(port) - before
-        self._ingest = self._channel.unary_unary(_INGEST, None, None)  # bytes as they are
+        self._ingest = self._channel.unary_unary(INGEST, None, None)  # bytes as they are
         self._metadata = (("x-pg-api-key", key),)
 
     def call(self, request: bytes) -> "grpc.CallFuture[bytes]":

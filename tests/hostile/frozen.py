@@ -10,13 +10,13 @@ from contextlib import contextmanager, suppress
 import grpc
 import psutil  # type: ignore[import-untyped]
 
-from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from tests.hostile.connection import Answer, Connection, NoAnswer, encode_post
 from tests.hostile.grammar import encode_batch, make_event
 from tests.hostile.record import LIMIT_SECONDS, Record
 from tests.hostile.target import Target
 from tests.hostile.volume import probing_health
-from tests.support.clients import INGEST, encode_request, to_message
+from tests.support.clients import bind_ingest, encode_request
+from tests.support.events import to_message
 from tests.support.patience import PATIENCE
 from tests.support.projects import Project
 from tests.support.services import wait_until
@@ -120,7 +120,7 @@ def _call(target: Target, record: Record, project: Project) -> None:
     request = encode_request([to_message(make_event(project.id, 99))])
     started_at, code = time.monotonic(), "OK"
     with grpc.insecure_channel(target.grpc_target) as channel:
-        ingest = channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+        ingest = bind_ingest(channel)
         metadata = (("x-pg-api-key", project.key),)
         try:
             ingest(request, timeout=4 * LIMIT_SECONDS, metadata=metadata)

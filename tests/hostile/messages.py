@@ -9,7 +9,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from productgraph.v1.event_pb2 import Event
 from tests.hostile.grammar import damage, make_event, make_text
-from tests.support.clients import encode_request, frame, to_message
+from tests.support.clients import encode_request, frame
+from tests.support.events import to_message
 from tests.support.projects import Project
 
 _NUMBERS = [field.number for field in Event.DESCRIPTOR.fields]

@@ -15,7 +15,7 @@ from tests.hostile.background import repeating
 from tests.hostile.connection import Connection, NoAnswer
 from tests.hostile.record import LIMIT_SECONDS, Record
 from tests.hostile.target import Target
-from tests.support.clients import INGEST
+from tests.support.clients import bind_ingest
 
 _CLIENTS = 8
 # Numbers of events, so far apart that no two clients share one.
@@ -65,7 +65,7 @@ def attack_messages(target: Target, record: Record, count: int, seed: int) -> No
         grammar = messages.MessageGrammar(random, client * _STRIDE, counted, other)
         options = [("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(target.grpc_target, options) as channel:
-            ingest = channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+            ingest = bind_ingest(channel)
             for _ in range(share):
                 call = grammar()
                 accepted.add(_call(ingest, call, record))

@@ -18,7 +18,8 @@ import psycopg2
 import pytest
 from sqlalchemy.engine import make_url
 
-from tests.support.load import GrpcClient, HttpClient, make_event, send
+from tests.support.events import make_event
+from tests.support.load import GrpcClient, HttpClient, send
 from tests.support.projects import Project
 from tests.support.services import ROOT, Service, run_command, running_service
 

@@ -12,12 +12,12 @@ import psycopg2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.events import make_event
 from tests.support.load import (
     STORED,
     Client,
     GrpcClient,
     HttpClient,
-    make_event,
     read_stored,
     running_load,
     send,

@@ -16,13 +16,13 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from server.storage.embedded import EmbeddedPostgres
+from tests.support.events import make_event
 from tests.support.load import (
     NOT_STORED,
     STORED,
     Client,
     GrpcClient,
     HttpClient,
-    make_event,
     read_stored,
     running_load,
     send,

@@ -19,7 +19,7 @@ import pytest
 import trustme
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
-from tests.support.clients import INGEST
+from tests.support.clients import bind_ingest
 from tests.support.projects import Project
 from tests.support.services import ROOT, Service, wait_until
 
@@ -220,7 +220,7 @@ def test_grpc_calls_and_errors_pass_through_a_proxy(front: Front, project: Proje
     """Calls over gRPC come through the same port, and so do its errors."""
     credentials = grpc.ssl_channel_credentials(CA.cert_pem.bytes())
     with grpc.secure_channel(f"localhost:{front.port}", credentials) as channel:
-        ingest = channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+        ingest = bind_ingest(channel)
         for _ in range(3):
             answer = ingest(b"", timeout=10, metadata=(("x-pg-api-key", project.key),))
             assert answer == IngestEventsResponse()

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.clients import Event, Tenant, accepted
+from tests.support.clients import Tenant, accepted
+from tests.support.events import Event
 
 IDS = ["event_id", "session.id", "user.id"]
 REQUIRED = ["event_id", "project_id", "session.id", "event.type", "event.timestamp"]

@@ -18,7 +18,8 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.events.problems import Reason
-from tests.support.clients import Refusal, Tenant, open_tenant, send, to_message
+from tests.support.clients import Refusal, Tenant, open_tenant, send
+from tests.support.events import to_message
 from tests.support.services import ROOT, Service, ask, running_service, wait_until
 
 DEPLOY = ROOT / "scripts/deploy"

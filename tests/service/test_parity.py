@@ -19,7 +19,6 @@ from productgraph.v1.event_pb2 import Event as EventMessage
 from tests.service.test_contract import EXAMPLES
 from tests.support.clients import (
     INGEST,
-    Event,
     Outcome,
     Refusal,
     Tenant,
@@ -27,8 +26,8 @@ from tests.support.clients import (
     create_revoked_key,
     encode_request,
     frame,
-    to_message,
 )
+from tests.support.events import Event, to_message
 from tests.support.services import Service, running_service
 
 MAX_EVENT_BYTES = 102_400

@@ -8,19 +8,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.support.clients import Refusal, Tenant, accepted, encode_request, open_tenant, to_message
+from tests.support.clients import Refusal, Tenant, accepted, encode_request, open_tenant
+from tests.support.events import JSON, TEXT, to_message
 from tests.support.services import Service
 
 bounded = settings(max_examples=150, deadline=None)
 
-# Every character that JSON has, lone surrogates and U+0000 included.
-TEXT = st.text(st.characters(codec=None), max_size=12)
-NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-JSON: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | NUMBERS | TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
-    max_leaves=12,
-)
 NAMES = st.sampled_from([field.json_name for field in to_message({}).DESCRIPTOR.fields])
 
 

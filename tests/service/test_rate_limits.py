@@ -17,9 +17,10 @@ from google.rpc.status_pb2 import Status
 from server.rates import format_byte_rate, format_event_rate, parse_byte_rate, parse_event_rate
 from server.storage.connection import connected, open_engine
 from server.storage.keys import create_key
-from tests.support.clients import INGEST, Refusal, Tenant, accepted, encode_request, to_message
+from tests.support.clients import Refusal, Tenant, accepted, bind_ingest, encode_request
 from tests.support.clients import send as send_http
-from tests.support.load import STORED, Client, GrpcClient, HttpClient, make_event, send
+from tests.support.events import make_event, to_message
+from tests.support.load import STORED, Client, GrpcClient, HttpClient, send
 from tests.support.projects import Project, create_project
 from tests.support.services import Service, for_sqlalchemy, running_service
 
@@ -70,7 +71,7 @@ def test_both_protocols_share_one_rate_limit(tenant: Tenant) -> None:
     request = encode_request(map(to_message, slow.make_events(1)))
     target, key = slow.service.grpc_target, slow.project.key
     with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as failure:
-        channel.unary_unary(INGEST, bytes, bytes)(request, metadata=(("x-pg-api-key", key),))
+        bind_ingest(channel)(request, metadata=(("x-pg-api-key", key),))
     call = cast(grpc.Call, failure.value)
     assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert call.details() == "rate limit exceeded: 10 events/s"

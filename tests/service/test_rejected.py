@@ -13,8 +13,8 @@ from productgraph.v1.event_pb2 import Event as EventMessage
 from server.events.json_codec import JsonCodec
 from server.events.json_parser import encode_document, parse_document, parse_exactly
 from server.events.schema import EVENT_SCHEMA
-from tests.service.test_properties import JSON
-from tests.support.clients import Refusal, Tenant, frame, open_tenant, to_message
+from tests.support.clients import Refusal, Tenant, frame, open_tenant
+from tests.support.events import JSON, to_message
 from tests.support.services import Service, run_command, running_service, wait_until
 
 UNKNOWN_TYPE = "event.type: unknown type 'ui.hover'"

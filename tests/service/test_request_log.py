@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.telemetry.request_log import RequestLog
-from tests.support.clients import INGEST, Tenant, encode_request, open_tenant, send, to_message
+from tests.support.clients import Tenant, bind_ingest, encode_request, open_tenant, send
+from tests.support.events import to_message
 from tests.support.services import Service, ask, running_service, wait_until
 
 TIMEOUT_SECONDS = 10.0
@@ -70,7 +71,7 @@ def call(
 ) -> tuple[str, IngestEventsResponse | None, dict[str, str]]:
     """The code of a gRPC request, what was answered, and the trailers."""
     with grpc.insecure_channel(tenant.service.grpc_target) as channel:
-        ingest = channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+        ingest = bind_ingest(channel)
         try:
             response, ended = ingest.with_call(
                 request, metadata=tuple(metadata.items()), timeout=TIMEOUT_SECONDS
@@ -231,7 +232,7 @@ def test_a_cancelled_grpc_call_is_one_log_line(tenant: Tenant, request_id: str) 
     tenant.post_events([])
     metadata = (("x-pg-api-key", tenant.project.key), ("x-request-id", request_id))
     with locked(tenant), grpc.insecure_channel(tenant.service.grpc_target) as channel:
-        ingest = channel.unary_unary(INGEST, bytes, bytes)
+        ingest = bind_ingest(channel)
         request = encode_request([to_message(tenant.make_event())])
         with pytest.raises(grpc.RpcError):
             ingest(request, metadata=metadata, timeout=0.2)

@@ -18,7 +18,7 @@ import pytest
 from google.protobuf.descriptor_pool import Default
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.support.clients import INGEST, Tenant, accepted
+from tests.support.clients import Tenant, accepted, bind_ingest
 from tests.support.projects import create_project
 from tests.support.services import ROOT, Service, ask, clean_environment
 
@@ -168,7 +168,7 @@ def test_every_grpc_method_but_health_needs_a_key(service: Service) -> None:
 def test_large_grpc_metadata_is_refused_alone(tenant: Tenant) -> None:
     """Metadata far over gRPC's default limit is refused, and the next call served."""
     with grpc.insecure_channel(tenant.service.grpc_target) as channel:
-        ingest = channel.unary_unary(INGEST, bytes, bytes)
+        ingest = bind_ingest(channel)
         key = ("x-pg-api-key", tenant.project.key)
         with pytest.raises(grpc.RpcError) as refused:
             ingest(b"", timeout=10, metadata=(key, ("x-large", "y" * 100_000)))

@@ -18,8 +18,8 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
-from tests.support.clients import INGEST, encode_request, frame, send
-from tests.support.load import make_event
+from tests.support.clients import bind_ingest, encode_request, frame, send
+from tests.support.events import make_event
 from tests.support.projects import Project, create_project
 from tests.support.provider_servers import AmplitudeServer, Reply, Script
 from tests.support.services import Service, clean_environment, running_service, wait_until
@@ -126,7 +126,7 @@ def send_everything(service: Service, project: Project) -> None:
         ("traceparent", SAMPLED),
     )
     with grpc.insecure_channel(service.grpc_target) as channel:
-        ingest = channel.unary_unary(INGEST, bytes, bytes)
+        ingest = bind_ingest(channel)
         ingest(encode_request([frame(1, b"e1"), b"\xff"]), metadata=metadata, timeout=10)
     assert post(service, project, "unsampled", traceparent=UNSAMPLED) == 202
     assert post(service, project, "malformed-parent", traceparent="00-0-0-01") == 202

@@ -15,7 +15,8 @@ import pytest
 from sqlalchemy import text
 
 from server.storage.connection import connected, open_engine
-from tests.support.clients import accepted, open_tenant, to_message
+from tests.support.clients import accepted, open_tenant
+from tests.support.events import to_message
 from tests.support.services import ROOT, for_sqlalchemy, query, run_command, running_service
 
 TABLES = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"

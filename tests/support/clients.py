@@ -10,15 +10,14 @@ from typing import Any, cast
 
 import grpc
 import psycopg2
-from google.protobuf.json_format import ParseDict
 from psycopg2.extensions import connection as Connection
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from productgraph.v1.event_pb2 import Event as EventMessage
+from tests.support.events import Event, make_event
 from tests.support.projects import Project, create_project
 from tests.support.services import Service
 
-Event = dict[str, Any]
 Outcome = dict[str, Any]
 
 INGEST = "/productgraph.v1.EventIngestionService/IngestEvents"
@@ -58,14 +57,7 @@ class Tenant:
 
     def make_event(self, changes: Mapping[str, object] | None = None) -> Event:
         """An event with the required fields, and these changes to it."""
-        event = {
-            "event_id": "evt_1",
-            "project_id": self.project.id,
-            "session.id": "sess_1",
-            "event.type": "custom",
-            "event.timestamp": "2024-01-15T10:30:00Z",
-        }
-        return event | dict(changes or {})
+        return make_event(self.project.id, "evt_1", changes)
 
     def make_events(self, count: int) -> list[Event]:
         """Events that differ in their ids only."""
@@ -90,7 +82,7 @@ class Tenant:
         """
         key = self.project.key if key == "" else key
         with grpc.insecure_channel(self.service.grpc_target) as channel:
-            ingest = channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+            ingest = bind_ingest(channel)
             try:
                 response = ingest(
                     request,
@@ -139,12 +131,50 @@ class Tenant:
                 cursor.execute(f"ALTER TABLE events DROP CONSTRAINT {word}")
 
 
+def bind_ingest(channel: grpc.Channel) -> "grpc.UnaryUnaryMultiCallable[bytes, Any]":
+    """Return the ingestion call of a channel, which takes the bytes of a request."""
+    return channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+
+
 @contextmanager
 def open_tenant(service: Service) -> Iterator[Tenant]:
     """Yield a tenant of any service, with a fresh project, while its connection is open."""
     with closing(psycopg2.connect(service.database_url)) as database:
         database.autocommit = True
         yield Tenant(service, create_project(service), database)
+
+
+class HttpConnection:
+    """An HTTP connection for one batch after another, kept open as long as the server lets it.
+
+    What goes wrong is raised, as OSError or HTTPException.
+    """
+
+    def __init__(self, port: int, key: str, seconds: float = _ANSWER_SECONDS) -> None:
+        self._connection = HTTPConnection("127.0.0.1", port, timeout=seconds)
+        self._headers = {"Content-Type": "application/json", "X-PG-API-Key": key}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open for another request."""
+        return self._connection.sock is not None
+
+    def begin(self, body: bytes) -> None:
+        """Send a batch, over a new connection if there is none."""
+        self._connection.request("POST", "/v1/events", body, self._headers)
+
+    def end(self) -> Answer:
+        """Return the answer."""
+        return _read_answer(self._connection)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._connection.close()
+
+
+def _read_answer(connection: HTTPConnection) -> Answer:
+    response = connection.getresponse()
+    return Answer(response.status, response.headers, response.read())
 
 
 def send(
@@ -155,8 +185,7 @@ def send(
     sent = {name.replace("_", "-"): text for name, text in headers.items() if text is not None}
     try:
         connection.request(method, path, body, sent)
-        response = connection.getresponse()
-        return Answer(response.status, response.headers, response.read())
+        return _read_answer(connection)
     finally:
         connection.close()
 
@@ -175,11 +204,6 @@ def frame(field_number: int, content: bytes) -> bytes:
 def _encode_varint(number: int) -> bytes:
     low, high = number & 0x7F, number >> 7
     return bytes([low | 0x80]) + _encode_varint(high) if high else bytes([low])
-
-
-def to_message(event: Event) -> EventMessage:
-    """The message that protobuf's own JSON mapping makes of an event's JSON."""
-    return ParseDict(event, EventMessage())
 
 
 def accepted(count: int) -> Outcome:

@@ -4,19 +4,17 @@ import http.client
 import json
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 import psycopg2
-from google.protobuf.json_format import ParseDict
 
-from productgraph.v1.event_ingestion_service_pb2 import IngestEventsRequest
-from productgraph.v1.event_ingestion_service_pb2_grpc import EventIngestionServiceStub
+from tests.support.clients import HttpConnection, bind_ingest, encode_request
+from tests.support.events import Event, make_event, to_message
 from tests.support.projects import Project
 from tests.support.services import Service
 
@@ -27,19 +25,6 @@ NOT_STORED = {"503", "UNAVAILABLE"}
 # Between two requests of a client, so that what is measured is not the clients themselves.
 _PAUSE_SECONDS = 0.1
 _ANSWER_SECONDS = 30.0
-
-Event = dict[str, Any]
-
-
-def make_event(project_id: str) -> Event:
-    """An event that no one has sent before."""
-    return {
-        "event_id": f"evt_{uuid.uuid4()}",
-        "project_id": project_id,
-        "session.id": "sess_load",
-        "event.type": "custom",
-        "event.timestamp": datetime.now(UTC).isoformat(),
-    }
 
 
 class Client(Protocol):
@@ -64,19 +49,16 @@ class HttpClient:
     """
 
     def __init__(self, service: Service, key: str) -> None:
-        self._connection = http.client.HTTPConnection(
-            "127.0.0.1", service.http_port, timeout=_ANSWER_SECONDS
-        )
-        self._headers = {"Content-Type": "application/json", "X-PG-API-Key": key}
+        self._connection = HttpConnection(service.http_port, key)
         self._events: Sequence[Event] = ()
 
     @property
     def is_open(self) -> bool:
         """Whether the server has left the connection open for another request."""
-        return self._connection.sock is not None
+        return self._connection.is_open
 
     def begin(self, events: Sequence[Event]) -> None:
-        """Sends a request."""
+        """Send a request."""
         self._events = events
         try:
             self._request()
@@ -85,23 +67,21 @@ class HttpClient:
             self._request()
 
     def end(self) -> str:
-        """The status of the answer."""
+        """Return the status of the answer."""
         try:
-            answer = self._connection.getresponse()
+            answer = self._connection.end()
         except (ConnectionResetError, BrokenPipeError):
             self._connection.close()
             self._request()
-            answer = self._connection.getresponse()
-        content = json.loads(answer.read())
-        rejected = answer.status == 202 and content["accepted"] != len(self._events)
-        return f"{answer.status} {content}" if rejected else str(answer.status)
+            answer = self._connection.end()
+        rejected = answer.status == 202 and answer.json["accepted"] != len(self._events)
+        return f"{answer.status} {answer.json}" if rejected else str(answer.status)
 
     def _request(self) -> None:
-        body = json.dumps({"events": self._events})
-        self._connection.request("POST", "/v1/events", body, self._headers)
+        self._connection.begin(json.dumps({"events": self._events}).encode())
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self._connection.close()
 
 
@@ -111,15 +91,15 @@ class GrpcClient:
     def __init__(self, service: Service, key: str) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
         self.channel = grpc.insecure_channel(service.grpc_target, options)
-        self._stub = EventIngestionServiceStub(self.channel)
+        self._ingest = bind_ingest(self.channel)
         self._metadata = (("x-pg-api-key", key),)
         self._count = 0
 
     def begin(self, events: Sequence[Event]) -> None:
         """Starts a call."""
         self._count = len(events)
-        self._call = self._stub.IngestEvents.future(
-            ParseDict({"events": events}, IngestEventsRequest()),
+        self._call = self._ingest.future(
+            encode_request(map(to_message, events)),
             metadata=self._metadata,
             timeout=_ANSWER_SECONDS,
             wait_for_ready=True,
@@ -176,6 +156,10 @@ class Load:
         return max(answer.seconds for answer in self.answers)
 
 
+def _now() -> Event:
+    return {"event.timestamp": datetime.now(UTC).isoformat()}
+
+
 @contextmanager
 def running_load(
     service: Service, project: Project, *, http_clients: int, grpc_clients: int = 0
@@ -187,7 +171,7 @@ def running_load(
 
     def run(client: Client) -> None:
         while not stop.is_set():
-            event, sent_at = make_event(project.id), time.monotonic()
+            event, sent_at = make_event(project.id, changes=_now()), time.monotonic()
             status = send(client, [event])
             seconds = time.monotonic() - sent_at
             load.answers.append(Answer(event["event_id"], status, sent_at, seconds))

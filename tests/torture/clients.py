@@ -1,13 +1,11 @@
 """Clients over both protocols: one request at a time, and in one word what was answered."""
 
 import http.client
-import json
 from typing import Protocol, cast
 
 import grpc
 
-from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
-from tests.support.clients import INGEST
+from tests.support.clients import HttpConnection, bind_ingest
 from tests.support.patience import PATIENCE
 from tests.torture.events import Batch
 
@@ -44,12 +42,11 @@ class HttpClient:
     """A connection kept alive; if it ends before an answer, the request is sent once more."""
 
     def __init__(self, port: int, key: str) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)
-        self._headers = {"Content-Type": "application/json", "X-PG-API-Key": key}
+        self._connection = HttpConnection(port, key, _ANSWER_SECONDS)
 
     def send(self, batch: Batch) -> str:
         """Return the HTTP status."""
-        is_reused = self._connection.sock is not None
+        is_reused = self._connection.is_open
         try:
             return self._post(batch)
         except TimeoutError:
@@ -67,13 +64,11 @@ class HttpClient:
             return LOST
 
     def _post(self, batch: Batch) -> str:
-        self._connection.request("POST", "/v1/events", batch.body, self._headers)
-        answer = self._connection.getresponse()
-        body = answer.read()
+        self._connection.begin(batch.body)
+        answer = self._connection.end()
         if answer.status != 202:
             return str(answer.status)
-        report = json.loads(body)
-        return _judge("202", batch, report["accepted"], report["rejected"])
+        return _judge("202", batch, answer.json["accepted"], answer.json["rejected"])
 
     def close(self) -> None:
         """End the connection."""
@@ -85,7 +80,7 @@ class GrpcClient:
 
     def __init__(self, port: int, key: str) -> None:
         self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", _RECONNECT)
-        self._ingest = self._channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+        self._ingest = bind_ingest(self._channel)
         self._metadata = (("x-pg-api-key", key),)
 
     def send(self, batch: Batch) -> str:

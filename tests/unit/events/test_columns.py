@@ -13,7 +13,7 @@ from server.events.json_codec import JsonCodec
 from server.events.parsed import ColumnReader, ParsedEvent
 from server.events.schema import EVENT_SCHEMA, Field, Kind
 from server.events.validation import MAX_BYTES_PER_CHARACTER, MalformedEvent
-from tests.service.test_properties import JSON
+from tests.support.events import JSON
 
 CODEC = JsonCodec(EVENT_SCHEMA)
 READER = ColumnReader(EVENT_SCHEMA)

@@ -4,48 +4,15 @@ import re
 from typing import Any
 
 import pytest
-from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from productgraph.v1.event_pb2 import Event
-from server.events.copy_rows import Row, RowEncoder
-from server.events.parsed import ColumnReader, ParsedEvent
 from server.events.schema import EVENT_SCHEMA, Kind
+from tests.support.events import ENCODER, make_row
 
-NOON = 1_705_320_000  # 2024-01-15T12:00:00Z
-READER = ColumnReader(EVENT_SCHEMA)
-ENCODER = RowEncoder(EVENT_SCHEMA)
 OPTIONAL_TEXTS = [
     field.name for field in EVENT_SCHEMA.of_kind(Kind.TEXT) if not field.rules.required
 ]
-
-
-def make_event(
-    project_id: str, event_id: str, seconds: int = NOON, nanos: int = 0, **fields: Any
-) -> Event:
-    """A valid event with some further fields."""
-    return Event(
-        event_id=event_id,
-        project_id=project_id,
-        session_id="session",
-        event_type="custom",
-        event_timestamp=Timestamp(seconds=seconds, nanos=nanos),
-        **fields,
-    )
-
-
-def make_row(project_id: str, event_id: str, **fields: Any) -> Row:
-    """The row of a valid event with some further fields."""
-    return encode_event(make_event(project_id, event_id, **fields))
-
-
-def encode_event(event: Event) -> Row:
-    """The row of a valid event."""
-    encoded = event.SerializeToString()
-    parsed = READER.read(event, encoded)
-    assert isinstance(parsed, ParsedEvent)
-    return ENCODER.encode(parsed)._replace(encoded=encoded)
 
 
 def encode(**fields: Any) -> dict[str, str]:

@@ -50,6 +50,7 @@ from server.storage.events import EventStore
 from server.storage.outbox import Delivery, Outbox, Outcome
 from tests.support import provider_servers
 from tests.support.clients import open_tenant
+from tests.support.events import ENCODER, encode_message, make_message
 from tests.support.provider_servers import (
     HTML,
     AmplitudeServer,
@@ -66,7 +67,6 @@ from tests.support.services import (
     running_service,
     wait_until,
 )
-from tests.unit.events.test_copy_rows import ENCODER, encode_event, make_event
 
 SECRET = "s3cret"
 NAMES = ("amplitude", "mixpanel")
@@ -109,7 +109,7 @@ class Bench:
 
     def store(self, events: Sequence[Event]) -> None:
         """Stores them in one commit, as the service does."""
-        rows = [encode_event(event) for event in events]
+        rows = [encode_message(event) for event in events]
         outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
         with connected(open_engine(for_sqlalchemy(self.url))) as c:
             EventStore(ENCODER.columns, outbox.statements_for).save(c, rows, 10)
@@ -267,7 +267,7 @@ def _no_surprises(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 def make_events(project: str, count: int, **fields: Any) -> list[Event]:
     """New events that differ in their ids."""
-    return [make_event(project, f"e{number}", **fields) for number in range(count)]
+    return [make_message(project, f"e{number}", **fields) for number in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -332,9 +332,9 @@ def test_claimed_events_are_sent_in_time_order(
     """What is claimed of a session is sent in the order of time, over commits and requests."""
     monkeypatch.setattr(Amplitude, "max_events", 100)
     monkeypatch.setattr(Mixpanel, "max_events", 100)
-    bench.store([make_event("p", "first", seconds=1_600_000_000)])  # goes alone, to find out
+    bench.store([make_message("p", "first", seconds=1_600_000_000)])  # goes alone, to find out
     events = [
-        make_event("p", f"e{n}", seconds=1_700_000_000 + n, event_sequence=n) for n in range(400)
+        make_message("p", f"e{n}", seconds=1_700_000_000 + n, event_sequence=n) for n in range(400)
     ]
     for number, event in enumerate(events):
         event.session_id = f"s{number % 3}"
@@ -362,7 +362,7 @@ def test_every_try_sends_the_same_bytes(bench: Bench) -> None:
             bodies[request.url.partition("?")[0]].append(request.body)
             return await super().post(request)
 
-    event = make_event("p", "e", metadata={f"k{n}": {"b": 1, "a": [n]} for n in range(30)})
+    event = make_message("p", "e", metadata={f"k{n}": {"b": 1, "a": [n]} for n in range(30)})
     for server in bench.servers.values():
         server.scripts.extend([Script(Reply(500, b"")), Script(fault=Fault.RESET)])
     bench.store([event])
@@ -468,7 +468,7 @@ def test_one_bad_event_is_dead_and_199_arrive(bench: Bench) -> None:
         return Script(Reply(400, json.dumps(report).encode())) if bad else None
 
     bench.servers["amplitude"].behave = refuse
-    events = [*make_events("p", 199), make_event("p", "bad", seconds=5, event_name="bad")]
+    events = [*make_events("p", 199), make_message("p", "bad", seconds=5, event_name="bad")]
     bench.store(events)
     with bench.forwarding():
         bench.finish()
@@ -690,7 +690,7 @@ def test_two_forwarders_send_nothing_twice(bench: Bench) -> None:
 @pytest.mark.usefixtures("quick")
 def test_forward_commands_manage_lanes_and_dead_events(bench: Bench) -> None:
     """The commands show how far each provider is, and list, retry and purge dead events."""
-    bad = [make_event("p", f"bad{number}", seconds=5) for number in range(3)]
+    bad = [make_message("p", f"bad{number}", seconds=5) for number in range(3)]
     bench.store([*make_events("p", 10), *bad])
     assert read_status(bench) == dict.fromkeys(NAMES, ("13", "0", "0", "forwarding"))
     with bench.forwarding("mixpanel"):

@@ -17,10 +17,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from server.config import InvalidSetting, TlsFiles
 from server.grpc.certificates import CertificateSource, read_certificates
-from tests.support.clients import INGEST
+from tests.support.clients import bind_ingest
 from tests.support.projects import Project, create_project
 from tests.support.services import Service, run_command, running_service, wait_until
 
@@ -70,7 +69,7 @@ class Secured:
 
     def send(self, channel: grpc.Channel) -> str:
         """The code of an empty batch with a valid key."""
-        ingest = channel.unary_unary(INGEST, bytes, IngestEventsResponse.FromString)
+        ingest = bind_ingest(channel)
         try:
             ingest(b"", timeout=10, metadata=(("x-pg-api-key", self.project.key),))
         except grpc.RpcError as error:

@@ -17,7 +17,7 @@ import pytest
 from server.errors import Unavailable
 from server.http.deferral import ENVIRON_KEY
 from server.http.server import HTTPServer
-from tests.support.load import make_event
+from tests.support.events import make_event
 from tests.support.projects import Project
 from tests.support.services import Service, wait_until
 

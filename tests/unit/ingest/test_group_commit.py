@@ -17,8 +17,8 @@ from server.ingest.group_commit import Writer
 from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.events import EventStore
 from server.storage.health import Watchdog
+from tests.support.events import ENCODER, make_row
 from tests.support.services import wait_until
-from tests.unit.events.test_copy_rows import ENCODER, make_row
 
 POISON = "what the table refuses"
 INSERT = """

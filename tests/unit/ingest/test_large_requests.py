@@ -22,7 +22,8 @@ from server.ingest.admission import Admission
 from server.ingest.group_commit import Writer
 from server.ingest.ingestion import Ingestion
 from server.ingest.service import IngestService
-from tests.support.clients import encode_request, to_message
+from tests.support.clients import encode_request
+from tests.support.events import to_message
 
 TIMEOUT_SECONDS = 5.0
 LARGE = 2 << 20

@@ -18,8 +18,8 @@ from server.events.copy_rows import Row
 from server.storage.connection import Connection, Engine, connected, open_engine
 from server.storage.errors import Conflict, Refused
 from server.storage.events import EventStore
+from tests.support.events import ENCODER, make_row
 from tests.support.services import for_sqlalchemy
-from tests.unit.events.test_copy_rows import ENCODER, make_row
 
 # Makes the database tell how each row was written, and acknowledge before its disk has it.
 OBSERVE = """

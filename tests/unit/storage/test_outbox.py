@@ -31,7 +31,7 @@ from server.storage.outbox import (
     set_stopped,
 )
 from tests.support.clients import Tenant
-from tests.unit.events.test_copy_rows import ENCODER, make_row
+from tests.support.events import ENCODER, make_row
 
 TABLES = ("outbox_payloads", "outbox_deliveries", "dead_events", "forward_lanes")
 ORPHANS = """

@@ -13,8 +13,8 @@ from server.storage.connection import Engine, GuardedConnection, connected, open
 from server.storage.errors import Conflict
 from server.storage.events import EventStore
 from server.storage.partitions import PartitionKeeper, add_months, months_from
+from tests.support.events import ENCODER, make_row
 from tests.support.services import for_sqlalchemy, query, wait_until
-from tests.unit.events.test_copy_rows import ENCODER, make_row
 
 DECEMBER = date(2023, 12, 31)
 DECEMBER_NOON = datetime(2023, 12, 31, 12, tzinfo=UTC)
