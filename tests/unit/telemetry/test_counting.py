@@ -83,7 +83,7 @@ def test_only_changes_are_reported() -> None:
     assert counts.take().encode() == []
 
 
-def test_messages_are_bounded() -> None:
+def test_counting_messages_are_bounded_in_size() -> None:
     """Many series of long names are split into messages that a socket takes, and none is lost."""
     counts, totals = Counts(), Totals(METRICS, Counts())
     names = [f"{number}{chr(1) * 255}" for number in range(1000)]
