@@ -120,7 +120,7 @@ def test_the_printed_grpcurl_command_stores_an_event(first_start: FirstStart) ->
     assert first_start.rows == 2
 
 
-def test_every_start_shows_how_to_get_a_key_and_send_events(first_start: FirstStart) -> None:
+def test_every_start_shows_how_to_send_events(first_start: FirstStart) -> None:
     """A later start shows no key, but commands that make one and store events with it."""
     command = {"PRODUCTGRAPH_COMMAND": str(ROOT / "scripts/productgraph")}
     with running_service(first_start.settings | command) as service:

@@ -359,6 +359,7 @@ def copy_context(directory: Path) -> None:
             shutil.copy(ROOT / name, target)
 
 
+@pytest.mark.slow
 def test_the_image_context_builds_a_working_package(
     tmp_path: Path, create_database: Callable[[], str]
 ) -> None:

@@ -14,6 +14,8 @@ from tests.support.clients import send
 from tests.support.projects import Project
 from tests.support.services import Service
 
+pytestmark = pytest.mark.slow  # installs and runs the tools of others
+
 PACKAGES = {
     "openapi-typescript": "7.13.0",
     "@openapitools/openapi-generator-cli": "2.41.0",

@@ -44,6 +44,7 @@ def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_previous_version_runs_beside_this_one(
     previous: Path, create_migrated: Callable[[], str]
 ) -> None:

@@ -606,6 +606,7 @@ def test_forwarding_uses_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyP
 MOMENTS = ("after the 200", "after the claim", "during a batch", "at random")
 
 
+@pytest.mark.slow
 def test_killed_forwarders_lose_no_event(bench: Bench) -> None:
     """Forwarders killed at the worst moments lose nothing, and send again with the same ids."""
     draw = random.Random(3)
@@ -663,6 +664,7 @@ def kill_at(
     assert process.wait(20) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_forwarder_with_a_hung_provider(bench: Bench) -> None:
     """SIGTERM ends a forwarder in time, however much is still to be sent to one that hangs."""
     server = bench.servers["amplitude"]
@@ -754,6 +756,7 @@ def test_a_provider_without_credential_fails_the_start(
     assert f"{variable}: must be set" in line
 
 
+@pytest.mark.slow
 def test_two_workers_forward_every_accepted_event(
     create_migrated: Callable[[], str], servers: dict[str, ProviderServer]
 ) -> None:
@@ -786,6 +789,7 @@ def test_two_workers_forward_every_accepted_event(
         assert set(server.statuses) == {200}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 2])
 def test_serve_runs_as_many_forwarders_as_set(
     count: int, create_migrated: Callable[[], str], servers: dict[str, ProviderServer]
@@ -803,6 +807,7 @@ def test_serve_runs_as_many_forwarders_as_set(
         assert service.stop() == 0
 
 
+@pytest.mark.slow
 def test_ingestion_has_priority_over_forwarding(bench: Bench) -> None:
     """Ingestion goes first, also where sessions share the processor as groups."""
     with running_service(bench.settings) as service:

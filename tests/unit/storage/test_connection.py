@@ -264,6 +264,7 @@ def test_readiness_follows_a_refusing_database(
         wait_until(readiness.is_ready)
 
 
+@pytest.mark.slow
 def test_readiness_follows_a_frozen_database(open_directory: Path) -> None:
     """The service is unready once its database is frozen, and ready after the thaw."""
     directory = open_directory / "frozen"
