@@ -54,7 +54,9 @@ class InvalidValue(ValueError):
 
 
 REQUIRED = Fault(Reason.REQUIRED, "required")
-NOT_A_TIMESTAMP = Fault(Reason.INVALID_TIMESTAMP, "must be an ISO 8601 date-time")
+NOT_A_TIMESTAMP = Fault(
+    Reason.INVALID_TIMESTAMP, "must be an ISO 8601 date-time, such as 2024-01-15T10:30:00.123Z"
+)
 NOT_A_STRING = Fault(Reason.WRONG_TYPE, "must be a string")
 NOT_AN_INTEGER = Fault(Reason.WRONG_TYPE, "must be an integer")
 NOT_AN_OBJECT = Fault(Reason.WRONG_TYPE, "must be an object")

@@ -1,78 +1,90 @@
-"""Date-times: read from JSON, truncated to what the table holds, written for COPY."""
+"""Date-times: read from JSON, cut to what the table holds, written for COPY."""
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-# RFC 3339 (section 5.6) with a space allowed for the T, and seconds, fraction and offset optional.
+_OFFSET = r"(?:[Zz]|([+-](?:[01]\d|2[0-3]))(?::?([0-5]\d))?)?"
+# A complete calendar date-time of ISO 8601, basic or extended by its first hyphen; seconds and
+# offset may be missing, and the T may be a space. Week and ordinal dates are not taken.
 _DATE_TIME = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt ](?:[01]\d|2[0-3]):[0-5]\d"
-    r"(?::(?:[0-5]\d|(60))(?:\.(\d+))?)?"
-    r"(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)?",
+    r"(\d{4})(-)?(\d\d)(?(2)-)(\d\d)[Tt ]([01]\d|2[0-4])(?(2):)([0-5]\d)"
+    rf"(?:(?(2):)([0-5]\d|60)(?:[.,](\d+))?)?{_OFFSET}",
     re.ASCII,
 )
-# What may follow the seconds in UTC; nothing long, since it is remembered.
-_UTC_FRACTION = re.compile(r"(?:\.(\d{1,9}))?[Zz]?", re.ASCII)
+# What most clients send, in two parts: to the second, and from there.
+_TO_SECOND = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d", re.ASCII)
+_FROM_SECOND = re.compile(rf"(?:[.,](\d{{1,9}}))?{_OFFSET}", re.ASCII)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH_DAY = _EPOCH.toordinal()
 
-# 0001-01-01T00:00:00Z and the end of 9999, in seconds of the Unix epoch.
+# 0001-01-01T00:00:00Z and the end of 9999, in seconds since 1970.
 FIRST_SECOND, END_SECOND = -62_135_596_800, 253_402_300_800
 
 
 def parse_timestamp(text: str) -> tuple[int, int]:
-    """The seconds of the Unix epoch and the nanoseconds of a date-time.
+    """Return the seconds since 1970 and the nanoseconds of an ISO 8601 date-time.
 
-    Digits after the ninth of a fraction are cut; second 60 is the first of the next minute. Raises
-    ValueError for anything else, dates that do not exist included; the years are not limited here.
+    Digits after the ninth of a fraction are cut. Second 60 is the first of the next minute, and
+    24:00 the first of the next day. Raises ValueError for any other text and for dates that do not
+    exist; the years are not limited here.
     """
     try:
-        return _parse_second(text[:19]), _parse_fraction(text[19:])
+        seconds = _parse_second(text[:19])
+        ahead, nanos = _parse_rest(text[19:])
     except ValueError:
         return _parse_any(text)
+    return seconds - ahead, nanos
 
 
-# Events of a batch tend to share their seconds, and clients write no more than milliseconds: what
-# was worked out for one is remembered.
+# The events of a batch tend to share their seconds, and clients write no more than milliseconds.
 @lru_cache(maxsize=4096)
 def _parse_second(text: str) -> int:
-    if len(text) != 19:  # up to the seconds, which only a full date-time has in so many characters
+    if not _TO_SECOND.fullmatch(text) or text[11:13] == "24":  # which depends on the fraction
         raise ValueError(text)
     return _parse_any(text)[0]
 
 
 @lru_cache(maxsize=4096)
-def _parse_fraction(text: str) -> int:
-    match = _UTC_FRACTION.fullmatch(text)
+def _parse_rest(text: str) -> tuple[int, int]:
+    match = _FROM_SECOND.fullmatch(text)
     if match is None:
         raise ValueError(text)
-    return int((match[1] or "").ljust(9, "0"))
+    fraction, hours, minutes = match.groups("")
+    return _count_seconds(hours, minutes), _count_nanos(fraction)
 
 
 def _parse_any(text: str) -> tuple[int, int]:
     match = _DATE_TIME.fullmatch(text)
     if match is None:
         raise ValueError(text)
-    if match[1]:
-        seconds, nanos = _parse_any(f"{text[:17]}59{text[19:]}")
-        return seconds + 1, nanos
-    # The letters are upper case for fromisoformat; a text that matches has no others.
-    moment = datetime.fromisoformat(text.upper())
-    elapsed = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
-    nanos = elapsed.microseconds * 1000
-    if match[2] and len(match[2]) > 6:  # where datetime cuts them
-        nanos = int(match[2][:9].ljust(9, "0"))
-    return elapsed.days * 86_400 + elapsed.seconds, nanos
+    year, _, month, day, hour, minute, second, fraction, offset, offset_minutes = match.groups("")
+    seconds = 3600 * int(hour) + 60 * int(minute) + int(second or 0)
+    if hour == "24" and (seconds > 86_400 or fraction.strip("0")):
+        raise ValueError(text)
+    day_number = date(int(year), int(month), int(day)).toordinal() - _EPOCH_DAY
+    seconds += 86_400 * day_number - _count_seconds(offset, offset_minutes)
+    return seconds, _count_nanos(fraction)
+
+
+def _count_seconds(hours: str, minutes: str) -> int:
+    """Return the seconds of an offset whose sign stands before its hours; both may be missing."""
+    return 3600 * int(hours or 0) + 60 * int(f"{hours[:1]}{minutes or 0}")
+
+
+def _count_nanos(fraction: str) -> int:
+    return int(fraction[:9].ljust(9, "0"))
 
 
 def is_storable(timestamp: Timestamp) -> bool:
-    """Whether the timestamp is well-formed and falls within the years 1 to 9999."""
+    """Tell whether a timestamp is well-formed and falls within the years 1 to 9999."""
     return FIRST_SECOND <= timestamp.seconds < END_SECOND and 0 <= timestamp.nanos < 1_000_000_000
 
 
 def truncate_timestamp(timestamp: Timestamp) -> None:
-    """Cuts a timestamp to whole microseconds, which is what PostgreSQL can hold."""
+    """Cut a timestamp to whole microseconds, which is what PostgreSQL can hold."""
     if excess := timestamp.nanos % 1000:
         timestamp.nanos -= excess
 

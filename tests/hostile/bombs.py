@@ -109,12 +109,13 @@ def _attack_neighbours(
         record.require(problem is None, f"{problem}: {text[:40]!r}, {len(text)} bytes")
 
 
+_NO_TIMESTAMP = "event.timestamp: must be an ISO 8601 date-time, such as 2024-01-15T10:30:00.123Z"
 # What may be wrong with one event of a thousand, and what is then told of it.
 _FAULTS: Sequence[tuple[dict[str, object], str]] = (
     ({"event_id": ""}, "event_id: required"),
     ({"project_id": "proj_of_others"}, "project_id: does not match the API key"),
     ({"event.type": "ui.hover"}, "event.type: unknown type 'ui.hover'"),
-    ({"event.timestamp": "yesterday"}, "event.timestamp: must be an ISO 8601 date-time"),
+    ({"event.timestamp": "yesterday"}, _NO_TIMESTAMP),
     ({"session.id": 7}, "session.id: must be a string"),
     ({"metadata": {"text": "x" * 110_000}}, "event: larger than 102400 bytes"),
     ({"event.sequence": 2**70}, "event.sequence: must be an integer of 64 bits"),
