@@ -3,60 +3,172 @@
 import asyncio
 import logging
 import signal
-from contextlib import ExitStack
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from server.app.parts import open_tracing, opened_database
 from server.config import Settings
+from server.forwarding.abandoned import AbandonedLanes
 from server.forwarding.http_client import Transport
-from server.forwarding.lane import REQUESTS_IN_FLIGHT, Lane
+from server.forwarding.lane import Lane
+from server.forwarding.lane_health import LaneHealth
+from server.forwarding.outbox_monitor import OutboxMonitor
 from server.forwarding.providers.amplitude import Amplitude
 from server.forwarding.providers.mixpanel import Mixpanel
 from server.forwarding.providers.provider import Provider
+from server.forwarding.queries import Queries
+from server.forwarding.round import REQUESTS_IN_FLIGHT
+from server.forwarding.sender import Sender
+from server.http.server import HTTPServer
 from server.processes.lifeline import Lifeline
+from server.processes.ports import PortTaken, listen, reserve_ports
 from server.processes.priority import lower_priority
 from server.storage.connection import Engine, GuardedConnection, open_engine
-from server.storage.health import Watchdog
+from server.storage.health import Readiness, Watchdog
 from server.storage.migrate import check_migrated
+from server.telemetry.counting import Counts, Totals
+from server.telemetry.metrics import FORWARDER_METRICS, PROVIDER_REQUESTS
+from server.telemetry.metrics_page import (
+    CountsCollector,
+    MetricsPage,
+    MetricsServer,
+    ServiceCollector,
+)
+from server.telemetry.reports import Reporter, find_socket
 
 if TYPE_CHECKING:
     from server.telemetry.tracing import Tracing
 
 _NICENESS = 10
 _PROVIDERS = {provider.name: provider for provider in (Amplitude, Mixpanel)}
+_BEAT_SECONDS = 1.0
+# An event loop that has stood still for so long does not come back.
+_HUNG_SECONDS = 60.0
+_MAX_BODY_BYTES = 1024
 
-_log = logging.getLogger("productgraph")
+_log = logging.getLogger("productgraph.forwarder")
 
 
 def run_forwarder(settings: Settings) -> None:
-    """Forwards to the enabled providers until a signal, or the end of the parent if it has one."""
+    """Forward to the enabled providers until a signal, or the end of the parent if it has one."""
     lower_priority(_NICENESS)  # ingestion goes first: what waits here is kept
-    with opened_database(settings) as database_url:
-        asyncio.run(_forward(settings, open_engine(database_url)))
+    with opened_database(settings) as database_url, ExitStack() as stack:
+        asyncio.run(_forward(settings, open_engine(database_url), stack))
 
 
-async def _forward(settings: Settings, engine: Engine) -> None:
+async def _forward(settings: Settings, engine: Engine, stack: ExitStack) -> None:
     check_migrated(engine)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    tracing = open_tracing(settings)
-    with ExitStack() as stack:
-        if tracing is not None:
-            stack.callback(tracing.stop)
-        lanes = []
-        for provider in _build_providers(settings):
-            connection = stack.enter_context(GuardedConnection(engine))
-            stack.enter_context(Watchdog(connection.cut_if_overdue))
-            lanes.append(_build_lane(provider, settings, connection, tracing))
-        if lifeline := Lifeline.find():
-            lifeline.report_ready()
-            lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
-        if not lanes:
-            _log.warning("no analytics provider is enabled, nothing is forwarded")
-        # It waits all the same: one that ended would be restarted again and again.
-        await asyncio.gather(stop.wait(), *(lane.run(stop) for lane in lanes))
+    _announce(settings)
+    counts, heart = Counts(), _Heart()
+    lifeline = Lifeline.find()
+    if lifeline is None:
+        _serve_metrics(settings, engine, counts, heart.is_beating, stack)
+    else:
+        _report_metrics(counts, stack)
+    if tracing := open_tracing(settings):
+        stack.callback(tracing.stop)
+    lanes = [
+        _build_lane(provider, settings, _open_queries(engine, stack), tracing, counts, stop)
+        for provider in _build_providers(settings)
+    ]
+    abandoned = AbandonedLanes(
+        _open_queries(engine, stack),
+        tuple(settings.destinations),
+        max_age=timedelta(seconds=settings.forward_max_age_seconds),
+    )
+    if lifeline is not None:
+        lifeline.report_ready()
+        lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
+    # It waits without a lane too: if it ended, what deploys it would start it again and again.
+    runs = [lane.run() for lane in lanes]
+    await asyncio.gather(stop.wait(), heart.beat(stop), abandoned.run(stop), *runs)
+
+
+def _announce(settings: Settings) -> None:
+    """Log what is forwarded to where, without what may be a credential in the address."""
+    if not settings.destinations:
+        _log.warning("no analytics provider is enabled, nothing is forwarded")
+    for name, destination in settings.destinations.items():
+        parts = urlsplit(destination.endpoint)
+        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        max_age = str(timedelta(seconds=settings.forward_max_age_seconds))
+        extra = {"provider": name, "endpoint": place, "max_age": max_age}
+        _log.info("forwarding every stored event", extra=extra)
+
+
+class _Heart:
+    """Tells from other threads whether the event loop runs."""
+
+    def __init__(self) -> None:
+        self._beat_at = time.monotonic()
+
+    def is_beating(self) -> bool:
+        """Return whether the loop has run lately."""
+        return time.monotonic() - self._beat_at < _HUNG_SECONDS
+
+    async def beat(self, stop: asyncio.Event) -> None:
+        """Note every second that the loop runs, until `stop` is set."""
+        while not stop.is_set():
+            self._beat_at = time.monotonic()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), _BEAT_SECONDS)
+
+
+def _report_metrics(counts: Counts, stack: ExitStack) -> None:
+    """Report what is counted to the parent, if it has a page."""
+    if (connection := find_socket()) is not None:
+        reporter = Reporter(connection, counts, lambda: None)
+        reporter.start()
+        stack.callback(reporter.stop)
+
+
+def _serve_metrics(
+    settings: Settings,
+    engine: Engine,
+    counts: Counts,
+    is_healthy: Callable[[], bool],
+    stack: ExitStack,
+) -> None:
+    """Serve the page of a forwarder that has no parent.
+
+    A port that is taken costs the page and not the forwarding: a service may run beside it.
+    """
+    if settings.metrics_port is None:
+        return
+    wanted = {"METRICS_PORT": settings.metrics_port}
+    try:
+        ports = stack.enter_context(reserve_ports(settings.host, wanted))
+    except PortTaken as problem:
+        _log.warning("no metrics and no health check: %s", problem)
+        return
+    readiness = Readiness(GuardedConnection(engine))
+    monitor = OutboxMonitor(GuardedConnection(engine))
+    state = ServiceCollector(readiness.is_ready, monitor.lanes, tuple(settings.destinations))
+    totals = CountsCollector(Totals(FORWARDER_METRICS, counts))
+    page = MetricsPage(totals, state, is_healthy=is_healthy)
+    listener = listen(settings.host, ports["METRICS_PORT"])
+    server = HTTPServer(page, listener, threads=1, max_body_bytes=_MAX_BODY_BYTES)
+    for part in (Watchdog(readiness.check, monitor.check), readiness, monitor):
+        stack.enter_context(part)
+    page_server = MetricsServer(server)
+    page_server.start()
+    stack.callback(page_server.stop)
+    _log.info("metrics", extra={"port": ports["METRICS_PORT"]})
+
+
+def _open_queries(engine: Engine, stack: ExitStack) -> Queries:
+    """Open a connection of its own, with a watchdog."""
+    connection = stack.enter_context(GuardedConnection(engine))
+    stack.enter_context(Watchdog(connection.cut_if_overdue))
+    return Queries(connection)
 
 
 def _build_providers(settings: Settings) -> list[Provider]:
@@ -69,8 +181,10 @@ def _build_providers(settings: Settings) -> list[Provider]:
 def _build_lane(
     provider: Provider,
     settings: Settings,
-    connection: GuardedConnection,
+    queries: Queries,
     tracing: "Tracing | None",
+    counts: Counts,
+    stop: asyncio.Event,
 ) -> Lane:
     # Connections of its own: a provider that hangs takes none of another one's.
     transport = (
@@ -78,5 +192,7 @@ def _build_lane(
         if tracing is None
         else tracing.open_transport(provider.name, REQUESTS_IN_FLIGHT)
     )
+    health = LaneHealth(provider, partial(counts.add, PROVIDER_REQUESTS, 1))
+    sender = Sender(provider, transport, health, stop)
     max_age = timedelta(seconds=settings.forward_max_age_seconds)
-    return Lane(provider, transport, connection, max_age=max_age)
+    return Lane(sender, queries, health, max_age=max_age)

@@ -1,8 +1,8 @@
 """`productgraph forward`: forwards events, shows how that stands, deals with dead ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import click
 from google.protobuf.json_format import MessageToJson
@@ -17,14 +17,24 @@ from server.cli.command import (
     json_option,
     limit_option,
     make_printable,
+    opened_engine,
     opened_tables,
     print_json,
     with_settings,
 )
 from server.config import Settings
-from server.storage.connection import Connection
+from server.storage.connection import Connection, connected
 from server.storage.dead_events import DeadEvent, find_dead, list_dead, purge_dead, retry_dead
-from server.storage.outbox import LaneStatus, read_status
+from server.storage.outbox import (
+    LaneStatus,
+    count_waiting,
+    forget_trouble,
+    purge_waiting,
+    read_status,
+)
+
+# A forwarder says every ten seconds that it is there, unless the database does not answer.
+_SILENCE = timedelta(seconds=60)
 
 _provider_option = click.option("--provider", help="Only this provider's.")
 _all_option = click.option("--all", "choose_all", is_flag=True, help="All of them.")
@@ -59,17 +69,58 @@ def status(settings: Settings, as_json: bool) -> None:
         print_json(map(asdict, lanes))
         return
     click.echo(
-        f"{'PROVIDER':10}  {'PENDING':>9}  {'OLDEST':>9}  {'DELIVERED':>11}  {'DEAD':>7}  STATE"
+        f"{'PROVIDER':10}  {'PENDING':>9}  {'OLDEST':>9}  {'DELIVERED':>11}  {'DEAD':>7}"
+        f"  {'SEEN':>9}  STATE"
     )
     for lane in lanes:
-        click.echo(_describe_lane(lane))
+        for line in _describe_lane(lane, datetime.now(UTC)):
+            click.echo(make_printable(line))
 
 
-def _describe_lane(lane: LaneStatus) -> str:
-    age = f"{(datetime.now(UTC) - lane.oldest_at).total_seconds():.0f} s" if lane.oldest_at else "-"
-    state = f"stopped: {lane.stopped_reason}" if lane.stopped_reason else "forwarding"
-    counts = f"{lane.pending:9}  {age:>9}  {lane.delivered:11}  {lane.dead:7}"
-    return f"{lane.provider:10}  {counts}  {make_printable(state)}"
+def _describe_lane(lane: LaneStatus, now: datetime) -> Iterator[str]:
+    """Yield the lines about a lane: its numbers, and what went wrong at last if it is not well."""
+    age, seen = _describe_age(lane.oldest_at, now), _describe_age(lane.seen_at, now)
+    counts = f"{lane.pending:9}  {age:>9}  {lane.delivered:11}  {lane.dead:7}  {seen:>9}"
+    yield f"{lane.provider:10}  {counts}  {_describe_state(lane, now)}"
+    if lane.failing_since is None:
+        return
+    if lane.last_error and lane.last_error_at and not lane.stopped_reason:
+        yield f"            last error at {format_moment(lane.last_error_at)}: {lane.last_error}"
+    if lane.next_try_at and lane.next_try_at > now:
+        yield f"            next try in {(lane.next_try_at - now).total_seconds():.0f} s"
+
+
+def _describe_state(lane: LaneStatus, now: datetime) -> str:
+    if lane.stopped_reason:
+        return f"stopped: {lane.stopped_reason}"
+    if lane.seen_at is None or now - lane.seen_at > _SILENCE:
+        return "no forwarder"
+    if lane.failing_since:
+        return f"failing since {format_moment(lane.failing_since)}"
+    return "forwarding"
+
+
+def _describe_age(moment: datetime | None, now: datetime) -> str:
+    return f"{max(0.0, (now - moment).total_seconds()):.0f} s" if moment else "-"
+
+
+@forward.command(name="purge")
+@click.option("--provider", required=True, help="The provider, such as one that is switched off.")
+@click.option("--yes", is_flag=True, help="Delete them; without it, only their number is shown.")
+@with_settings
+def purge_lane(settings: Settings, provider: str, yes: bool) -> None:
+    """Delete the events that wait for a provider.
+
+    They stay stored, and are forwarded to the other providers, but never to this one.
+    """
+    with opened_engine(settings) as engine, connected(engine) as connection:
+        if not yes:
+            count = count_waiting(connection, provider)
+            click.echo(f"{count} events wait for {provider}; --yes deletes them")
+            return
+        deleted = sum(iter(lambda: purge_waiting(connection, provider), None))
+        forget_trouble(connection, provider)
+    click.echo(f"{deleted} deleted")
 
 
 @forward.group()

@@ -4,32 +4,32 @@ import asyncio
 
 import httpx
 
-from server.forwarding.providers.provider import MAX_ANSWER_BYTES, Answer, Request
+from server.forwarding.providers.provider import MAX_ANSWER_BYTES, Answer, NoAnswer, Request
 
 _CONNECT_SECONDS = 5.0
-# Of all together: a server that drips a byte a second keeps every smaller timeout.
-_TOTAL_SECONDS = 20.0
+# For the request as a whole: a server that drips a byte a second keeps every smaller timeout.
+TOTAL_SECONDS = 20.0
 
 
 class Transport:
-    """Sends requests over reused connections. Redirects are not followed, proxies not asked."""
+    """Sends requests over reused connections; follows no redirects and uses no proxies."""
 
     def __init__(self, connections: int) -> None:
         self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(_TOTAL_SECONDS, connect=_CONNECT_SECONDS),
+            timeout=httpx.Timeout(TOTAL_SECONDS, connect=_CONNECT_SECONDS),
             trust_env=False,
             limits=httpx.Limits(max_connections=connections),
             # A compressed answer could be far larger than it looks.
             headers={"Accept-Encoding": "identity", "User-Agent": "productgraph"},
         )
 
-    async def post(self, request: Request) -> Answer | None:
-        """The answer to a request; None where there was none, or not all of it, in time."""
+    async def post(self, request: Request) -> Answer | NoAnswer:
+        """Return the answer to a request, or why there is none, or not all of it, in time."""
         try:
-            async with asyncio.timeout(_TOTAL_SECONDS):
+            async with asyncio.timeout(TOTAL_SECONDS):
                 return await self._post(request)
-        except (httpx.HTTPError, TimeoutError):
-            return None
+        except (httpx.HTTPError, TimeoutError) as error:
+            return NoAnswer(type(error).__name__)
 
     async def _post(self, request: Request) -> Answer:
         body = bytearray()
@@ -43,5 +43,5 @@ class Transport:
         return Answer(response.status_code, response.headers, bytes(body[:MAX_ANSWER_BYTES]))
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._client.aclose()

@@ -1,273 +1,203 @@
-"""The forwarding loop: claim, send, record. One lane for each provider.
+"""The forwarding loop of one provider: claim, send, record.
 
 Order: what a lane has claimed of one session, it sends in the order of the timestamps, one request
-after the other; and it claims first what has been due longest. Not promised: order across a retry,
-or between several forwarders. Providers sort by the time that every event carries.
+after the other; of each project it claims first what has been due longest. Not promised: order
+across a retry, or between several forwarders. Providers sort by the time that every event carries.
 """
 
 import asyncio
 import logging
-import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
-from zlib import crc32
 
-from productgraph.v1.event_pb2 import Event
 from server import failpoints
 from server.errors import Unavailable
-from server.forwarding.http_client import Transport
-from server.forwarding.providers.provider import (
-    CURRENT_MAPPING_VERSION,
-    Answer,
-    Decision,
-    Provider,
-    Request,
+from server.forwarding import backoff
+from server.forwarding.backoff import backoff_seconds
+from server.forwarding.http_client import TOTAL_SECONDS
+from server.forwarding.lane_health import LaneHealth
+from server.forwarding.queries import Queries
+from server.forwarding.round import REQUESTS_IN_FLIGHT, Round, Window, explain_age
+from server.forwarding.sender import Sender
+from server.storage.outbox import (
+    ClaimLimits,
+    Death,
+    LaneState,
+    Lease,
+    Outcome,
+    bury_expired,
+    claim_batch,
+    record_outcomes,
+    see_lane,
+    show_lane,
 )
-from server.storage.connection import Connection, GuardedConnection
-from server.storage.outbox import Death, Outcome, claim_batch, record_outcomes, set_stopped
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-REQUESTS_IN_FLIGHT = 4
-# Fewer events are not worth a request of their own while others are in flight.
-_FEW = 500
 # Enough for several requests in turn; what a killed forwarder had claimed waits for its end.
 LEASE_SECONDS = 60.0
-# No request begins with less of the lease left than it may take.
-_RESERVE_SECONDS = 45.0
-_QUERY_SECONDS = 20.0
+# A round ends so long after its claim, though events may be left.
+_ROUND_SECONDS = 15.0
+# Within which an answer is recorded that came at the last moment.
+_RECORD_SECONDS = 5.0
+# Payloads that a claim holds in memory, beside what is made of them.
+CLAIM_BYTES = 16 << 20
+# A claim takes 1/64 of all that at least, after rounds in which there was no time for a request.
+_SMALLEST_SHARE = 1 / 64
 _POLL_SECONDS = 1.0
 _FULL = 1000
 _STOPPED_SECONDS = 15.0
-_SHORTEST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 2.0, 300.0
-# Kept by a newer release, while this one is still running: left to that one's forwarder.
-_NEWER_VERSION_SECONDS = 60.0
-# What is in flight when the forwarder is to stop may still be answered for so long.
-_STOP_GRACE_SECONDS = 5.0
-_MAX_ANSWER_CHARACTERS = 500
+# The longer the queue, the longer it takes to find expired events: it rests so many times as long.
+_SEARCH_REST = 20
+_SEEN_SECONDS = 10.0
+_MAX_TRIED = 1000
 
 _log = logging.getLogger("productgraph.forwarder")
-
-
-def backoff_seconds(failures: int, draw: Callable[[], float] = random.random) -> float:
-    """How long to wait after so many failures: at most 2 s, doubled each time up to 5 min.
-
-    Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-    """
-    limit = _SHORTEST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16)
-    return draw() * min(_LONGEST_BACKOFF_SECONDS, limit)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One event on its way: what is sent of it, and where to note what became of it."""
-
-    outcome: Outcome
-    position: int
-    payload: bytes
-    session_id: str
-    timestamp: tuple[int, int]
-    backoff: float  # seconds, should it have to be sent again; the same for a whole delivery
-
-
-class Stopped(Exception):
-    """The provider takes nothing until the settings are right; the text says why."""
 
 
 class Lane:
     """Forwards to one provider, whatever becomes of the others."""
 
     def __init__(
-        self,
-        provider: Provider,
-        transport: Transport,
-        connection: GuardedConnection,
-        *,
-        max_age: timedelta,
+        self, sender: Sender, queries: Queries, health: LaneHealth, *, max_age: timedelta
     ) -> None:
-        self._provider = provider
-        self._transport = transport
-        self._connection = connection
+        self._sender = sender
+        self._queries = queries
+        self._health = health
         self._max_age = max_age
+        self._name = sender.provider.name
         self._failures = 0
-        self._has_progressed = False
-        self._stop_event = asyncio.Event()
-        # A single event goes first, to find out.
-        self._is_stopped = True
+        self._share = 1.0
+        # The project that the last claim ended with: the next one begins behind it.
+        self._turn: str | None = None
+        self._stop_reason: str | None = None
+        # The events that a stopped lane has tried.
+        self._tried: deque[tuple[int, int]] = deque(maxlen=_MAX_TRIED)
+        self._search_at = self._seen_at = float("-inf")
+        # Until a request is sent, the state that a forwarder has left in the database stands.
+        self._shown: LaneState | None = None
+        self._has_sent = False
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Forwards until `stop` is set, and then until what is in flight is recorded."""
-        self._stop_event = stop
-        while not stop.is_set():
+    async def run(self) -> None:
+        """Forward until the sender is to stop, and then until what is in flight is recorded."""
+        while not self._sender.stop.is_set():
             try:
                 pause = await self.forward_batch()
+                await self._show(pause)
             except Unavailable:
-                pause = _SHORTEST_BACKOFF_SECONDS
+                pause = backoff.SHORTEST_SECONDS
             except Exception:  # noqa: BLE001 - the lane outlives whatever happens
-                _log.exception("forwarding failed", extra={"provider": self._provider.name})
-                pause = _SHORTEST_BACKOFF_SECONDS
-            await _wait(stop, pause)
+                _log.exception("forwarding failed", extra={"provider": self._name})
+                pause = backoff.SHORTEST_SECONDS
+            await self._wait(pause)
 
     async def forward_batch(self) -> float:
-        """Sends what is due; returns how long to wait before the next time, in seconds."""
-        name, lease = self._provider.name, uuid4()
-        deadline = time.monotonic() + LEASE_SECONDS - _RESERVE_SECONDS
-        limit = 1 if self._is_stopped else self._provider.max_events * REQUESTS_IN_FLIGHT
-        deliveries = await self._query(claim_batch, name, lease, LEASE_SECONDS, limit)
-        if not deliveries:
-            return _POLL_SECONDS
-        outcomes = [Outcome(delivery) for delivery in deliveries]
-        items = await asyncio.to_thread(self._make_items, outcomes)
-        self._has_progressed = False
-        queues = (self._send_queue(queue, deadline) for queue in _queue_by_session(items))
-        ends = await asyncio.gather(*queues, return_exceptions=True)
-        failpoints.reach(failpoints.AFTER_PROVIDER)
-        await self._query(record_outcomes, name, lease, outcomes)
-        return await self._draw_conclusion(ends, len(items))
-
-    async def _draw_conclusion(self, ends: Iterable[BaseException | None], count: int) -> float:
-        for end in ends:
-            if isinstance(end, Stopped):
-                return await self._stop(str(end))
-            if end is not None:
-                raise end
-        if not count:
-            return 0.0
-        if self._has_progressed:
-            self._failures = 0
-            await self._resume()
-            # Where little was due, more gathers meanwhile, and goes in fewer and larger requests.
-            return 0.0 if count >= _FULL else _POLL_SECONDS
-        self._failures += 1
-        return backoff_seconds(self._failures)
-
-    async def _stop(self, reason: str) -> float:
-        _log.error(
-            "forwarding stopped until the settings are right",
-            extra={"provider": self._provider.name, "reason": reason},
+        """Send what is due; return how long to wait before the next time, in seconds."""
+        if self._stop_reason is not None:
+            await self._bury_expired(self._stop_reason)
+        begun, lease = time.monotonic(), Lease(uuid4(), LEASE_SECONDS)
+        deliveries = await self._queries.run(
+            claim_batch, self._name, lease, self._limits(), self._turn
         )
-        self._is_stopped = True
-        await self._query(set_stopped, self._provider.name, reason)
+        if not deliveries:
+            return _POLL_SECONDS if self._stop_reason is None else _STOPPED_SECONDS
+        self._turn = deliveries[-1].project_id
+        outcomes = [Outcome(delivery) for delivery in deliveries]
+        latest = begun + LEASE_SECONDS - TOTAL_SECONDS - _RECORD_SECONDS
+        sent = Round(self._sender, outcomes, Window(begun + _ROUND_SECONDS, latest), self._max_age)
+        try:
+            await self._send(sent)
+        finally:
+            failpoints.reach(failpoints.AFTER_PROVIDER)
+            await self._queries.run(record_outcomes, self._name, lease.id, outcomes)
+        self._report(sent)
+        count = sum(len(delivery.events) for delivery in deliveries)
+        return self._conclude(sent, is_full=count >= _FULL)
+
+    def _limits(self) -> ClaimLimits:
+        if self._stop_reason is not None:
+            return ClaimLimits(events=1, bytes=1)
+        events = self._sender.provider.max_events * REQUESTS_IN_FLIGHT
+        return ClaimLimits(int(events * self._share), int(CLAIM_BYTES * self._share))
+
+    async def _send(self, sent: Round) -> None:
+        if self._stop_reason is not None:
+            await sent.probe(self._tried)
+        else:
+            await sent.send(int(self._sender.provider.max_events * self._share))
+
+    def _report(self, sent: Round) -> None:
+        self._has_sent = self._has_sent or sent.has_sent
+        for reason, count in sent.given_up.items():
+            self._health.note_buried(reason, count)
+        self._health.end_round()
+
+    def _conclude(self, sent: Round, *, is_full: bool) -> float:
+        """Draw the conclusions from a round; return how long to pause."""
+        self._adapt(sent)
+        stop_reason = sent.stop_reason or (None if sent.has_progressed else self._stop_reason)
+        if stop_reason is not None:
+            return self._stop(stop_reason)
+        if self._stop_reason is not None:
+            self._stop_reason = None
+            self._health.note_resumption()
+            return 0.0
+        if not sent.has_sent:
+            return 0.0
+        if not sent.has_progressed:
+            self._failures += 1
+            return backoff_seconds(self._failures)
+        self._failures = 0
+        # If little was due, more gathers meanwhile, and goes in fewer and larger requests.
+        return 0.0 if is_full or sent.is_cut_short else _POLL_SECONDS
+
+    def _adapt(self, sent: Round) -> None:
+        """Claim half after a round that had no time for a request, and more after one that had."""
+        if not sent.is_cut_short:
+            self._share = min(1.0, 2 * self._share)
+        elif not sent.has_sent:
+            self._share = max(_SMALLEST_SHARE, self._share / 2)
+
+    def _stop(self, reason: str) -> float:
+        self._stop_reason = reason
+        self._health.note_stop(reason)
         return _STOPPED_SECONDS
 
-    async def _resume(self) -> None:
-        if self._is_stopped:
-            self._is_stopped = False
-            await self._query(set_stopped, self._provider.name, None)
-            _log.info("forwarding", extra={"provider": self._provider.name})
+    async def _bury_expired(self, stop_reason: str) -> None:
+        """Give up what has waited for too long: no round does, while the lane is stopped."""
+        while (begun := time.monotonic()) >= self._search_at:
+            cut = datetime.now(UTC) - self._max_age
+            death = Death(explain_age(self._max_age, stop_reason), "")
+            limits = ClaimLimits(1_000_000, CLAIM_BYTES)
+            buried = await self._queries.run(bury_expired, self._name, limits, cut, death)
+            if buried:
+                self._health.note_buried(death.reason, buried)
+            else:
+                took = time.monotonic() - begun
+                self._search_at = time.monotonic() + max(_STOPPED_SECONDS, _SEARCH_REST * took)
 
-    def _make_items(self, outcomes: Sequence[Outcome]) -> list[Item]:
-        items = []
-        for outcome in outcomes:
-            if outcome.delivery.mapping_version > CURRENT_MAPPING_VERSION:
-                outcome.postpone(_NEWER_VERSION_SECONDS)
-                continue
-            backoff = backoff_seconds(outcome.attempts)
-            for position, encoded in outcome.delivery.events.items():
-                if item := self._make_item(outcome, position, encoded, backoff):
-                    items.append(item)
-        return items
+    async def _show(self, pause: float) -> None:
+        """Tell the database how the provider fares, if that has changed."""
+        trouble = self._stop_reason or self._health.trouble
+        state = LaneState(self._stop_reason, trouble, None if trouble is None else pause)
+        if self._has_sent and state != self._shown:
+            await self._queries.run(show_lane, self._name, state)
+            self._shown, self._seen_at = state, time.monotonic()
 
-    def _make_item(
-        self, outcome: Outcome, position: int, encoded: bytes, backoff: float
-    ) -> Item | None:
-        """The item of one event; None for one that no request can be made of, which is dead."""
-        try:
-            event = Event.FromString(encoded)
-            payload = self._provider.encode_event(event, outcome.delivery.mapping_version)
-        except Exception:  # noqa: BLE001 - one event shall not hold up all behind it
-            _log.exception("an event cannot be mapped", extra={"provider": self._provider.name})
-            outcome.dead[position] = Death("cannot be mapped, see the log", "")
-            return None
-        moment = (event.event_timestamp.seconds, event.event_timestamp.nanos)
-        return Item(outcome, position, payload, event.session_id, moment, backoff)
+    async def _wait(self, seconds: float) -> None:
+        """Wait, but not beyond the stop, and say now and then that a forwarder is there."""
+        end = time.monotonic() + seconds
+        while not self._sender.stop.is_set():
+            self._health.log_refused()
+            await self._be_seen()
+            if (left := end - time.monotonic()) <= 0:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._sender.stop.wait(), min(left, _SEEN_SECONDS))
 
-    async def _send_queue(self, items: Sequence[Item], deadline: float) -> None:
-        limits = self._provider.max_events, self._provider.max_bytes
-        for request in cut_requests(items, *limits):
-            await self._send(request, deadline)
-
-    async def _send(self, items: Sequence[Item], deadline: float) -> None:
-        if time.monotonic() >= deadline or self._stop_event.is_set():
-            return  # recorded as neither, they are due again at once
-        payloads = [item.payload for item in items]
-        answer = await self._post(self._provider.build_request(payloads))
-        decision = self._provider.decide(payloads, answer)
-        if decision.stop is not None:
-            raise Stopped(decision.stop)
-        self._note(decision, items, answer)
-        for group in decision.resend:
-            await self._send([items[index] for index in group], deadline)
-
-    async def _post(self, request: Request) -> Answer | None:
-        sending = asyncio.create_task(self._transport.post(request))
-        stopping = asyncio.create_task(self._stop_event.wait())
-        await asyncio.wait((sending, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        await asyncio.wait((sending,), timeout=_STOP_GRACE_SECONDS)
-        if sending.done():
-            return sending.result()
-        sending.cancel()
-        return None
-
-    def _note(self, decision: Decision, items: Sequence[Item], answer: Answer | None) -> None:
-        body = answer.body.decode(errors="replace") if answer else "no answer"
-        said = body[:_MAX_ANSWER_CHARACTERS].replace("\0", "\ufffd")
-        self._has_progressed = self._has_progressed or bool(decision.done or decision.dead)
-        for index in decision.done:
-            items[index].outcome.done.add(items[index].position)
-        for index, reason in decision.dead.items():
-            items[index].outcome.dead[items[index].position] = Death(reason, said)
-        for index, seconds in decision.retry.items():
-            self._note_retry(items[index], seconds, said)
-
-    def _note_retry(self, item: Item, seconds: float, said: str) -> None:
-        outcome = item.outcome
-        if datetime.now(UTC) - outcome.delivery.received_at > self._max_age:
-            reason = f"given up after {self._max_age}"
-            outcome.dead[item.position] = Death(reason, said)
-        else:
-            outcome.delays[item.position] = max(seconds, item.backoff)
-
-    async def _query(
-        self, work: "Callable[Concatenate[Connection, P], T]", *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        def run() -> T:
-            with self._connection.connected(_QUERY_SECONDS) as connection:
-                return work(connection, *args, **kwargs)
-
-        return await asyncio.to_thread(run)
-
-
-def _queue_by_session(items: Sequence[Item]) -> list[list[Item]]:
-    """Queues to be sent side by side: each session is in one of them, in order."""
-    count = min(REQUESTS_IN_FLIGHT, 1 + len(items) // _FEW)
-    queues: list[list[Item]] = [[] for _ in range(count)]
-    for item in sorted(items, key=lambda item: item.timestamp):
-        queues[crc32(item.session_id.encode()) % count].append(item)
-    return queues
-
-
-def cut_requests(items: Sequence[Item], max_events: int, max_bytes: int) -> list[list[Item]]:
-    """The items in order, in as few requests as the limits allow."""
-    requests: list[list[Item]] = []
-    size = 0
-    for item in items:
-        size += len(item.payload)
-        if not requests or len(requests[-1]) == max_events or size > max_bytes:
-            requests.append([])
-            size = len(item.payload)
-        requests[-1].append(item)
-    return requests
-
-
-async def _wait(stop: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(stop.wait(), seconds)
-    except TimeoutError:
-        return
+    async def _be_seen(self) -> None:
+        if time.monotonic() - self._seen_at >= _SEEN_SECONDS:
+            with suppress(Unavailable):
+                await self._queries.run(see_lane, self._name)
+                self._seen_at = time.monotonic()

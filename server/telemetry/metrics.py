@@ -3,7 +3,10 @@
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import product
 
+from server.config import AMPLITUDE, MIXPANEL
+from server.forwarding.lane_health import OUTCOMES
 from server.ingest.key_cache import LOOKUP_RESULTS
 from server.ingest.request_record import RequestRecord
 from server.storage.errors import ERROR_KINDS
@@ -99,7 +102,17 @@ RESTARTS = Metric(
     ("command",),
     known=tuple((command,) for command in _COMMANDS),
 )
+PROVIDER_REQUESTS = Metric(
+    Kind.COUNTER,
+    "provider_requests",
+    "Requests sent to analytics providers, by what they came to.",
+    ("provider", "outcome"),
+    known=tuple(product((AMPLITUDE, MIXPANEL), OUTCOMES)),
+)
+# Those of a forwarder that has no parent.
+FORWARDER_METRICS = (PROVIDER_REQUESTS,)
 METRICS = (
+    *FORWARDER_METRICS,
     *(REQUESTS, REJECTED, ACCEPTED, EVENTS, SECONDS, SECONDS_DECODING, SECONDS_STORING),
     *(DUPLICATES, GROUP_ROWS, GROUP_BYTES, WAITING, WAITING_BYTES, CACHED, DROPPED, ERRORS),
     *(LOOKUPS, WORKERS, RESTARTS),

@@ -23,14 +23,18 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
 PATH = "/metrics"
+_HEALTH_PATH = "/health"
 _PREFIX = "productgraph"
 _STOP_SECONDS = 2.0
 
 
 class MetricsPage:
-    """A WSGI application: `GET /metrics`, and nothing else."""
+    """A WSGI application: `GET /metrics` and `GET /health`, and nothing else."""
 
-    def __init__(self, *collectors: Collector) -> None:
+    def __init__(
+        self, *collectors: Collector, is_healthy: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._is_healthy = is_healthy
         registry = CollectorRegistry()
         for collector in collectors:
             registry.register(collector)
@@ -40,6 +44,10 @@ class MetricsPage:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         """Answer a request."""
+        if environ["PATH_INFO"] == _HEALTH_PATH:
+            status, word = ("200 OK", "ok") if self._is_healthy() else ("503 Hung", "hung")
+            start_response(status, [("Content-Type", "text/plain")])
+            return [f"{word}\n".encode()]
         if environ["PATH_INFO"] != PATH:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [f"See {PATH}.\n".encode()]

@@ -18,7 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from server.forwarding.http_client import Transport
-from server.forwarding.providers.provider import Answer, Request
+from server.forwarding.providers.provider import Answer, NoAnswer, Request
 from server.ingest.request_record import RequestRecord
 from server.protocols import HTTP
 
@@ -130,17 +130,20 @@ class _TracedTransport(Transport):
         self._tracer = tracer
         self._provider = provider
 
-    async def post(self, request: Request) -> Answer | None:
+    async def post(self, request: Request) -> Answer | NoAnswer:
         """The answer to a request, as `Transport` gives it."""
         with self._tracer.start_as_current_span(
             f"forward {self._provider}", Context(), SpanKind.CLIENT, _describe_request(request)
         ) as span:
             answer = await super().post(request)
-            if answer is not None:
-                span.set_attribute("http.response.status_code", answer.status)
-            if answer is None or answer.status >= 400:
+            if isinstance(answer, NoAnswer):
                 span.set_status(StatusCode.ERROR)
-                span.set_attribute("error.type", str(answer.status) if answer else "no_answer")
+                span.set_attribute("error.type", "no_answer")
+                return answer
+            span.set_attribute("http.response.status_code", answer.status)
+            if answer.status >= 400:
+                span.set_status(StatusCode.ERROR)
+                span.set_attribute("error.type", str(answer.status))
             return answer
 
 

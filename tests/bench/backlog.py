@@ -16,7 +16,7 @@ from productgraph.v1.event_pb2 import Event
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.storage.connection import connected, open_engine
-from server.storage.outbox import claim_batch
+from server.storage.outbox import ClaimLimits, Lease, claim_batch
 from tests.bench.cells import Cell
 from tests.bench.database import BenchDatabase
 from tests.bench.events import PROJECT, make_events
@@ -38,7 +38,7 @@ _EVENTS_PER_PAYLOAD = 100
 _BACKLOG_PAYLOADS = 10_000
 _FEW_PAYLOADS = 10
 _CLAIMS = 50
-_CLAIMED_EVENTS = 1000
+_CLAIMED = ClaimLimits(events=1000, bytes=16 << 20)
 _ROUNDS = 3
 _LOAD = Cell("http-1000-2", "service", "http", 1000, WORKERS, connections=8)
 _LOAD_SECONDS = 4.0
@@ -109,12 +109,12 @@ def measure_claims(database: BenchDatabase) -> float:
     times = []
     with connected(open_engine(database.url)) as connection:
         for _ in range(_CLAIMS):
-            lease, started_at = uuid4(), time.perf_counter()
-            claimed = claim_batch(connection, NAMES[0], lease, 60.0, _CLAIMED_EVENTS)
+            lease, started_at = Lease(uuid4(), 60.0), time.perf_counter()
+            claimed = claim_batch(connection, NAMES[0], lease, _CLAIMED)
             times.append((time.perf_counter() - started_at) * 1000)
-            assert len(claimed) * _EVENTS_PER_PAYLOAD == _CLAIMED_EVENTS
+            assert len(claimed) * _EVENTS_PER_PAYLOAD == _CLAIMED.events
             with connection.begin():
-                connection.execute(_RELEASE, {"lease": lease})
+                connection.execute(_RELEASE, {"lease": lease.id})
     return median(times)
 
 

@@ -165,6 +165,20 @@ def test_containers_open_the_default_ports() -> None:
     assert published == {ports["PORT"], ports["GRPC_PORT"]}
 
 
+def test_forwarders_are_asked_on_their_only_port() -> None:
+    """What probes and scrapes a forwarder asks the port of its metrics."""
+    metrics = list_ports()["METRICS_PORT"]
+    [container] = PODS["forwarder"]["spec"]["containers"]
+    assert container["ports"] == [{"name": "metrics", "containerPort": int(metrics)}]
+    for name in ("startup", "liveness"):
+        assert container[f"{name}Probe"]["httpGet"] == {"path": "/health", "port": "metrics"}
+    annotations = PODS["forwarder"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == metrics
+    environment = SERVICES["forwarder"]["environment"]
+    assert environment["METRICS_PORT"] == environment["PORT"] == metrics
+    assert "healthcheck" not in SERVICES["forwarder"]
+
+
 def test_kubernetes_probes_agree_with_the_answers(service: Service) -> None:
     """Kubernetes asks for what the service answers, and only readiness takes it out of use."""
     [container] = PODS["ingestion"]["spec"]["containers"]
@@ -252,10 +266,13 @@ def test_compose_mounts_exist_and_match_their_readers() -> None:
     targets = [
         target
         for job in prometheus["scrape_configs"]
-        for static in job["static_configs"]
+        for static in job.get("static_configs", [])
         for target in static["targets"]
     ]
     assert targets == [f"ingestion:{list_ports()['METRICS_PORT']}"]
+    [found] = [job["dns_sd_configs"] for job in prometheus["scrape_configs"][1:]]
+    port = int(list_ports()["METRICS_PORT"])
+    assert found == [{"names": ["forwarder"], "type": "A", "port": port}]
     provisioning = mounted["/etc/grafana/provisioning"]
     for path in (provisioning / "dashboards").iterdir():
         for provider in yaml.safe_load(path.read_text())["providers"]:

@@ -15,6 +15,7 @@ from server.forwarding.providers.provider import (
     Answer,
     Decision,
     Request,
+    Suspicion,
     accept_all,
     decide_by_status,
     halve,
@@ -25,10 +26,13 @@ from server.forwarding.providers.provider import (
 
 _LIMITS = Limits(max_text=1024, max_items=None, max_depth=40)
 _MAX_ID_BYTES = 1024
-# Ids of our clients may be shorter than the five characters that are asked for by default.
+# Ids of our clients may be shorter than the five characters that Amplitude demands by default.
 _OPTIONS = b'"options":{"min_id_length":1}'
 _THROTTLED_SECONDS = 30.0
-# Where an answer names events by their indexes: {field: [indexes]}.
+# A daily quota may be free again at any hour of the user's day.
+_QUOTA_SECONDS = 3600.0
+QUOTA_REASON = "over the daily quota of its user or device"
+# The members of an answer that name events by their indexes: {field: [indexes]}.
 _NAMED_BY_FIELD = {
     "events_with_missing_fields": "missing field",
     "events_with_invalid_fields": "invalid field",
@@ -46,27 +50,28 @@ class Amplitude:
 
     def __init__(self, api_key: str, endpoint: str) -> None:
         self._endpoint = endpoint
+        self.secrets: tuple[str, ...] = (api_key,)
         self._head = b'{"api_key":%s,%s,"events":[' % (orjson.dumps(api_key), _OPTIONS)
 
     def encode_event(self, event: Event, version: int) -> bytes:
-        """An object of `events`; raises KeyError for an unknown version."""
+        """Return an object of `events`; raises KeyError for an unknown version."""
         return _ENCODERS[version](event)
 
     def build_request(self, payloads: Sequence[bytes]) -> Request:
-        """One batch, not compressed: Amplitude does not document that it would be read."""
+        """Return one batch, not compressed: Amplitude documents no compression."""
         body = b"".join((self._head, b",".join(payloads), b"]}"))
         return Request(self._endpoint, {"Content-Type": "application/json"}, body)
 
     def decide(self, payloads: Sequence[bytes], answer: Answer | None) -> Decision:
-        """What an answer means; a 400 or a 429 is about the events that it names."""
+        """Decide what an answer means; a 400 or a 429 is about the events that it names."""
         count = len(payloads)
         if answer is None:
             return retry_all(count)
         report = answer.read_report()
         if answer.status == 429:
             return _decide_throttled(report or {}, payloads, answer.retry_after)
-        if answer.status == 200 and report and _is_success(report, count):
-            return accept_all(count)
+        if answer.status == 200 and report is not None:
+            return _decide_ingested(report, count, answer.retry_after)
         if answer.status == 400 and report is not None:
             return _decide_refused(report, count, answer.retry_after)
         return decide_by_status(count, answer)
@@ -81,7 +86,7 @@ def _encode_event_1(event: Event) -> bytes:
             **user,
             "device_id": fit_id(mapped.device_id, _MAX_ID_BYTES),
             "time": mapped.time,
-            # Would have to be the time at which the session began, which no event tells.
+            # Amplitude wants the time at which the session began, which no event tells.
             "session_id": -1,
             "insert_id": mapped.insert_id,
             "event_properties": fit_items(mapped.properties.items(), _LIMITS),
@@ -92,13 +97,19 @@ def _encode_event_1(event: Event) -> bytes:
 _ENCODERS: Mapping[int, Callable[[Event], bytes]] = {1: _encode_event_1}
 
 
-def _is_success(report: Mapping[str, Any], count: int) -> bool:
-    return report.get("code") == 200 and report.get("events_ingested") == count
+def _decide_ingested(report: Mapping[str, Any], count: int, retry_after: float) -> Decision:
+    ingested = report.get("events_ingested") if report.get("code") == 200 else None
+    if type(ingested) is int and ingested == count:
+        return accept_all(count)
+    if type(ingested) is int and 0 <= ingested < count:
+        reason = "not ingested, without a reason (200)"
+        return Decision(suspicion=Suspicion(reason, is_refusal=False))
+    return retry_all(count, retry_after)
 
 
 def _decide_refused(report: Mapping[str, Any], count: int, retry_after: float) -> Decision:
     error, missing = read_text(report.get("error")), read_text(report.get("missing_field"))
-    # The text goes on with the key, and must not be repeated.
+    # The text goes on with the key, which must not be repeated.
     if error.lower().startswith("invalid api key") or missing == "api_key":
         return Decision(stop="the API key was refused (400)")
     named = dict(_read_refused(report))
@@ -111,7 +122,7 @@ def _decide_refused(report: Mapping[str, Any], count: int, retry_after: float) -
 
 
 def _read_refused(report: Mapping[str, Any]) -> Iterable[tuple[Any, str]]:
-    """What a 400 names, and why; an index may be any text or number."""
+    """Yield what a 400 names, and why; an index may be any text or number."""
     for key, problem in _NAMED_BY_FIELD.items():
         fields = report.get(key)
         for field, indexes in fields.items() if isinstance(fields, dict) else ():
@@ -124,31 +135,39 @@ def _read_refused(report: Mapping[str, Any]) -> Iterable[tuple[Any, str]]:
 def _decide_throttled(
     report: Mapping[str, Any], payloads: Sequence[bytes], retry_after: float
 ) -> Decision:
-    """Holds what is named; where nothing is, the whole project is being throttled."""
-    held = _find_throttled(report, payloads)
-    wait = max(_THROTTLED_SECONDS, retry_after)
-    rest = tuple(index for index in range(len(payloads)) if index not in held)
-    if not held or not rest:
-        return retry_all(len(payloads), wait)
-    if retry_after:
-        waits = dict.fromkeys(range(len(payloads)), retry_after)
-        return Decision(retry=waits | dict.fromkeys(held, wait))
-    return Decision(retry=dict.fromkeys(held, wait), resend=(rest,))
-
-
-def _find_throttled(report: Mapping[str, Any], payloads: Sequence[bytes]) -> set[int]:
-    """The events named by index, and those of a named user or device."""
+    """Hold the events that are named; if none is, the whole project is being throttled."""
+    every = range(len(payloads))
+    over_quota = _find_people(
+        report.get("exceeded_daily_quota_users"),
+        report.get("exceeded_daily_quota_devices"),
+        payloads,
+    )
     held = {i for i in _read_list(report.get("throttled_events")) if is_index(i, len(payloads))}
-    users = set(_read_list(report.get("throttled_users")))
-    devices = set(_read_list(report.get("throttled_devices")))
-    if users or devices:
-        for index, event in enumerate(map(orjson.loads, payloads)):
-            if event.get("user_id") in users or event["device_id"] in devices:
-                held.add(index)
-    return held
+    held |= _find_people(report.get("throttled_users"), report.get("throttled_devices"), payloads)
+    wait = max(_THROTTLED_SECONDS, retry_after)
+    waits = dict.fromkeys(held, wait) | dict.fromkeys(over_quota, _QUOTA_SECONDS)
+    reasons = dict.fromkeys(over_quota, QUOTA_REASON)
+    rest = tuple(index for index in every if index not in waits)
+    if not waits:
+        return retry_all(len(payloads), wait)
+    if retry_after or not rest:
+        return Decision(retry=dict.fromkeys(rest, retry_after) | waits, retry_reasons=reasons)
+    return Decision(retry=waits, retry_reasons=reasons, resend=(rest,))
+
+
+def _find_people(users: Any, devices: Any, payloads: Sequence[bytes]) -> set[int]:
+    """Return the events of the users and devices that an answer names."""
+    user_ids, device_ids = set(_read_list(users)), set(_read_list(devices))
+    if not user_ids and not device_ids:
+        return set()
+    return {
+        index
+        for index, event in enumerate(map(orjson.loads, payloads))
+        if event.get("user_id") in user_ids or event["device_id"] in device_ids
+    }
 
 
 def _read_list(value: Any) -> list[Any]:
-    """The items of a list, or the keys of an object; all that is neither text nor number is -1."""
+    """Return the items of a list or the keys of an object; -1 for all but text and integers."""
     items = value if isinstance(value, dict | list) else [] if value is None else [value]
     return [item if type(item) in (int, str) else -1 for item in items]

@@ -2,8 +2,8 @@
 
 https://developer.mixpanel.com/reference/import-events
 
-Events from before 1971, or from more than an hour ahead, are sent as they are, and refused. Moving
-them would falsify them, and the refusal costs their neighbours nothing; those that were ahead can
+Events from before 1971 and from more than an hour ahead are sent as they are, and refused. Moving
+them would falsify them, and the refusal costs their neighbours nothing. Those that were ahead can
 be sent again later.
 """
 
@@ -29,13 +29,13 @@ from server.forwarding.providers.provider import (
     retry_all,
 )
 
-# The limit of three levels is read as strictly as it can be: `properties` is the first of them.
+# The limit of three levels, at its strictest: `properties` is the first of them.
 _LIMITS = Limits(max_text=255, max_items=254, max_depth=3)
 _MAX_ID_BYTES = 255
 _DEVICE_PREFIX = "$device:"
-# What is asked for after a 429, a 502 and a 503; full jitter alone could send at once.
+# Mixpanel asks for this wait after a 429, a 502 or a 503; full jitter alone could send at once.
 _LEAST_WAIT_SECONDS = 2.0
-# JSON of so many like events shrinks well at any level, and this one costs the least.
+# JSON of many similar events shrinks well at any level, and this one costs least.
 _GZIP_LEVEL = 1
 
 
@@ -43,29 +43,31 @@ class Mixpanel:
     """Sends to the project of `token`."""
 
     name = MIXPANEL
-    # 2,000 events are the documented limit of a request, and 2 MB the smaller one that is told.
+    # 2,000 events are the documented limit of a request; of its size, sources tell 2 MB and 10 MB.
     max_events = 2000
     max_bytes = 1_900_000
 
     def __init__(self, token: str, endpoint: str) -> None:
+        encoded = b64encode(f"{token}:".encode()).decode()
+        self.secrets: tuple[str, ...] = (token, encoded)
         self._url = f"{endpoint}{'&' if '?' in endpoint else '?'}strict=1"
         self._headers = {
-            "Authorization": f"Basic {b64encode(f'{token}:'.encode()).decode()}",
+            "Authorization": f"Basic {encoded}",
             "Content-Type": "application/json",
             "Content-Encoding": "gzip",
         }
 
     def encode_event(self, event: Event, version: int) -> bytes:
-        """An event of the array; raises KeyError for an unknown version."""
+        """Return an event of the array; raises KeyError for an unknown version."""
         return _ENCODERS[version](event)
 
     def build_request(self, payloads: Sequence[bytes]) -> Request:
-        """One array, compressed; the same bytes for the same payloads."""
+        """Return one array, compressed; the same bytes for the same payloads."""
         body = gzip.compress(b"[%s]" % b",".join(payloads), _GZIP_LEVEL, mtime=0)
         return Request(self._url, self._headers, body)
 
     def decide(self, payloads: Sequence[bytes], answer: Answer | None) -> Decision:
-        """What an answer means; a 400 that names events says that it has the others."""
+        """Decide what an answer means; a 400 that names events says that it has the others."""
         count = len(payloads)
         if answer is None:
             return retry_all(count)
@@ -85,12 +87,12 @@ def _encode_event_1(event: Event) -> bytes:
     device_id = fit_id(mapped.device_id, _MAX_ID_BYTES - len(_DEVICE_PREFIX))
     own = {
         "time": mapped.time,
-        # What Mixpanel itself makes of the two ids below, said here to be the same for ever.
+        # What Mixpanel itself makes of the two ids below, frozen here.
         "distinct_id": user_id or f"{_DEVICE_PREFIX}{device_id}",
         "$insert_id": mapped.insert_id,
         "$device_id": device_id,
         "$user_id": user_id,
-        # Anything else would be the place of this service, for all users.
+        # Without it every user would be at the place of this service.
         "ip": "0",
         "$current_url": event.page_url,
         "$referrer": event.page_referrer,
@@ -129,7 +131,7 @@ def _decide_refused(report: Mapping[str, Any], count: int, retry_after: float) -
 
 
 def _read_refused(records: Any, count: int) -> dict[int, str] | None:
-    """What a 400 names, and why; None where any of it makes no sense."""
+    """Return what a 400 names, and why; None if any of it makes no sense."""
     if not isinstance(records, list):
         return None
     named = {}

@@ -8,266 +8,55 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from queue import Queue
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-import psycopg2
 import pytest
-from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from productgraph.v1.event_pb2 import Event
-from server.events.encoded_events_pb2 import EncodedEvents
-from server.forwarding import http_client as transport
-from server.forwarding import lane as forwarder
+from server.forwarding.backoff import backoff_seconds
 from server.forwarding.http_client import Transport
-from server.forwarding.lane import Item, Lane, backoff_seconds, cut_requests
-from server.forwarding.providers import amplitude, mixpanel
 from server.forwarding.providers.amplitude import Amplitude
 from server.forwarding.providers.mapping import map_event
 from server.forwarding.providers.mixpanel import Mixpanel
 from server.forwarding.providers.provider import (
-    CURRENT_MAPPING_VERSION,
     Answer,
-    Provider,
+    NoAnswer,
     Request,
 )
-from server.storage.connection import GuardedConnection, connected, open_engine
-from server.storage.events import EventStore
-from server.storage.outbox import Delivery, Outbox, Outcome
+from server.forwarding.round import Item, RequestQueue
+from server.storage.outbox import Delivery, Outcome
 from tests.support import provider_servers
 from tests.support.clients import open_tenant
-from tests.support.events import ENCODER, encode_message, make_message
+from tests.support.events import make_message
+from tests.support.forwarding import END_LEASES, NAMES, SECRET, Bench, make_events
 from tests.support.provider_servers import (
     HTML,
     AmplitudeServer,
     Fault,
-    MixpanelServer,
     ProviderServer,
     Reply,
     Script,
 )
 from tests.support.services import (
-    clean_environment,
-    for_sqlalchemy,
     run_command,
     running_service,
     wait_until,
 )
 
-SECRET = "s3cret"
-NAMES = ("amplitude", "mixpanel")
-PENDING = """
-SELECT d.positions, p.events FROM outbox_deliveries d JOIN outbox_payloads p ON p.id = d.payload_id
- WHERE d.provider = %s
-"""
-KEYS = """
-SELECT project_id, event_id, (extract(epoch FROM event_timestamp) * 1000000)::bigint FROM events
-"""
-STATUS = re.compile(r"(\w+) +(\d+) +(?:-|\d+ s) +(\d+) +(\d+)  (.+)")
-END_LEASES = "UPDATE outbox_deliveries SET due_at = now()"
+STATUS = re.compile(r"(\w+) +(\d+) +(?:-|\d+ s) +(\d+) +(\d+) +(?:-|\d+ s)  (.+)")
 
 each = pytest.mark.parametrize("name", NAMES)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A database and both providers' servers, to which its stored events are to be forwarded."""
-
-    url: str
-    servers: dict[str, ProviderServer]
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """The settings of a process that forwards here."""
-        enabled = {f"{name.upper()}_ENABLED": "true" for name in self.servers}
-        endpoints = {f"{name.upper()}_ENDPOINT": self.servers[name].url for name in self.servers}
-        secrets = {"AMPLITUDE_API_KEY": SECRET, "MIXPANEL_TOKEN": SECRET}
-        return (
-            {"DATABASE_URL": self.url, "ANALYTICS_ENABLED": "true"} | enabled | endpoints | secrets
-        )
-
-    def query(self, statement: str, *parameters: Any) -> list[Any]:
-        """Runs a statement and returns its rows."""
-        with closing(psycopg2.connect(self.url)) as connection, connection.cursor() as cursor:
-            connection.autocommit = True
-            cursor.execute(statement, parameters)
-            return cursor.fetchall() if cursor.description else []
-
-    def store(self, events: Sequence[Event]) -> None:
-        """Stores them in one commit, as the service does."""
-        rows = [encode_message(event) for event in events]
-        outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
-        with connected(open_engine(for_sqlalchemy(self.url))) as c:
-            EventStore(ENCODER.columns, outbox.statements_for).save(c, rows, 10)
-
-    def build_lane(
-        self, name: str, max_age: timedelta, sender: Transport
-    ) -> tuple[Lane, GuardedConnection]:
-        """A lane to one of the servers, and its link to the database."""
-        types: dict[str, type[Amplitude | Mixpanel]] = {
-            "amplitude": Amplitude,
-            "mixpanel": Mixpanel,
-        }
-        provider: Provider = types[name](SECRET, self.servers[name].url)
-        engine = open_engine(for_sqlalchemy(self.url))
-        link = GuardedConnection(engine)
-        return Lane(provider, sender, link, max_age=max_age), link
-
-    @contextmanager
-    def forwarding(
-        self,
-        *names: str,
-        max_age: timedelta = timedelta(days=3),
-        sender: type[Transport] = Transport,
-    ) -> Iterator[None]:
-        """Lanes to these providers, or to all, run until the context ends."""
-        stops: Queue[Callable[[], object]] = Queue()
-
-        async def run(name: str, stop: asyncio.Event) -> None:
-            own = sender(forwarder.REQUESTS_IN_FLIGHT)
-            lane, link = self.build_lane(name, max_age, own)
-            try:
-                await lane.run(stop)
-            finally:
-                await own.close()
-                link.close()
-
-        async def run_all() -> None:
-            stop, loop = asyncio.Event(), asyncio.get_running_loop()
-            stops.put(lambda: loop.call_soon_threadsafe(stop.set))
-            await asyncio.gather(*(run(name, stop) for name in names or NAMES))
-
-        with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(asyncio.run, run_all())
-            try:
-                yield
-            finally:
-                stops.get()()
-            running.result()
-
-    @contextmanager
-    def process(
-        self, settings: Mapping[str, str] | None = None, stderr: int = subprocess.DEVNULL
-    ) -> Iterator["subprocess.Popen[bytes]"]:
-        """`productgraph forward` in a process of its own, killed at the end."""
-        command = [sys.executable, "-m", "server", "forward"]
-        environment = clean_environment(self.settings if settings is None else settings)
-        with subprocess.Popen(command, env=environment, stderr=stderr) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def read_stored(self) -> set[str]:
-        """The insert ids of the events in the table."""
-        events = (
-            Event(
-                project_id=p,
-                event_id=e,
-                event_timestamp=Timestamp(seconds=us // 10**6, nanos=us % 10**6 * 1000),
-            )
-            for p, e, us in self.query(KEYS)
-        )
-        return {map_event(event).insert_id for event in events}
-
-    def read_dead(self, name: str) -> dict[str, str]:
-        """The insert ids of a provider's dead events, with the reasons."""
-        dead = self.query("SELECT event, reason FROM dead_events WHERE provider = %s", name)
-        return {map_event(Event.FromString(bytes(e))).insert_id: reason for e, reason in dead}
-
-    def read_pending(self, name: str) -> set[str]:
-        """The insert ids of what a provider still has to get."""
-        pending = set()
-        for positions, payload in self.query(PENDING, name):
-            frames = EncodedEvents.FromString(bytes(payload)).events
-            chosen = range(len(frames)) if positions is None else positions
-            pending |= {map_event(Event.FromString(frames[p])).insert_id for p in chosen}
-        return pending
-
-    def is_done(self) -> bool:
-        """Whether nothing is pending."""
-        return self.query("SELECT count(*) FROM outbox_payloads") == [(0,)]
-
-    def check(self) -> None:
-        """The property that must hold at any time."""
-        stored = self.read_stored()
-        for name, server in self.servers.items():
-            # Pending first: what is delivered meanwhile is in both.
-            found = self.read_pending(name) | self.read_dead(name).keys() | server.insert_ids
-            assert found == stored
-            payloads = defaultdict(set)
-            for delivery in tuple(server.deliveries):
-                payloads[delivery.insert_id].add(delivery.payload)
-            assert payloads.keys() <= stored
-            assert all(len(different) == 1 for different in payloads.values())
-            assert len(server.ingested) == len(server.insert_ids)
-
-    def finish(self, seconds: float = 15.0) -> None:
-        """Waits until nothing is pending, and checks what became of it all."""
-        wait_until(self.is_done, seconds)
-        assert self.query("SELECT count(*) FROM outbox_deliveries") == [(0,)]
-        self.check()
-        for name, server in self.servers.items():
-            assert server.insert_ids.isdisjoint(self.read_dead(name))
-
-
-@pytest.fixture(scope="module")
-def url(create_migrated: Callable[[], str]) -> str:
-    """A database of this module's own."""
-    return create_migrated()
-
-
-@pytest.fixture
-def servers() -> Iterator[dict[str, ProviderServer]]:
-    """Both providers' servers, by their names."""
-    with AmplitudeServer(SECRET) as one, MixpanelServer(SECRET) as other:
-        yield {"amplitude": one, "mixpanel": other}
-
-
-@pytest.fixture
-def bench(url: str, servers: dict[str, ProviderServer]) -> Bench:
-    """A bench without events."""
-    bench = Bench(url, servers)
-    tables = "events, outbox_payloads, outbox_deliveries, dead_events, forward_lanes"
-    bench.query(f"TRUNCATE {tables}")
-    return bench
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All waits are short."""
-    monkeypatch.setattr(forwarder, "_SHORTEST_BACKOFF_SECONDS", 0.1)
-    monkeypatch.setattr(forwarder, "_LONGEST_BACKOFF_SECONDS", 0.4)
-    monkeypatch.setattr(forwarder, "_STOPPED_SECONDS", 0.3)
-    monkeypatch.setattr(transport, "_TOTAL_SECONDS", 1.0)
-    monkeypatch.setattr(amplitude, "_THROTTLED_SECONDS", 0.5)
-    monkeypatch.setattr(mixpanel, "_LEAST_WAIT_SECONDS", 0.2)
-
-
-@pytest.fixture(autouse=True)
-def _no_surprises(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No lane meets an error that it does not know."""
-    yield
-    assert "forwarding failed" not in caplog.messages
-
-
-def make_events(project: str, count: int, **fields: Any) -> list[Event]:
-    """New events that differ in their ids."""
-    return [make_message(project, f"e{number}", **fields) for number in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -284,19 +73,26 @@ def test_the_wait_between_tries_doubles_to_five_minutes(failures: int, limit: fl
     assert limit * 0.9 < max(drawn) <= limit
 
 
-def make_items(sizes: Sequence[int]) -> list[Item]:
-    """Events on their way, with payloads of these sizes."""
-    delivery = Delivery(1, 1, 0, "p", datetime.now(UTC), 1, {})
-    return [Item(Outcome(delivery), i, b"x" * n, "s", (0, 0), 1.0) for i, n in enumerate(sizes)]
+class Mapper(Amplitude):
+    """A provider whose payloads are what the events are called."""
+
+    max_bytes = 10
+
+    def encode_event(self, event: Event, version: int) -> bytes:  # noqa: ARG002
+        """Return the name."""
+        return event.event_name.encode()
 
 
 @given(sizes=st.lists(st.integers(1, 12), max_size=40), count=st.integers(1, 5))
 def test_requests_are_cut_in_order_within_limits(sizes: list[int], count: int) -> None:
     """Requests keep order and limits, a payload too large goes alone, and none could be joined."""
-    items = make_items(sizes)
-    requests = cut_requests(items, count, 10)
-    assert [item for request in requests for item in request] == items
-    weights = [[len(item.payload) for item in request] for request in requests]
+    events = {n: Event(event_name="x" * size).SerializeToString() for n, size in enumerate(sizes)}
+    outcome = Outcome(Delivery(1, 1, 0, "p", datetime.now(UTC), 1, events))
+    items = [Item(outcome, position, "s", (0, 0), 1.0) for position in events]
+    queue = RequestQueue(items, Mapper("", ""), count)
+    requests = list(iter(queue.take_request, []))
+    assert [mapped.item for request in requests for mapped in request] == items
+    weights = [[len(mapped.payload) for mapped in request] for request in requests]
     assert all(weight and len(weight) <= count for weight in weights)
     assert all(sum(weight) <= 10 or len(weight) == 1 for weight in weights)
     assert all(len(a) == count or sum(a) + b[0] > 10 for a, b in pairwise(weights))
@@ -310,7 +106,7 @@ def test_each_event_reaches_each_provider_once(bench: Bench) -> None:
         bench.finish()
     for server in bench.servers.values():
         assert len(server.deliveries) == len(server.insert_ids) == 4500
-        # A first payload, to find out; then 2,000 events a request.
+        # Of 2,000 events and the rest.
         assert len(server.statuses) == 3
     lanes = bench.query("SELECT provider, delivered, stopped_reason FROM forward_lanes ORDER BY 1")
     assert lanes == [(name, 4500, None) for name in NAMES]
@@ -332,7 +128,6 @@ def test_claimed_events_are_sent_in_time_order(
     """What is claimed of a session is sent in the order of time, over commits and requests."""
     monkeypatch.setattr(Amplitude, "max_events", 100)
     monkeypatch.setattr(Mixpanel, "max_events", 100)
-    bench.store([make_message("p", "first", seconds=1_600_000_000)])  # goes alone, to find out
     events = [
         make_message("p", f"e{n}", seconds=1_700_000_000 + n, event_sequence=n) for n in range(400)
     ]
@@ -345,7 +140,7 @@ def test_claimed_events_are_sent_in_time_order(
         bench.finish()
     for server in bench.servers.values():
         sessions = defaultdict(list)
-        for delivery in list(server.deliveries)[1:]:
+        for delivery in list(server.deliveries):
             event = json.loads(delivery.payload)
             properties = event.get("event_properties") or event["properties"]
             sessions[properties["session_id"]].append(properties["sequence"])
@@ -358,7 +153,7 @@ def test_every_try_sends_the_same_bytes(bench: Bench) -> None:
     bodies: dict[str, list[bytes]] = defaultdict(list)
 
     class Recorder(Transport):
-        async def post(self, request: Request) -> Answer | None:
+        async def post(self, request: Request) -> Answer | NoAnswer:
             bodies[request.url.partition("?")[0]].append(request.body)
             return await super().post(request)
 
@@ -366,7 +161,7 @@ def test_every_try_sends_the_same_bytes(bench: Bench) -> None:
     for server in bench.servers.values():
         server.scripts.extend([Script(Reply(500, b"")), Script(fault=Fault.RESET)])
     bench.store([event])
-    with bench.forwarding(sender=Recorder):
+    with bench.forwarding(transport=Recorder):
         bench.finish()
     assert [len(sent) for sent in bodies.values()] == [3, 3]
     assert [len(set(sent)) for sent in bodies.values()] == [1, 1]
@@ -528,7 +323,7 @@ def test_wrong_credentials_stop_only_their_own_lane(name: str, bench: Bench) -> 
         sent = len(server.statuses)
         wait_until(lambda: len(server.statuses) >= sent + 2)
         tries = Counter(delivery.arrived_at for delivery in tuple(server.deliveries))
-        assert tries[max(tries)] == 20  # one payload, to find out
+        assert tries[max(tries)] == 1  # a single event, to find out
         bench.check()
         assert len(server.insert_ids) == 10
         assert bench.read_dead(name) == {}
@@ -619,6 +414,7 @@ def test_killed_forwarders_lose_no_event(bench: Bench) -> None:
             kill_at(moment, process, bench, server, draw.uniform(0.8, 1.3))
         for each_server in bench.servers.values():
             each_server.behave = lambda _: None
+            each_server.max_events = ProviderServer.max_events
         late = "SELECT count(*) FROM outbox_deliveries WHERE due_at > now() + '60 s'::interval"
         assert bench.query(late) == [(0,)]
         bench.check()
@@ -652,6 +448,8 @@ def kill_at(
         return None
 
     if moment in ("after the 200", "during a batch"):
+        if moment == "during a batch":
+            server.max_events = 50  # so that there are several requests
         server.behave = kill
     elif moment == "after the claim":
         for each_server in bench.servers.values():
@@ -694,7 +492,7 @@ def test_forward_commands_manage_lanes_and_dead_events(bench: Bench) -> None:
     """The commands show how far each provider is, and list, retry and purge dead events."""
     bad = [make_message("p", f"bad{number}", seconds=5) for number in range(3)]
     bench.store([*make_events("p", 10), *bad])
-    assert read_status(bench) == dict.fromkeys(NAMES, ("13", "0", "0", "forwarding"))
+    assert read_status(bench) == dict.fromkeys(NAMES, ("13", "0", "0", "no forwarder"))
     with bench.forwarding("mixpanel"):
         wait_until(lambda: bench.read_pending("mixpanel") == set())
     bench.servers["amplitude"].credential = "another"
@@ -738,7 +536,7 @@ def run(bench: Bench, *arguments: str) -> str:
 def read_status(bench: Bench) -> dict[str, tuple[str, ...]]:
     """Pending, delivered, dead and state of each provider, as the command shows them."""
     head, *lines = run(bench, "forward", "status").splitlines()
-    assert head.split() == ["PROVIDER", "PENDING", "OLDEST", "DELIVERED", "DEAD", "STATE"]
+    assert head.split() == ["PROVIDER", "PENDING", "OLDEST", "DELIVERED", "DEAD", "SEEN", "STATE"]
     found = [STATUS.fullmatch(line) for line in lines]
     return {lane[1]: lane.groups()[1:] for lane in found if lane}
 

@@ -11,6 +11,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +26,7 @@ from server.events.json_codec import JsonCodec
 from server.events.parsed import ParsedEvent
 from server.events.schema import EVENT_SCHEMA
 from server.events.timestamps import END_SECOND, FIRST_SECOND
-from server.forwarding.providers.amplitude import Amplitude
+from server.forwarding.providers.amplitude import QUOTA_REASON, Amplitude
 from server.forwarding.providers.mapping import REFUSED_IDS
 from server.forwarding.providers.mixpanel import Mixpanel
 from server.forwarding.providers.provider import (
@@ -34,6 +35,7 @@ from server.forwarding.providers.provider import (
     Decision,
     Provider,
     Request,
+    Suspicion,
 )
 from tests.support.provider_servers import (
     HTML,
@@ -534,6 +536,7 @@ EVENTS = [
 ALL = range(len(EVENTS))
 FIVE = tuple(ALL)
 HALVES = Decision(resend=((0, 1), (2, 3, 4)))
+DROPPED = Suspicion("not ingested, without a reason (200)", is_refusal=False)
 LATER = Decision(retry=dict.fromkeys(ALL, 0.0))
 
 
@@ -565,13 +568,14 @@ def test_without_an_answer_everything_is_sent_again(provider: Provider) -> None:
     assert provider.decide(encode_all(provider, EVENTS), None) == LATER
 
 
-STOPPING = [401, 403, 404, 405, 410]
+STOPPING = [401]
+SUSPICIOUS = [403, 404, 405, 410]
 BACKING_OFF = [100, 201, 202, 204, 206, 301, 302, 303, 307, 308]
 BACKING_OFF += [402, 406, 408, 409, 411, 415, 418, 421, 422, 425, 426, 431, 451, 500, 501, 504, 599]
 
 
 @both
-@pytest.mark.parametrize("status", [*BACKING_OFF, 200, 400, 502, 503, *STOPPING])
+@pytest.mark.parametrize("status", [*BACKING_OFF, 200, 400, 502, 503, *STOPPING, *SUSPICIOUS])
 @pytest.mark.parametrize("body", [b"", HTML, b"\xff", b"[1]", b'{"code":', b"[" * 5000])
 def test_an_answer_without_a_report_settles_nothing(
     provider: Provider, status: int, body: bytes
@@ -581,6 +585,9 @@ def test_an_answer_without_a_report_settles_nothing(
     if status in STOPPING:
         assert re.fullmatch(rf"the .* \({status}\)", decision.stop or "")
         assert decision == Decision(stop=decision.stop)
+    elif status in SUSPICIOUS:
+        refused = Suspicion(f"refused ({status})", is_refusal=True)
+        assert decision == Decision(suspicion=refused)
     else:
         least = 2.0 if provider is MIXPANEL and status in (502, 503) else 0.0
         assert decision == wait(least)
@@ -610,7 +617,9 @@ def test_only_a_full_report_of_success_settles_events(
     assert decide(provider, 200, body) == Decision(done=frozenset(ALL))
     for name in body:
         for wrong in [4, 6, 400, "Bad Request", *ODD_INDEXES]:
-            assert decide(provider, 200, body | {name: wrong}) == LATER
+            is_short = name == "events_ingested" and wrong == 4
+            expected = Decision(suspicion=DROPPED) if is_short else LATER
+            assert decide(provider, 200, body | {name: wrong}) == expected
         missing = {other: value for other, value in body.items() if other != name}
         assert decide(provider, 200, json.dumps(missing).encode()) == LATER
     for status in (201, 202, 206, 500):
@@ -720,6 +729,41 @@ def test_amplitude_429_delays_only_the_throttled_events(body: Any, expected: Dec
     assert decide(AMPLITUDE, 429, body) == expected
 
 
+def over_quota(*indexes: int) -> Decision:
+    """These events wait for an hour, for their user or device is over its quota."""
+    return Decision(
+        retry=dict.fromkeys(indexes, 3600.0), retry_reasons=dict.fromkeys(indexes, QUOTA_REASON)
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (
+            {"exceeded_daily_quota_users": {"u-1": 500_001}},
+            replace(over_quota(0, 1), resend=((2, 3, 4),)),
+        ),
+        (
+            {"exceeded_daily_quota_devices": {"d-2": 9}, "exceeded_daily_quota_users": {}},
+            replace(over_quota(2, 3), resend=((0, 1, 4),)),
+        ),
+        ({"exceeded_daily_quota_devices": {"d-1": 1, "d-2": 1, "d-3": 1}}, over_quota(*ALL)),
+        (
+            {"exceeded_daily_quota_users": {"u-1": 1}, "throttled_devices": {"d-2": 1}},
+            Decision(
+                retry={0: 3600.0, 1: 3600.0, 2: 30.0, 3: 30.0},
+                retry_reasons=over_quota(0, 1).retry_reasons,
+                resend=((4,),),
+            ),
+        ),
+        ({"exceeded_daily_quota_users": {"nobody": 1}}, wait(30)),
+    ],
+)
+def test_amplitude_429_delays_users_over_quota_by_hours(body: Any, expected: Decision) -> None:
+    """Events of users and devices over their daily quota are tried hourly, the rest at once."""
+    assert decide(AMPLITUDE, 429, body) == expected
+
+
 def test_amplitude_429_respects_the_requested_time() -> None:
     """Nothing is sent before the time that a throttling provider has asked for."""
     body = {"throttled_events": [1]}
@@ -816,6 +860,8 @@ reports = st.fixed_dictionaries(
         "throttled_events": indexes | json_values,
         "throttled_users": st.just({"u-1": 9}) | json_values,
         "throttled_devices": st.just(["d-2"]) | json_values,
+        "exceeded_daily_quota_users": st.just({"u-2": 1}) | json_values,
+        "exceeded_daily_quota_devices": st.just({"d-3": 1}) | json_values,
         "events_ingested": st.integers(-1, 6) | json_values,
         "num_records_imported": st.integers(-1, 6) | json_values,
         "status": st.just("OK") | json_values,
@@ -825,7 +871,7 @@ reports = st.fixed_dictionaries(
     },
 )
 bodies = st.binary() | (reports | json_values).map(lambda value: json.dumps(value).encode())
-statuses = st.sampled_from([200, 400, 413, 429, 401, 503]) | st.integers(-1, 1000)
+statuses = st.sampled_from([200, 400, 413, 429, 401, 403, 503]) | st.integers(-1, 1000)
 answers = st.none() | st.builds(
     Answer,
     statuses,
@@ -843,7 +889,9 @@ def test_any_answer_gives_each_event_one_fate(
     decision = provider.decide([provider.encode_event(e, 1) for e in EVENTS[:count]], answer)
     resent = [index for group in decision.resend for index in group]
     fates = [*decision.done, *decision.dead, *decision.retry, *resent]
-    assert sorted(fates) == ([] if decision.stop else list(range(count)))
+    is_whole = decision.stop or decision.suspicion
+    assert sorted(fates) == ([] if is_whole else list(range(count)))
+    assert decision.retry_reasons.keys() <= decision.retry.keys()
     assert all(0 < len(group) < count for group in decision.resend)
     assert all(0 <= seconds <= 3600 for seconds in decision.retry.values())
     assert all(reason.isprintable() for reason in decision.dead.values())

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg2
 import pytest
+from sqlalchemy import text
 
 from productgraph.v1.event_pb2 import Event
 from server.events.copy_rows import Row
@@ -21,14 +23,22 @@ from server.storage.errors import Conflict, Refused
 from server.storage.events import EventStore
 from server.storage.outbox import (
     _FIND_DUE,
+    _FIND_PROJECTS,
+    ClaimLimits,
     Death,
     Delivery,
+    LaneState,
+    Lease,
     Outbox,
     Outcome,
+    bury_expired,
     claim_batch,
+    count_waiting,
+    find_abandoned,
+    purge_waiting,
     read_status,
     record_outcomes,
-    set_stopped,
+    show_lane,
 )
 from tests.support.clients import Tenant
 from tests.support.events import ENCODER, make_row
@@ -105,11 +115,15 @@ def read_ids(letters: Sequence[DeadEvent]) -> list[str]:
 
 
 def claim(
-    connection: Connection, provider: str = "a", count: int = 1000, seconds: float = 60
+    connection: Connection,
+    provider: str = "a",
+    count: int = 1000,
+    size: int = 1 << 30,
+    after: str | None = None,
 ) -> tuple[UUID, list[Delivery]]:
-    """A new lease, and what was claimed under it."""
-    lease = uuid4()
-    return lease, claim_batch(connection, provider, lease, seconds, count)
+    """A new lease of a minute, and what was claimed under it."""
+    lease = Lease(uuid4(), 60)
+    return lease.id, claim_batch(connection, provider, lease, ClaimLimits(count, size), after)
 
 
 def finish(
@@ -327,7 +341,9 @@ def test_a_claim_skips_what_another_has_locked(save: Save, engine: Engine, query
     with ExitStack() as stack:
         one, other = (stack.enter_context(connected(engine)) for _ in "12")
         stack.enter_context(one.begin())
-        one.execute(_FIND_DUE, {"provider": "a", "limit": 1})
+        one.exec_driver_sql(
+            "SELECT FROM outbox_deliveries WHERE provider = 'a' ORDER BY id LIMIT 1 FOR UPDATE"
+        )
         [delivery] = claim(other)[1]
     assert query("SELECT min(id) < %s FROM outbox_deliveries", delivery.id) == [(True,)]
 
@@ -409,13 +425,13 @@ def test_a_stopped_lane_shows_its_reason(save: Save, query: Query, connection: C
     """A lane's stop is shown with its reason until it is over."""
     save(make_rows("p", 2))
     connection.rollback()
-    set_stopped(connection, "a", "bad key")
+    show_lane(connection, "a", LaneState("bad key"))
     since = query("SELECT stopped_at FROM forward_lanes")
-    set_stopped(connection, "a", "still bad")
+    show_lane(connection, "a", LaneState("still bad"))
     assert [lane.stopped_reason for lane in read_status(connection)] == ["still bad", None]
     assert query("SELECT stopped_at FROM forward_lanes") == since
     connection.rollback()
-    set_stopped(connection, "a", None)
+    show_lane(connection, "a", LaneState())
     assert [lane.stopped_reason for lane in read_status(connection)] == [None, None]
 
 
@@ -445,16 +461,129 @@ def test_dead_events_return_to_their_own_provider(
     assert query(ORPHANS) == [(0, 0)]
 
 
-def test_a_claim_walks_the_index_without_sorting(query: Query, connection: Connection) -> None:
-    """With a long backlog, a claim walks the index in the order of due times and sorts nothing."""
+def test_a_claim_reads_little_of_a_backlog(query: Query, connection: Connection) -> None:
+    """With a long backlog of some projects, a claim walks the index and reads what it may take."""
     query(
-        "INSERT INTO outbox_deliveries (payload_id, provider, event_count, due_at)"
-        " SELECT n, p, 1, now() - '1 h'::interval + n * '1 ms'::interval"
-        " FROM generate_series(1, 10000) n, unnest('{a,b}'::text[]) p"
+        "INSERT INTO outbox_payloads (project_id, mapping_version, event_count, events)"
+        " SELECT 'p' || n %% 3, 1, 1, '' FROM generate_series(1, 10000) n"
     )
-    query("ANALYZE outbox_deliveries")
-    with connection.begin():
-        find = str(_FIND_DUE).replace(":provider", "'a'").replace(":limit", "1000")
-        plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN {find}").scalars())
-    assert "Index Scan using outbox_deliveries_provider_due_at_id_idx" in plan
-    assert "Sort" not in plan
+    query(
+        "INSERT INTO outbox_deliveries (payload_id, provider, project_id, event_count)"
+        " SELECT id, p, project_id, 1 FROM outbox_payloads, unnest('{a,b}'::text[]) p"
+    )
+    query("ANALYZE outbox_payloads, outbox_deliveries")
+    wanted = {"provider": "a", "is_first": True, "after": "", "limit": 300, "max_events": 50}
+    wanted |= {"projects": ["p0", "p1", "p2"]}
+    for statement, most in ((_FIND_PROJECTS, 10), (_FIND_DUE, 1000)):
+        explained = text(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}")
+        names = {name: value for name, value in wanted.items() if f":{name}" in str(statement)}
+        with connection.begin():
+            [[top]] = connection.execute(explained, names)
+        scans = [node for node in walk(top[0]["Plan"]) if "Scan" in node["Node Type"]]
+        tables = [node for node in scans if node.get("Relation Name", "").startswith("outbox")]
+        assert tables
+        kinds = {(node["Node Type"], node["Relation Name"]) for node in tables}
+        assert all("Index" in kind for kind, _ in kinds), kinds
+        assert all(node["Actual Rows"] * node["Actual Loops"] <= most for node in tables)
+
+
+def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A node of a plan, and all below it."""
+    yield node
+    for below in node.get("Plans", []):
+        yield from walk(below)
+
+
+def save_groups(save: Save, *groups: tuple[str, int]) -> None:
+    """Stores groups of so many events of a project, one after the other."""
+    for number, (project, count) in enumerate(groups):
+        save([make_row(project, f"{number} {event}") for event in range(count)])
+
+
+def read_projects(deliveries: Sequence[Delivery]) -> list[tuple[str, int]]:
+    """Whose they are, and how many events each has."""
+    return [(delivery.project_id, len(delivery.events)) for delivery in deliveries]
+
+
+def test_projects_take_turns_in_a_claim(save: Save, connection: Connection) -> None:
+    """A project with a backlog leaves room to others, which came later and have less."""
+    save_groups(save, *[("many", 10)] * 9, ("few", 2), ("some", 10), ("some", 10))
+    claimed = read_projects(claim(connection, count=45)[1])
+    assert Counter(project for project, _ in claimed) == {"few": 1, "some": 2, "many": 2}
+
+
+def test_a_claim_begins_after_the_last_project(save: Save, connection: Connection) -> None:
+    """Claims too small for all projects go round among them."""
+    save_groups(save, *[(project, 5) for _ in range(2) for project in "abc"])
+    turn, seen = None, []
+    for _ in range(6):
+        [delivery] = claim(connection, count=5, after=turn)[1]
+        turn = delivery.project_id
+        seen.append(turn)
+    assert seen == ["a", "b", "c", "a", "b", "c"]
+
+
+def test_a_claim_is_bounded_in_bytes(save: Save, connection: Connection) -> None:
+    """A claim takes payloads up to a size, at least one."""
+    save_groups(save, *[("p", 10)] * 5)
+    sizes = [sum(map(len, delivery.events.values())) for delivery in claim(connection)[1]]
+    query_due(connection)
+    connection.execute(text("UPDATE outbox_deliveries SET due_at = now()"))
+    connection.commit()
+    limit = round(2.5 * max(sizes))
+    assert [len(claim(connection, size=size)[1]) for size in (limit, limit, 1, 1)] == [2, 2, 1, 0]
+
+
+def test_large_events_make_small_payloads(save: Save, query: Query) -> None:
+    """No payload is much larger than four megabytes, so that a claim can be bounded."""
+    rows = [make_row("p", f"e{n:03}", ui_element_text="x" * 100_000) for n in range(100)]
+    save(rows)
+    sizes = [size for (size,) in query("SELECT octet_length(events) FROM outbox_payloads")]
+    assert len(sizes) == 3
+    assert max(sizes) <= (4 << 20) + 1000
+    assert sum(map(len, read_queued(query))) == 100
+
+
+def test_expired_events_are_buried_and_others_stay(
+    save: Save, query: Query, connection: Connection
+) -> None:
+    """What is older than the limit is dead with its reason; what is leased or younger stays."""
+    save_groups(save, ("p", 3), ("p", 2), ("q", 1))
+    query("UPDATE outbox_payloads SET received_at = now() - '1 h'::interval WHERE event_count > 1")
+    query("UPDATE outbox_deliveries SET due_at = now() + '1 h'::interval WHERE event_count = 2")
+    cut = datetime.now(UTC) - timedelta(minutes=30)
+    limits, death = ClaimLimits(1000, 1 << 20), Death("too old", "")
+    assert [bury_expired(connection, "a", limits, cut, death) for _ in range(2)] == [3, 0]
+    dead = query("SELECT provider, project_id, reason, count(*) FROM dead_events GROUP BY 1, 2, 3")
+    assert dead == [("a", "p", "too old", 3)]
+    assert count_waiting(connection, "a") == 3
+    assert count_waiting(connection, "b") == 6
+    assert query(ORPHANS) == [(0, 0)]
+
+
+def test_a_purge_takes_all_of_one_provider(
+    save: Save, query: Query, connection: Connection
+) -> None:
+    """A purge deletes what waits for one provider, and what nobody else waits for."""
+    save_groups(save, ("p", 3), ("q", 1))
+    query("DELETE FROM outbox_deliveries WHERE provider = 'b' AND project_id = 'q'")
+    assert [purge_waiting(connection, "a") for _ in range(2)] == [4, None]
+    assert query("SELECT provider, project_id FROM outbox_deliveries") == [("b", "p")]
+    assert query("SELECT project_id FROM outbox_payloads") == [("p",)]
+    assert query(ORPHANS) == [(0, 0)]
+
+
+def test_a_provider_without_a_forwarder_is_found(
+    save: Save, query: Query, connection: Connection
+) -> None:
+    """Found is what is not enabled here, waits or has a trouble, and was not seen lately."""
+    save_groups(save, ("p", 1))
+    assert [*find_abandoned(connection, ["b"], 60)] == ["a"]
+    connection.commit()
+    show_lane(connection, "a", LaneState("stopped"))
+    assert [*find_abandoned(connection, ["b"], 60)] == []
+    query("UPDATE forward_lanes SET seen_at = now() - '2 min'::interval")
+    assert [*find_abandoned(connection, ["b"], 60)] == ["a"]
+    query("DELETE FROM outbox_deliveries WHERE provider = 'a'")
+    assert [*find_abandoned(connection, ["b"], 60)] == ["a"]
+    assert [*find_abandoned(connection, ["a", "b"], 60)] == []

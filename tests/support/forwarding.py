@@ -1,0 +1,199 @@
+"""A database, both providers' stand-ins, and lanes that forward from one to the others."""
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from queue import Queue
+from typing import Any
+
+import psycopg2
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from productgraph.v1.event_pb2 import Event
+from server.events.encoded_events_pb2 import EncodedEvents
+from server.forwarding.http_client import Transport
+from server.forwarding.lane import Lane
+from server.forwarding.lane_health import LaneHealth
+from server.forwarding.providers.amplitude import Amplitude
+from server.forwarding.providers.mapping import map_event
+from server.forwarding.providers.mixpanel import Mixpanel
+from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION, Provider
+from server.forwarding.queries import Queries
+from server.forwarding.round import REQUESTS_IN_FLIGHT
+from server.forwarding.sender import Sender
+from server.storage.connection import GuardedConnection, connected, open_engine
+from server.storage.events import EventStore
+from server.storage.outbox import Outbox
+from tests.support.events import ENCODER, encode_message, make_message
+from tests.support.provider_servers import ProviderServer
+from tests.support.services import clean_environment, for_sqlalchemy, wait_until
+
+SECRET = "s3cret"
+NAMES = ("amplitude", "mixpanel")
+PENDING = """
+SELECT d.positions, p.events FROM outbox_deliveries d JOIN outbox_payloads p ON p.id = d.payload_id
+ WHERE d.provider = %s
+"""
+KEYS = """
+SELECT project_id, event_id, (extract(epoch FROM event_timestamp) * 1000000)::bigint FROM events
+"""
+END_LEASES = "UPDATE outbox_deliveries SET due_at = now()"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A database and both providers' servers, to which its stored events are to be forwarded."""
+
+    url: str
+    servers: dict[str, ProviderServer]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings of a process that forwards here."""
+        enabled = {f"{name.upper()}_ENABLED": "true" for name in self.servers}
+        endpoints = {f"{name.upper()}_ENDPOINT": self.servers[name].url for name in self.servers}
+        secrets = {"AMPLITUDE_API_KEY": SECRET, "MIXPANEL_TOKEN": SECRET}
+        return (
+            {"DATABASE_URL": self.url, "ANALYTICS_ENABLED": "true"} | enabled | endpoints | secrets
+        )
+
+    def query(self, statement: str, *parameters: Any) -> list[Any]:
+        """Runs a statement and returns its rows."""
+        with closing(psycopg2.connect(self.url)) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            cursor.execute(statement, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    def store(self, events: Sequence[Event]) -> None:
+        """Stores them in one commit, as the service does."""
+        rows = [encode_message(event) for event in events]
+        outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
+        with connected(open_engine(for_sqlalchemy(self.url))) as c:
+            EventStore(ENCODER.columns, outbox.statements_for).save(c, rows, 10)
+
+    def build_provider(self, name: str) -> Provider:
+        """A provider that sends to one of the servers."""
+        types: dict[str, type[Amplitude | Mixpanel]] = {
+            "amplitude": Amplitude,
+            "mixpanel": Mixpanel,
+        }
+        return types[name](SECRET, self.servers[name].url)
+
+    def open_connection(self) -> GuardedConnection:
+        """A connection such as a lane's."""
+        return GuardedConnection(open_engine(for_sqlalchemy(self.url)))
+
+    @contextmanager
+    def forwarding(
+        self,
+        *names: str,
+        max_age: timedelta = timedelta(days=3),
+        transport: type[Transport] = Transport,
+        counts: "Counter[tuple[str, str]] | None" = None,
+    ) -> Iterator[None]:
+        """Lanes to these providers, or to all, run until the context ends."""
+        stops: Queue[Callable[[], object]] = Queue()
+
+        def count(provider: str, outcome: str) -> None:
+            if counts is not None:
+                counts[provider, outcome] += 1
+
+        async def run(name: str, stop: asyncio.Event) -> None:
+            own, connection = transport(REQUESTS_IN_FLIGHT), self.open_connection()
+            provider = self.build_provider(name)
+            health = LaneHealth(provider, count)
+            sender = Sender(provider, own, health, stop)
+            try:
+                await Lane(sender, Queries(connection), health, max_age=max_age).run()
+            finally:
+                await own.close()
+                connection.close()
+
+        async def run_all() -> None:
+            stop, loop = asyncio.Event(), asyncio.get_running_loop()
+            stops.put(lambda: loop.call_soon_threadsafe(stop.set))
+            await asyncio.gather(*(run(name, stop) for name in names or NAMES))
+
+        with ThreadPoolExecutor(1) as threads:
+            running = threads.submit(asyncio.run, run_all())
+            try:
+                yield
+            finally:
+                stops.get()()
+            running.result()
+
+    @contextmanager
+    def process(
+        self, settings: Mapping[str, str] | None = None, stderr: int = subprocess.DEVNULL
+    ) -> Iterator["subprocess.Popen[bytes]"]:
+        """`productgraph forward` in a process of its own, killed at the end."""
+        command = [sys.executable, "-m", "server", "forward"]
+        environment = clean_environment(self.settings if settings is None else settings)
+        with subprocess.Popen(command, env=environment, stderr=stderr) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def read_stored(self) -> set[str]:
+        """The insert ids of the events in the table."""
+        events = (
+            Event(
+                project_id=p,
+                event_id=e,
+                event_timestamp=Timestamp(seconds=us // 10**6, nanos=us % 10**6 * 1000),
+            )
+            for p, e, us in self.query(KEYS)
+        )
+        return {map_event(event).insert_id for event in events}
+
+    def read_dead(self, name: str) -> dict[str, str]:
+        """The insert ids of a provider's dead events, with the reasons."""
+        dead = self.query("SELECT event, reason FROM dead_events WHERE provider = %s", name)
+        return {map_event(Event.FromString(bytes(e))).insert_id: reason for e, reason in dead}
+
+    def read_pending(self, name: str) -> set[str]:
+        """The insert ids of what a provider still has to get."""
+        pending = set()
+        for positions, payload in self.query(PENDING, name):
+            frames = EncodedEvents.FromString(bytes(payload)).events
+            chosen = range(len(frames)) if positions is None else positions
+            pending |= {map_event(Event.FromString(frames[p])).insert_id for p in chosen}
+        return pending
+
+    def is_done(self) -> bool:
+        """Whether nothing is pending."""
+        return self.query("SELECT count(*) FROM outbox_payloads") == [(0,)]
+
+    def check(self) -> None:
+        """The property that must hold at any time."""
+        stored = self.read_stored()
+        for name, server in self.servers.items():
+            # Pending first: what is delivered meanwhile is in both.
+            found = self.read_pending(name) | self.read_dead(name).keys() | server.insert_ids
+            assert found == stored
+            payloads = defaultdict(set)
+            for delivery in tuple(server.deliveries):
+                payloads[delivery.insert_id].add(delivery.payload)
+            assert payloads.keys() <= stored
+            assert all(len(different) == 1 for different in payloads.values())
+            assert len(server.ingested) == len(server.insert_ids)
+
+    def finish(self, seconds: float = 15.0) -> None:
+        """Waits until nothing is pending, and checks what became of it all."""
+        wait_until(self.is_done, seconds)
+        assert self.query("SELECT count(*) FROM outbox_deliveries") == [(0,)]
+        self.check()
+        for name, server in self.servers.items():
+            assert server.insert_ids.isdisjoint(self.read_dead(name))
+
+
+def make_events(project: str, count: int, **fields: Any) -> list[Event]:
+    """New events that differ in their ids."""
+    return [make_message(project, f"e{number}", **fields) for number in range(count)]

@@ -1,0 +1,117 @@
+"""A lane sends something for each claim, however slow the machine, and is fair to all projects."""
+
+import time
+
+import pytest
+
+from productgraph.v1.event_pb2 import Event
+from server.events.event_order_pb2 import EventOrder
+from server.forwarding import lane
+from server.forwarding import round as rounds
+from server.forwarding.providers.amplitude import Amplitude
+from server.storage.outbox import claim_batch
+from tests.support.forwarding import Bench, make_events
+from tests.support.services import wait_until
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapping takes far longer than a round: all of 600 events six seconds, a round half of one."""
+    encode = Amplitude.encode_event
+
+    def encode_slowly(provider: Amplitude, event: Event, version: int) -> bytes:
+        time.sleep(0.01)
+        return encode(provider, event, version)
+
+    monkeypatch.setattr(Amplitude, "encode_event", encode_slowly)
+    monkeypatch.setattr(lane, "_ROUND_SECONDS", 0.5)
+    monkeypatch.setattr(rounds, "_MAPPING_SECONDS", 0.4)
+
+
+@pytest.mark.usefixtures("slow")
+def test_slow_mapping_still_delivers_everything(bench: Bench) -> None:
+    """Each claim sends at least one request, though mapping takes longer than a round lasts."""
+    bench.store(make_events("p", 600))
+    with bench.forwarding("amplitude"):
+        server = bench.servers["amplitude"]
+        wait_until(lambda: len(server.insert_ids) > 0, 10)
+        wait_until(lambda: len(server.insert_ids) == 600, 60)
+        bench.check()
+    assert len(server.deliveries) == 600  # nothing twice
+
+
+def test_requests_are_mapped_beside_the_one_before(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request is sent before the last event is mapped."""
+    server = bench.servers["amplitude"]
+    seen: list[int] = []
+    encode = Amplitude.encode_event
+
+    def encode_watched(provider: Amplitude, event: Event, version: int) -> bytes:
+        seen.append(len(server.statuses))
+        time.sleep(0.001)
+        return encode(provider, event, version)
+
+    monkeypatch.setattr(Amplitude, "encode_event", encode_watched)
+    monkeypatch.setattr(Amplitude, "max_events", 100)
+    bench.store(make_events("p", 400))
+    with bench.forwarding("amplitude"):
+        wait_until(lambda: len(server.insert_ids) == 400, 30)
+    assert seen[0] == 0
+    assert seen[-1] > 0
+
+
+def test_a_claim_shrinks_while_there_is_no_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After rounds without a request a claim takes less, and more again after others."""
+    limits: list[int] = []
+
+    def claim_watched(*arguments: object) -> object:
+        limits.append(arguments[3].events)  # type: ignore[attr-defined]
+        return claim_batch(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lane, "claim_batch", claim_watched)
+    monkeypatch.setattr(lane, "LEASE_SECONDS", 25.0)  # no request could end within it
+    bench.store(make_events("p", 3))
+    with bench.forwarding("amplitude"):
+        wait_until(lambda: min(limits, default=8000) <= 125)
+        monkeypatch.setattr(lane, "LEASE_SECONDS", 60.0)
+        wait_until(lambda: len(bench.servers["amplitude"].insert_ids) == 3)
+        for number in range(10):
+            bench.store(make_events(f"more{number}", 1))
+            wait_until(lambda n=number: len(bench.servers["amplitude"].insert_ids) == 4 + n)  # type: ignore[misc]
+    assert limits[:3] == [8000, 4000, 2000]
+    assert limits[-1] == 8000
+
+
+def test_a_backlog_of_one_project_delays_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others store is delivered long before the backlog of one project is."""
+    monkeypatch.setattr(Amplitude, "max_events", 50)
+    for number in range(60):
+        bench.store(make_events("many", 100 + number)[-100:])
+        bench.query(
+            "UPDATE outbox_deliveries SET due_at = now() - '1 day'::interval"
+            " WHERE due_at > now() - '1 h'::interval"
+        )
+    bench.store(make_events("few", 5))
+    server = bench.servers["amplitude"]
+    before = bench.read_pending("amplitude")
+    with bench.forwarding("amplitude"):
+        wait_until(lambda: server.insert_ids >= set(), 5)
+        wait_until(lambda: bench.read_pending("amplitude") == set(), 60)
+    order = [delivery.payload for delivery in server.deliveries]
+    positions = [at for at, payload in enumerate(order) if b'"project_id":"few"' in payload]
+    assert len(positions) == 5
+    assert max(positions) < 500
+    assert len(order) == len(before)
+
+
+def test_the_order_message_has_the_events_numbers() -> None:
+    """The part of an event that tells its order is read from the same fields."""
+    for field in EventOrder.DESCRIPTOR.fields:
+        same = Event.DESCRIPTOR.fields_by_name[field.name]
+        assert (field.number, field.type) == (same.number, same.type)
