@@ -25,6 +25,7 @@ PACKAGES = {
 GENERATOR = "7.23.0"
 JAVA = "needs Java for openapi-generator (Debian: default-jre-headless)"
 INSTALL_SECONDS = 300
+pytestmark = pytest.mark.slow
 BUILT_IN = re.compile(r"schemas/(Error|Event|Map|Set|Date|Object|Array|Symbol|Record|Promise)\b")
 
 # The program of a user of openapi-typescript.
