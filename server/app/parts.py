@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from server.config import Settings
+from server.events.copy_rows import RowEncoder
+from server.events.json_codec import JsonCodec
+from server.events.quick_json import QuickReader
+from server.events.schema import EVENT_SCHEMA
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.events import AlsoStore
@@ -38,6 +42,13 @@ def open_outbox(settings: Settings) -> AlsoStore | None:
     if not settings.destinations:
         return None
     return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).statements_for
+
+
+def open_json_codec(settings: Settings) -> JsonCodec:
+    """Return what reads HTTP's events, with their protobuf if they are to be forwarded."""
+    columns = RowEncoder(EVENT_SCHEMA).columns
+    quick = QuickReader(EVENT_SCHEMA, columns, keep_encoded=bool(settings.destinations))
+    return JsonCodec(EVENT_SCHEMA, quick)
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":

@@ -3,6 +3,8 @@
 https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
 """
 
+from collections.abc import Sequence
+from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -16,6 +18,8 @@ from server.events.timestamps import count_microseconds, format_timestamp
 # character, and next to no text holds a tab or what quotes here.
 COPY_OPTIONS = r"FORMAT csv, DELIMITER E'\t', QUOTE E'\x01', NULL ''"
 _QUOTE = "\x01"
+# The cell of a text that is present and empty; known by its identity, for a text may be like it.
+QUOTED_EMPTY = 2 * _QUOTE
 
 
 # Project, microseconds since 1970 and event id: the primary key, which sorts as this does.
@@ -36,6 +40,10 @@ class Row(NamedTuple):
     def project_id(self) -> str:
         """Return the project of the event."""
         return self.identity[0]
+
+
+# Makes a row of a tuple, in C.
+new_row = partial(tuple.__new__, Row)
 
 
 class RowEncoder:
@@ -80,3 +88,18 @@ def _is_special(text: str) -> bool:
 
 def _quote(text: str) -> str:
     return _QUOTE + text.replace(_QUOTE, 2 * _QUOTE) + _QUOTE
+
+
+def join_quoted(cells: Sequence[str]) -> str:
+    """Join the cells of a row into a line without its end, the texts that need it quoted."""
+    line = "\t".join(cells)
+    special = [character for character in "\n\r\x01" if character in line]
+    if line.count("\t") >= len(cells) or len(special) > 1:
+        return "\t".join(map(_quote_special, cells))
+    if special:  # mostly newlines alone: one look at each cell instead of four
+        return "\t".join([_quote_special(cell) if special[0] in cell else cell for cell in cells])
+    return line
+
+
+def _quote_special(cell: str) -> str:
+    return _quote(cell) if cell is not QUOTED_EMPTY and _is_special(cell) else cell

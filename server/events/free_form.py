@@ -15,6 +15,8 @@ from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
 # From here on a float may stand for an integer whose digits the fast JSON parser has dropped, and
 # the fast JSON writer takes no integers.
 _INTEGERS_END = 2.0**63
+# Up to here a double holds every integer.
+_EXACT_END = 1 << 53
 
 
 # Stands for characters that PostgreSQL refuses.
@@ -38,23 +40,26 @@ def is_plain(source: Mapping[str, Any], depth: int) -> bool:
 
     That takes at most `depth` levels, `source` counted.
     """
-    return depth > 0 and _are_plain(source.values(), depth)
+    return depth > 0 and are_plain(source.values(), depth)
 
 
-def _are_plain(items: Iterable[Any], depth: int) -> bool:
+def are_plain(items: Iterable[Any], depth: int) -> bool:
+    """Return whether `is_plain` of an object or array of these items, `depth` levels with it."""
     for item in items:
         kind = type(item)
         if kind is str or kind is bool or item is None:
             continue
         if kind is int:
-            if float(item) != item or abs(item) >= _INTEGERS_END:
+            if not -_EXACT_END <= item <= _EXACT_END and (
+                float(item) != item or abs(item) >= _INTEGERS_END
+            ):
                 return False
         elif kind is float:
             if item.is_integer():
                 return False
         elif kind is dict or kind is list:
             inner = item.values() if kind is dict else item
-            if depth <= 1 or not _are_plain(inner, depth - 1):
+            if depth <= 1 or not are_plain(inner, depth - 1):
                 return False
         else:
             return False

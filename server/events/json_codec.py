@@ -18,6 +18,7 @@ from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from productgraph.v1.event_pb2 import Event
 from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
+from server.events.batch import ParsedBatch, ReadEvent
 from server.events.free_form import LostDigits, fill_struct, has_more_values, is_plain
 from server.events.json_parser import (
     count_values,
@@ -26,7 +27,7 @@ from server.events.json_parser import (
     parse_document,
     parse_exactly,
 )
-from server.events.parsed import ColumnReader, ParsedBatch, ParsedEvent
+from server.events.parsed import ColumnReader, ParsedEvent
 from server.events.problems import (
     NOT_A_STRING,
     NOT_A_TIMESTAMP,
@@ -39,6 +40,7 @@ from server.events.problems import (
     Reason,
     report_excess,
 )
+from server.events.quick_json import QuickReader, Traits
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.events.timestamps import parse_timestamp
 from server.events.validation import MalformedEvent
@@ -51,9 +53,10 @@ _LONG_NUMBER = re.compile(rb"\de\+(1[89]|[2-9]\d|\d{3})")
 
 
 class JsonCodec:
-    """Reads batches of events by one schema."""
+    """Reads batches of events by one schema, with `quick` most of them in one go."""
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, quick: QuickReader | None = None) -> None:
+        self._quick = quick
         self._fields = schema.fields
         self._name_of = {field.wire_name: field.name for field in schema.fields}.get
         self._timestamps = [field.name for field in schema.of_kind(Kind.TIMESTAMP)]
@@ -67,25 +70,39 @@ class JsonCodec:
         # In protobuf, a value within another takes four bytes at least.
         self._max_values = schema.max_bytes // 4
 
-    def parse_batch(self, body: bytes, deadline: Deadline = NEVER) -> ParsedBatch:
-        """The events of a request's body in order, each parsed when it is asked for.
+    def parse_batch(
+        self, body: bytes, deadline: Deadline = NEVER, project_id: str | None = None
+    ) -> ParsedBatch:
+        """Return the events of a request's body in order, each parsed when it is asked for.
 
         So one event at a time is in memory, and in the processor's cache, beside the document.
-        Raises InvalidArgument where the body is not JSON, not of the documented shape, or holds
-        too many events, and Unavailable where it takes longer to read than is left.
+        An event that is plainly valid for the project comes as its row, if a project is given.
+        Raises InvalidArgument if the body is not JSON, not of the documented shape, or holds too
+        many events, and Unavailable if it takes longer to read than is left.
         """
         deadline.check(estimate_seconds(body, deadline.left()))
         items = _Items(body, self._max_bytes)
         count, events = len(items.quick), self._parse_items(items)
+        if self._quick is not None and project_id is not None:
+            events = self._parse_quickly(self._quick, items, project_id, Traits.of(body))
         return ParsedBatch(HTTP, count, len(body), events, items.encode)
 
-    def _parse_items(self, items: "_Items") -> Iterator[ParsedEvent | MalformedEvent]:
-        parse = self._parse_dear_event if items.values > self._max_values else self._parse_event
+    def _parse_quickly(
+        self, quick: QuickReader, items: "_Items", project_id: str, traits: Traits
+    ) -> Iterator[ReadEvent]:
         for index, item in enumerate(items.quick):
-            try:
-                yield parse(item)
-            except LostDigits:
-                yield self._parse_event(items.exact[index])
+            row = quick.read(item, project_id, traits)
+            yield row if row is not None else self._parse_item(items, index)
+
+    def _parse_items(self, items: "_Items") -> Iterator[ReadEvent]:
+        return (self._parse_item(items, index) for index in range(len(items.quick)))
+
+    def _parse_item(self, items: "_Items", index: int) -> ParsedEvent | MalformedEvent:
+        parse = self._parse_dear_event if items.values > self._max_values else self._parse_event
+        try:
+            return parse(items.quick[index])
+        except LostDigits:
+            return self._parse_event(items.exact[index])
 
     def _parse_dear_event(self, item: Any) -> ParsedEvent | MalformedEvent:
         """Looks only at its texts and numbers where an event has more values than it may."""

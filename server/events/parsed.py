@@ -1,8 +1,7 @@
 """What an event says for each column of the table, as text, before it is quoted for COPY."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -40,21 +39,6 @@ class ParsedEvent(NamedTuple):
         for name, value in self.objects.items():
             fill_struct(getattr(self.event, name), value)
         return self.event
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedBatch:
-    """The events of one request in order, each parsed when it is asked for.
-
-    `count` is how many there are in all, `size` that of the whole request in bytes; `received`
-    gives the bytes of one that was parsed, by its index, in the form of `protocol`.
-    """
-
-    protocol: str
-    count: int
-    size: int
-    events: Iterator[ParsedEvent | MalformedEvent]
-    received: Callable[[int], bytes]
 
 
 class ColumnReader:

@@ -8,9 +8,10 @@ from google.protobuf.message import DecodeError, Message
 from productgraph.v1.event_pb2 import Event
 from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
+from server.events.batch import ParsedBatch
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.free_form import REPLACEMENT, replace_nul
-from server.events.parsed import ColumnReader, ParsedBatch, ParsedEvent
+from server.events.parsed import ColumnReader, ParsedEvent
 from server.events.problems import (
     NOT_A_TIMESTAMP,
     NOT_AN_EVENT,
@@ -42,11 +43,13 @@ class ProtobufCodec:
         self._readable_bytes = _READABLE_SHARE * schema.max_bytes
         self._too_large = report_excess(schema.max_bytes)
 
-    def parse_batch(self, request: bytes, deadline: Deadline = NEVER) -> ParsedBatch:
-        """The events of an encoded IngestEventsRequest in order, each parsed when asked for.
+    def parse_batch(
+        self, request: bytes, deadline: Deadline = NEVER, _project_id: str | None = None
+    ) -> ParsedBatch:
+        """Return the events of an encoded IngestEventsRequest in order, each parsed when asked for.
 
-        Raises InvalidArgument where the request is not readable, or holds too many events, and
-        Unavailable where its time is over.
+        Raises InvalidArgument if the request is not readable or holds too many events, and
+        Unavailable if its time is over.
         """
         deadline.check()
         try:

@@ -3,6 +3,7 @@
 import re
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -17,6 +18,8 @@ _DATE_TIME = re.compile(
 # What most clients send, in two parts: to the second, and from there.
 _TO_SECOND = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d", re.ASCII)
 _FROM_SECOND = re.compile(rf"(?:[.,](\d{{1,9}}))?{_OFFSET}", re.ASCII)
+# No client writes a date-time in more characters, but it could.
+_ORDINARY_LENGTH = 40
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _EPOCH_DAY = _EPOCH.toordinal()
 
@@ -39,6 +42,25 @@ def parse_timestamp(text: str) -> tuple[int, int]:
     return seconds - ahead, nanos
 
 
+def read_moment(text: Any) -> tuple[int, int, str]:
+    """Return the seconds, the nanoseconds and COPY's text of a date-time, cut to microseconds.
+
+    Raises ValueError or TypeError for whatever is no storable date-time of an ordinary length.
+    """
+    if type(text) is not str or len(text) > _ORDINARY_LENGTH:
+        raise ValueError(text)
+    try:
+        seconds, date_time = _read_second(text[:19])
+        ahead, nanos, fraction = _read_rest(text[19:])
+        if not ahead:  # as most are
+            return seconds, nanos, date_time + fraction
+        seconds -= ahead
+    except ValueError:
+        seconds, nanos = _parse_any(text)
+        nanos, fraction = _cut_nanos(nanos)
+    return seconds, nanos, _format_checked(seconds) + fraction
+
+
 # The events of a batch tend to share their seconds, and clients write no more than milliseconds.
 @lru_cache(maxsize=4096)
 def _parse_second(text: str) -> int:
@@ -54,6 +76,28 @@ def _parse_rest(text: str) -> tuple[int, int]:
         raise ValueError(text)
     fraction, hours, minutes = match.groups("")
     return _count_seconds(hours, minutes), _count_nanos(fraction)
+
+
+@lru_cache(maxsize=4096)
+def _read_second(text: str) -> tuple[int, str]:
+    seconds = _parse_second(text)
+    return seconds, _format_checked(seconds)
+
+
+@lru_cache(maxsize=4096)
+def _read_rest(text: str) -> tuple[int, int, str]:
+    ahead, nanos = _parse_rest(text)
+    return ahead, *_cut_nanos(nanos)
+
+
+def _cut_nanos(nanos: int) -> tuple[int, str]:
+    return nanos - nanos % 1000, _format_fraction(nanos)
+
+
+def _format_checked(seconds: int) -> str:
+    if not FIRST_SECOND <= seconds < END_SECOND:
+        raise ValueError(seconds)
+    return _format_second(seconds)
 
 
 def _parse_any(text: str) -> tuple[int, int]:

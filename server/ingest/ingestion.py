@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
 from server.deadline import Deadline
+from server.events.batch import ParsedBatch, ReadEvent
 from server.events.copy_rows import Row, RowEncoder
-from server.events.parsed import ParsedBatch, ParsedEvent
+from server.events.parsed import ParsedEvent
 from server.events.problems import InvalidEvent, Problem
 from server.events.schema import Schema
 from server.events.timestamps import truncate_timestamp
@@ -54,7 +55,7 @@ class Ingestion:
         errors: list[EventError] = []
         for index, event in enumerate(_read_in_time(batch, deadline)):
             try:
-                rows.append(self._check(event, project_id))
+                rows.append(event if isinstance(event, Row) else self._check(event, project_id))
             except InvalidEvent as invalid:
                 problems.append(invalid.problem)
                 errors.append(EventError(index=index, error=str(invalid)))
@@ -85,11 +86,11 @@ class Ingestion:
         return nothing
 
 
-def _read_in_time(batch: ParsedBatch, deadline: Deadline) -> Iterator[ParsedEvent | MalformedEvent]:
+def _read_in_time(batch: ParsedBatch, deadline: Deadline) -> Iterator[ReadEvent]:
     return batch.events if batch.size < _LARGE_BYTES else _read_until(deadline, batch)
 
 
-def _read_until(deadline: Deadline, batch: ParsedBatch) -> Iterator[ParsedEvent | MalformedEvent]:
+def _read_until(deadline: Deadline, batch: ParsedBatch) -> Iterator[ReadEvent]:
     for event in batch.events:
         deadline.check()
         yield event

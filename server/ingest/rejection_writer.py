@@ -11,7 +11,7 @@ from typing import Concatenate, ParamSpec
 from productgraph.v1.event_ingestion_service_pb2 import EventError
 from server.config import RejectedKeep
 from server.errors import Unavailable
-from server.events.parsed import ParsedBatch
+from server.events.batch import ParsedBatch
 from server.storage.connection import Connection, GuardedConnection
 from server.storage.database_thread import DatabaseThread
 from server.storage.errors import Conflict

@@ -8,9 +8,9 @@ from itertools import groupby
 
 from server.deadline import Deadline
 from server.errors import IngestError, Unavailable
+from server.events.batch import ParsedBatch
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.json_codec import JsonCodec
-from server.events.parsed import ParsedBatch
 from server.events.protobuf_codec import ProtobufCodec
 from server.ingest.ingestion import Ingestion
 from server.protocols import HTTP

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from server.caller import Caller
 from server.deadline import Deadline
-from server.events.parsed import ParsedBatch
+from server.events.batch import ParsedBatch
 from server.ingest.admission import Admission
 from server.ingest.ingestion import Answer, Ingestion
 from server.ingest.request_record import RequestRecord
@@ -15,7 +15,7 @@ from server.ingest.request_record import RequestRecord
 class Codec(Protocol):
     """Reads the requests of one protocol."""
 
-    def parse_batch(self, body: bytes, deadline: Deadline) -> ParsedBatch:
+    def parse_batch(self, body: bytes, deadline: Deadline, project_id: str, /) -> ParsedBatch:
         """Return the events of a request; see JsonCodec and ProtobufCodec."""
 
 
@@ -58,7 +58,7 @@ class IngestService:
         """
         record.size_bytes = len(body)
         self.admission.take_bytes(caller, len(body))
-        batch = self._codecs[record.protocol].parse_batch(body, deadline)
+        batch = self._codecs[record.protocol].parse_batch(body, deadline, caller.project_id)
         self.admission.take_events(caller, batch.count)
         answer = self._ingestion.ingest(caller.project_id, batch, deadline)
         record.decoded(answer.response, answer.problems)

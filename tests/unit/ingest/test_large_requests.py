@@ -11,9 +11,10 @@ import pytest
 from productgraph.v1.event_pb2 import Event
 from server.deadline import Deadline
 from server.errors import InvalidArgument, Unavailable
+from server.events.batch import ParsedBatch
 from server.events.json_codec import JsonCodec
 from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document
-from server.events.parsed import ParsedBatch, ParsedEvent
+from server.events.parsed import ParsedEvent
 from server.events.problems import NOT_AN_EVENT
 from server.events.protobuf_codec import ProtobufCodec
 from server.events.schema import EVENT_SCHEMA

@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError
 from server.config import RejectedKeep
-from server.events.parsed import ParsedBatch
+from server.events.batch import ParsedBatch
 from server.ingest.rejection_writer import MAX_WAITING, RejectionWriter
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.health import Watchdog

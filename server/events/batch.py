@@ -1,0 +1,26 @@
+"""The events of one request, as a codec reads them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from server.events.copy_rows import Row
+from server.events.parsed import ParsedEvent
+from server.events.validation import MalformedEvent
+
+# An event that was found valid while it was read comes as its row.
+ReadEvent = Row | ParsedEvent | MalformedEvent
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedBatch:
+    """The events of one request in order, each parsed when it is asked for.
+
+    `count` is how many there are in all, `size` that of the whole request in bytes; `received`
+    gives the bytes of one that was parsed, by its index, in the form of `protocol`.
+    """
+
+    protocol: str
+    count: int
+    size: int
+    events: Iterator[ReadEvent]
+    received: Callable[[int], bytes]
