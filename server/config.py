@@ -25,6 +25,8 @@ _PROVIDERS = {
 }
 # Certificate, its key, and what clients' certificates are checked by.
 TLS_VARIABLES = ("GRPC_TLS_CERT_FILE", "GRPC_TLS_KEY_FILE", "GRPC_TLS_CLIENT_CA_FILE")
+# What scripts/ know better than the working directory: where the clone is that they belong to.
+DEFAULT_DATA_DIR = "PRODUCTGRAPH_DEFAULT_DATA_DIR"
 _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
 
 
@@ -70,6 +72,8 @@ class Settings:
     # Not shown: it may hold a password. None: an embedded PostgreSQL in data_dir.
     database_url: str | None = field(repr=False)
     data_dir: Path
+    # Whether DATA_DIR is not set: then data_dir is only the usual place.
+    data_dir_is_default: bool
     workers: int
     cors_allowed_origins: frozenset[str]
     grpc_reflection: bool
@@ -101,7 +105,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         grpc_port=read("GRPC_PORT", "50051", _whole_number(0, 65535)),
         metrics_port=read("METRICS_PORT", "9464", _parse_optional_port),
         database_url=read("DATABASE_URL", "", _parse_database_url),
-        data_dir=read("DATA_DIR", "data", _parse_path),
+        data_dir=read("DATA_DIR", read(DEFAULT_DATA_DIR, "data", str), _parse_path),
+        data_dir_is_default=not read("DATA_DIR", "", str),
         workers=read("WORKERS", "1", _whole_number(1, 64)),
         cors_allowed_origins=read("CORS_ALLOWED_ORIGINS", "*", _parse_origins),
         grpc_reflection=read("GRPC_REFLECTION", "true", _parse_flag),
@@ -179,7 +184,10 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def _parse_path(text: str) -> Path:
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:  # neither HOME nor an account tells what ~ is
+        raise ValueError(f"has a home directory that is unknown, is {text!r}") from None
 
 
 def _parse_optional_port(text: str) -> int | None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from server.app.parts import BUCKETS
+from server.app.parts import BUCKETS, find_data
 from server.config import Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
 from server.grpc.certificates import read_certificates
@@ -18,8 +18,9 @@ from server.http.server import HTTPServer
 from server.ingest.buckets import BucketTable
 from server.processes.ports import listen, reserve_ports
 from server.processes.supervisor import Supervisor
+from server.storage.accounts import EmbeddedPostgresError
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
-from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from server.storage.embedded import EmbeddedPostgres
 from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key, list_keys
 from server.storage.migrate import check_migrated, migrate
@@ -66,8 +67,11 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
     there was no API key in an embedded database, a new one.
     """
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
+    has_terminal = sys.stderr.isatty()  # SIGHUP means that it is gone
+    if not has_terminal:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # there is no worker yet to replace
     if settings.grpc_tls:
         read_certificates(settings.grpc_tls)  # unusable ones end the start here, not each worker
     with ExitStack() as stack:
@@ -82,7 +86,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         numbers = {name: str(number) for name, number in (ports | {BUCKETS: buckets}).items()}
         environment = _WORKER_VARIABLES | os.environ | numbers
         supervisor = _supervise("worker", settings.workers, environment, metrics, [buckets])
-        if not sys.stderr.isatty():  # where it is, SIGHUP means that the terminal is gone
+        if not has_terminal:
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
         supervisors = [supervisor]
         supervisor.start()
@@ -106,7 +110,8 @@ def _supervise(
         descriptors = (*descriptors, metrics.receiver.descriptor)
         on_exit = partial(metrics.note_exit, command)
     return Supervisor(
-        [sys.executable, "-m", "server", command],
+        # The same modules as this process: without -P those of the working directory come first.
+        [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "server", command],
         count,
         environment=environment,
         descriptors=descriptors,
@@ -166,7 +171,8 @@ def _prepare_database(
         engine = open_engine(settings.database_url)
         check_migrated(engine)
         return engine, lambda: None, None
-    embedded = stack.enter_context(EmbeddedPostgres(settings.data_dir, create=True))
+    data = find_data(settings, create=True)
+    embedded = stack.enter_context(EmbeddedPostgres(data, create=True))
     engine = open_engine(embedded.url)
     migrate(engine)
     with connected(engine) as connection:

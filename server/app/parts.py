@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.config import Settings
@@ -14,6 +15,7 @@ from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.events import AlsoStore
 from server.storage.outbox import Outbox
+from server.storage.places import locate_data
 
 if TYPE_CHECKING:
     from server.telemetry.tracing import Tracing
@@ -33,8 +35,18 @@ def opened_database(settings: Settings, *, create: bool = False) -> Iterator[str
     if settings.database_url is not None:
         yield settings.database_url
     else:
-        with EmbeddedPostgres(settings.data_dir, create=create) as embedded:
+        with EmbeddedPostgres(find_data(settings, create=create), create=create) as embedded:
             yield embedded.url
+
+
+def find_data(settings: Settings, *, create: bool = False) -> Path:
+    """Return where the embedded database is, or with `create` where it is to be.
+
+    Raises EmbeddedPostgresError.
+    """
+    if not settings.data_dir_is_default:
+        return settings.data_dir
+    return locate_data(settings.data_dir, create=create)
 
 
 def open_outbox(settings: Settings) -> AlsoStore | None:

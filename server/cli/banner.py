@@ -49,6 +49,7 @@ def describe_service(settings: Settings, ports: dict[str, int], key: str | None)
     banner = _BANNER.format(**places)
     if port := ports.get("METRICS_PORT"):
         banner += _METRICS.format(**places, metrics=port)
+    banner += _describe_data(settings)
     banner += (_FIRST_KEY if key else _MAKE_KEY).format(
         key=key,
         project=app.DEMO_PROJECT,
@@ -68,6 +69,15 @@ def _name_host(host: str) -> str:
     if host in ("0.0.0.0", "::", "127.0.0.1"):  # noqa: S104 - compared, not bound
         return "localhost"
     return f"[{host}]" if ":" in host else host
+
+
+def _describe_data(settings: Settings) -> str:
+    if settings.database_url is not None:
+        return ""
+    data = app.find_data(settings)
+    if not settings.data_dir_is_default or data == settings.data_dir.resolve():
+        return f"  data  {data}\n"
+    return f"  data  {data} (PostgreSQL's account cannot enter {settings.data_dir})\n"
 
 
 def _make_example(title: str) -> str:

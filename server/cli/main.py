@@ -17,8 +17,8 @@ from server.cli.retention import retention
 from server.config import InvalidSetting, Settings
 from server.processes.ports import PortTaken
 from server.processes.supervisor import WorkerFailed
+from server.storage.accounts import EmbeddedPostgresError
 from server.storage.connection import open_engine
-from server.storage.embedded import EmbeddedPostgresError
 from server.storage.errors import DatabaseError
 from server.storage.migrate import check_migrated
 from server.storage.migrate import migrate as migrate_tables

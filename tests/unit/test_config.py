@@ -46,8 +46,9 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         "DATA_DIR",
         Path.cwd() / "data",
         {"/var/data": Path("/var/data"), "here": Path.cwd() / "here", "~/d": Path.home() / "d"},
-        [],
+        ["~no-such-account/d"],
     ),
+    "data_dir_is_default": ("DATA_DIR", True, {"data": False, "/var/data": False}, []),
     "workers": ("WORKERS", 1, {"1": 1, "64": 64}, ["0", "65", "-1", "two", "1.5"]),
     "cors_allowed_origins": (
         "CORS_ALLOWED_ORIGINS",

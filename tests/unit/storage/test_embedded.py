@@ -19,8 +19,11 @@ import psycopg2.extensions
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 
-from server.storage import embedded
-from server.storage.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from server.storage import cluster, embedded
+from server.storage.accounts import EmbeddedPostgresError
+from server.storage.cluster import Cluster
+from server.storage.embedded import EmbeddedPostgres
+from server.storage.places import require_package
 from tests.support.services import ROOT
 
 pytestmark = pytest.mark.slow  # each has the whole life of a database
@@ -250,6 +253,111 @@ def test_a_planted_socket_directory_is_refused(parent: Path) -> None:
         os.unlink(host)
 
 
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="for root alone another account's is a trap")
+
+
+@as_root
+def test_swapped_socket_directory_is_not_followed(
+    monkeypatch: pytest.MonkeyPatch, parent: Path
+) -> None:
+    """A link that replaces the socket's directory while it is prepared is not followed."""
+    server = EmbeddedPostgres(parent / ("long" * 30), create=True)
+    host = Path(str(make_url(server.url).query["host"]))
+    victim = parent / "victim"
+    victim.mkdir(mode=0o755)
+    victim.chmod(0o755)
+    examine = os.fstat
+
+    def swap(descriptor: int) -> os.stat_result:
+        status = examine(descriptor)
+        if host.is_dir() and not host.is_symlink() and os.path.samestat(status, host.stat()):
+            host.rmdir()
+            host.symlink_to(victim)
+        return status
+
+    monkeypatch.setattr(os, "fstat", swap)
+    monkeypatch.setattr(embedded, "_SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(cluster, "_START_SECONDS", 0.2)
+    try:
+        with suppress(EmbeddedPostgresError):
+            server.open()
+        server.close()
+        assert host.is_symlink()
+        assert (victim.stat().st_uid, stat.S_IMODE(victim.stat().st_mode)) == (0, 0o755)
+    finally:
+        host.unlink(missing_ok=True)
+
+
+@as_root
+@pytest.mark.parametrize("plant", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_planted_log_is_not_followed(
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+    server: EmbeddedPostgres,
+    plant: Callable[[Path, Path], None],
+) -> None:
+    """A link in place of the log, which PostgreSQL's account can make, is not emptied by root."""
+    monkeypatch.setattr(cluster, "_LOG_BYTES", 10)
+    victim, log = directory / "victim", directory / "postgres" / "server.log"
+    victim.write_text("precious " * 10)
+    log.unlink()
+    plant(victim, log)
+    server.ensure_running()
+    assert victim.read_text() == "precious " * 10
+
+
+@as_root
+def test_planted_log_is_not_shown(directory: Path) -> None:
+    """A link in place of the log discloses nothing when PostgreSQL does not start."""
+    with EmbeddedPostgres(directory, create=True):
+        pass
+    files = Cluster(directory)
+    secret = directory / "secret"
+    secret.write_text("FATAL: the secret")
+    (directory / "postgres" / "server.log").unlink()
+    (directory / "postgres" / "server.log").symlink_to(secret)
+    assert "the secret" not in str(files.describe_failure())
+
+
+@as_root
+def test_planted_pipe_stops_nobody(directory: Path, server: EmbeddedPostgres) -> None:
+    """A pipe in place of the log or the pid file, which nobody writes to, is not waited for."""
+    files = Cluster(directory)
+    for name in ("server.log", "postmaster.pid"):
+        path = directory / "postgres" / name
+        path.rename(path.with_suffix(".kept"))
+        os.mkfifo(path)
+    files.bound_log()
+    assert not files.is_running()
+    for name in ("server.log", "postmaster.pid"):
+        path = directory / "postgres" / name
+        path.with_suffix(".kept").rename(path)
+    assert files.is_running()
+    assert run_sql(server, "SELECT 1") == 1
+
+
+@pytest.mark.parametrize("sign", ["$x", "${HOME}", "`id`", "$(id)", '"', "\\", "'", " ", "é"])
+def test_signs_in_paths_are_taken_as_they_are(parent: Path, sign: str) -> None:
+    """No shell expands what is in the path of the data."""
+    directory = parent / f"a{sign}b"
+    with EmbeddedPostgres(directory, create=True) as server:
+        assert run_sql(server, "SHOW data_directory") == str(directory / "postgres")
+    assert [path.name for path in parent.iterdir()] == [directory.name]
+
+
+def test_signs_in_programs_are_taken_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, parent: Path
+) -> None:
+    """No shell expands what is in the path of PostgreSQL's programs."""
+    package = require_package()
+    for path in package.parent.glob(f"{package.name}*"):
+        shutil.copytree(path, parent / "a $x`id`b" / path.name, symlinks=True)
+    monkeypatch.syspath_prepend(parent / "a $x`id`b")
+    with EmbeddedPostgres(parent / "data", create=True) as server:
+        assert run_sql(server, "SELECT 1") == 1
+        assert "$x" in find_postmaster(parent / "data").exe()
+
+
 @pytest.mark.parametrize("alone", [True, False], ids=["initdb-lives-on", "initdb-dies-too"])
 @pytest.mark.parametrize("moment", [".", "PG_VERSION", "base/1/PG_VERSION", "base/5/PG_VERSION"])
 def test_a_kill_during_creation_leaves_nothing_harmful(
@@ -284,19 +392,19 @@ def test_committed_rows_survive_a_kill_of_everything(
 def test_a_long_recovery_is_waited_out(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     """A recovery may take longer than PostgreSQL is allowed to be silent."""
     monkeypatch.setattr(embedded, "_SILENCE_SECONDS", 0.2)
-    monkeypatch.setattr(embedded, "_START_SECONDS", 1)
-    cluster = directory / "postgres"
+    monkeypatch.setattr(cluster, "_START_SECONDS", 1)
+    files = directory / "postgres"
     with EmbeddedPostgres(directory, create=True):
         pass
     # A standby without connections recovers, and says so, for as long as nobody promotes it.
-    with (cluster / "postgresql.conf").open("a") as settings:
+    with (files / "postgresql.conf").open("a") as settings:
         settings.write("hot_standby = off\n")
-    (cluster / "standby.signal").touch()
+    (files / "standby.signal").touch()
     promote = f"""
 import os, signal, sys, time
 time.sleep(3)
-open("{cluster}/promote", "w").close()
-pid = int(open("{cluster}/postmaster.pid").readline())
+open("{files}/promote", "w").close()
+pid = int(open("{files}/postmaster.pid").readline())
 os.kill(pid, signal.SIGUSR1)
 """
     started = time.monotonic()
@@ -449,7 +557,7 @@ def test_the_database_log_is_bounded(
 ) -> None:
     """A log over its limit starts anew, and goes on."""
     log = directory / "postgres" / "server.log"
-    monkeypatch.setattr(embedded, "_LOG_BYTES", 1000)
+    monkeypatch.setattr(cluster, "_LOG_BYTES", 1000)
     run_sql(server, f"DO $$ BEGIN RAISE WARNING '{'x' * 2000}'; END $$")
     assert log.stat().st_size > 1000
     server.ensure_running()
