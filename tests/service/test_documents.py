@@ -163,4 +163,6 @@ def test_the_table_of_settings_is_complete() -> None:
         dict.fromkeys(on, "true") | {"AMPLITUDE_API_KEY": "key", "MIXPANEL_TOKEN": "token"}
     )
     read_settings(environment)
-    assert set(names) == {name for name in environment.read if not name.startswith("OTEL_")}
+    assert set(names) == {
+        name for name in environment.read if not name.startswith(("OTEL_", "PRODUCTGRAPH_"))
+    }
