@@ -14,6 +14,8 @@ import pytest
 from server.storage.cluster import Cluster
 from tests.support.services import ROOT, clean_environment, wait_until
 
+pytestmark = pytest.mark.slow  # each has the whole life of a database
+
 Start = Callable[[int], "subprocess.Popen[bytes]"]
 
 

@@ -19,7 +19,10 @@ from server.storage.embedded import EmbeddedPostgres
 from server.storage.places import locate_data, require_package
 from tests.support.services import ROOT, clean_environment, run_command
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL is another's")
+pytestmark = [
+    pytest.mark.slow,  # most have the whole life of a database
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL is another's"),
+]
 
 # Runs a command on a machine, as far as it can see, without the accounts postgres and nobody.
 WITHOUT_ACCOUNTS = """
