@@ -104,7 +104,7 @@ def test_existing_data_keeps_precedence(open_directory: Path) -> None:
 
 
 @pytest.mark.usefixtures("home")
-def test_open_data_stays(open_directory: Path) -> None:
+def test_data_in_an_open_place_stays_there(open_directory: Path) -> None:
     """Data whose usual place is open goes there."""
     assert locate_data(open_directory / "new" / "data", create=True) == open_directory / "new/data"
 
