@@ -13,7 +13,7 @@ from tests.hostile.record import Record
 from tests.hostile.run import CAMPAIGNS, choose_campaigns, run_campaigns
 from tests.hostile.streams import StreamGrammar
 from tests.support.projects import Project
-from tests.support.services import break_build, run_program
+from tests.support.services import ROOT, break_build, run_program
 
 PROJECTS = Project("proj_1", "key_1"), Project("proj_2", "key_2")
 GRAMMARS: list[Callable[[int], Callable[[], object]]] = [
@@ -25,8 +25,9 @@ GRAMMARS: list[Callable[[int], Callable[[], object]]] = [
 SABOTAGE = {
     "one fault in a hundred": (
         "server/http/api.py",
-        "        return exchange\n",
-        '        assert __import__("time").time_ns() // 1000 % 100\n        return exchange\n',
+        "        return PendingRequest(self._recorder.begin(",
+        '        assert __import__("time").time_ns() // 1000 % 100\n'
+        "        return PendingRequest(self._recorder.begin(",
     ),
     "a neighbour rejected": (
         "server/events/json_codec.py",
@@ -64,6 +65,14 @@ def test_hostile_campaigns_catch_a_broken_build(name: str, tmp_path: Path) -> No
     break_build(tmp_path, *SABOTAGE[name])
     [record] = run_campaigns(choose_campaigns(["bodies"]), quick=True, seed=1, root=tmp_path)
     assert record.violation_count > 0
+
+
+def test_each_sabotage_finds_its_line() -> None:
+    """What a broken build changes stands in its file once."""
+    places = {
+        name: (ROOT / file).read_text().count(right) for name, (file, right, _) in SABOTAGE.items()
+    }
+    assert places == dict.fromkeys(SABOTAGE, 1)
 
 
 def test_an_answer_after_five_seconds_is_a_violation() -> None:

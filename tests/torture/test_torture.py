@@ -62,8 +62,8 @@ SECOND_TRANSACTION = Bug(
 )
 LEASE_IGNORED = Bug(
     "storage/outbox.py",
-    "   SET lease = :lease, due_at = now() + make_interval(secs => :seconds) WHERE",
-    "   SET lease = :lease, due_at = now() + make_interval(secs => 0 * :seconds) WHERE",
+    "SET lease = :lease, due_at = now() + make_interval(secs => :seconds)\n WHERE",
+    "SET lease = :lease, due_at = now() + make_interval(secs => 0 * :seconds)\n WHERE",
     "forwarder-kill",
     "again within their lease",
 )
@@ -106,6 +106,15 @@ def test_the_harness_finds_a_seeded_bug(name: str, tmp_path: Path) -> None:
     )
     assert finished.returncode == 1, finished.stdout + finished.stderr
     assert bug.finding in finished.stdout
+
+
+def test_each_seeded_bug_finds_its_line() -> None:
+    """What a seeded bug changes stands in its file once."""
+    places = {
+        name: (ROOT / "server" / bug.file).read_text().count(bug.right)
+        for name, bug in BUGS.items()
+    }
+    assert places == dict.fromkeys(BUGS, 1)
 
 
 @pytest.mark.slow
