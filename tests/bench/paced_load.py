@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from google.protobuf.json_format import ParseDict
 
 from productgraph.v1.event_pb2 import Event
-from server.forwarding.providers.mapping import map_event
+from server.forwarding.providers.mapping import make_insert_id
 from tests.bench.events import NumberedRequest, encode_http, make_events
 from tests.bench.http_load import HttpConnection
 from tests.bench.meter import Meter
@@ -132,7 +132,7 @@ class _Pace:
 def _find_insert_ids(request: NumberedRequest, number: int) -> list[str]:
     request.number(number)
     body = json.loads(bytes(request.buffer).partition(b"\r\n\r\n")[2])
-    return [map_event(ParseDict(event, Event())).insert_id for event in body["events"]]
+    return [make_insert_id(ParseDict(event, Event())) for event in body["events"]]
 
 
 def run_paced(plan: PacedPlan) -> PacedResult:

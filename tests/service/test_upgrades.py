@@ -14,11 +14,22 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.storage.connection import connected, open_engine
 from tests.support.clients import accepted, open_tenant
 from tests.support.events import to_message
-from tests.support.services import ROOT, for_sqlalchemy, query, run_command, running_service
+from tests.support.forwarding import SECRET, Bench, make_events
+from tests.support.provider_servers import AmplitudeServer, MixpanelServer
+from tests.support.services import (
+    ROOT,
+    for_sqlalchemy,
+    query,
+    run_command,
+    running_service,
+    wait_until,
+)
 
+POSTPONED = "SELECT count(*) FROM outbox_deliveries WHERE attempts > 0 AND due_at > now()"
 TABLES = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
 
 
@@ -67,6 +78,33 @@ def test_the_previous_version_runs_beside_this_one(
         stored = [row["event_id"] for row in tenants[0].read_rows()]
         ids = ["evt_both", *(f"evt_{way}_{n}" for way in ("grpc", "http") for n in (0, 1))]
         assert stored == ids
+
+
+@pytest.mark.slow
+def test_an_older_forwarder_leaves_newer_payloads_waiting(
+    previous: Path, create_migrated: Callable[[], str]
+) -> None:
+    """On the newest tables the previous version forwards what it can map, and leaves the rest."""
+    source = (previous / "server/forwarding/providers/provider.py").read_text()
+    found = re.search(r"^CURRENT_MAPPING_VERSION = (\d+)", source, re.MULTILINE)
+    assert found
+    known = int(found[1])
+    with AmplitudeServer(SECRET) as amplitude, MixpanelServer(SECRET) as mixpanel:
+        bench = Bench(create_migrated(), {"amplitude": amplitude, "mixpanel": mixpanel})
+        for project, version in (("newer", known + 1), ("older", known)):
+            bench.store(make_events(project, 3))
+            update = "UPDATE outbox_payloads SET mapping_version = %s WHERE project_id = %s"
+            bench.query(update, version, project)
+        with bench.process(root=previous):
+            wait_until(lambda: all(len(s.insert_ids) == 3 for s in bench.servers.values()))
+            wait_until(lambda: bench.query(POSTPONED) == [(2,)])
+        bench.check()
+        assert bench.query("SELECT count(*) FROM dead_events") == [(0,)]
+        assert bench.query("SELECT DISTINCT project_id FROM outbox_payloads") == [("newer",)]
+        bench.query("UPDATE outbox_payloads SET mapping_version = %s", CURRENT_MAPPING_VERSION)
+        bench.query("UPDATE outbox_deliveries SET due_at = now()")
+        with bench.process():
+            bench.finish(60)
 
 
 def test_migrate_check_fails_until_nothing_is_to_do(create_database: Callable[[], str]) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -21,7 +22,7 @@ from server.forwarding.http_client import Transport
 from server.forwarding.lane import Lane
 from server.forwarding.lane_health import LaneHealth
 from server.forwarding.providers.amplitude import Amplitude
-from server.forwarding.providers.mapping import map_event
+from server.forwarding.providers.mapping import make_insert_id
 from server.forwarding.providers.mixpanel import Mixpanel
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION, Provider
 from server.forwarding.queries import Queries
@@ -32,7 +33,7 @@ from server.storage.events import EventStore
 from server.storage.outbox import Outbox
 from tests.support.events import ENCODER, encode_message, make_message
 from tests.support.provider_servers import ProviderServer
-from tests.support.services import clean_environment, for_sqlalchemy, wait_until
+from tests.support.services import ROOT, clean_environment, for_sqlalchemy, wait_until
 
 SECRET = "s3cret"
 NAMES = ("amplitude", "mixpanel")
@@ -130,12 +131,15 @@ class Bench:
 
     @contextmanager
     def process(
-        self, settings: Mapping[str, str] | None = None, stderr: int = subprocess.DEVNULL
+        self,
+        settings: Mapping[str, str] | None = None,
+        stderr: int = subprocess.DEVNULL,
+        root: Path = ROOT,
     ) -> Iterator["subprocess.Popen[bytes]"]:
         """`productgraph forward` in a process of its own, killed at the end."""
         command = [sys.executable, "-m", "server", "forward"]
-        environment = clean_environment(self.settings if settings is None else settings)
-        with subprocess.Popen(command, env=environment, stderr=stderr) as process:
+        environment = clean_environment(self.settings if settings is None else settings, root)
+        with subprocess.Popen(command, cwd=root, env=environment, stderr=stderr) as process:
             try:
                 yield process
             finally:
@@ -151,12 +155,12 @@ class Bench:
             )
             for p, e, us in self.query(KEYS)
         )
-        return {map_event(event).insert_id for event in events}
+        return {make_insert_id(event) for event in events}
 
     def read_dead(self, name: str) -> dict[str, str]:
         """The insert ids of a provider's dead events, with the reasons."""
         dead = self.query("SELECT event, reason FROM dead_events WHERE provider = %s", name)
-        return {map_event(Event.FromString(bytes(e))).insert_id: reason for e, reason in dead}
+        return {make_insert_id(Event.FromString(bytes(e))): reason for e, reason in dead}
 
     def read_pending(self, name: str) -> set[str]:
         """The insert ids of what a provider still has to get."""
@@ -164,7 +168,7 @@ class Bench:
         for positions, payload in self.query(PENDING, name):
             frames = EncodedEvents.FromString(bytes(payload)).events
             chosen = range(len(frames)) if positions is None else positions
-            pending |= {map_event(Event.FromString(frames[p])).insert_id for p in chosen}
+            pending |= {make_insert_id(Event.FromString(frames[p])) for p in chosen}
         return pending
 
     def is_done(self) -> bool:

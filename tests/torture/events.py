@@ -10,7 +10,7 @@ from typing import Any
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsRequest
 from productgraph.v1.event_pb2 import Event
-from server.forwarding.providers.mapping import map_event
+from server.forwarding.providers.mapping import make_insert_id
 
 PROJECT = "proj_torture"
 # In every event, and in no log.
@@ -55,8 +55,8 @@ class EventSource:
             bad = [self._make_rejected()] if has_rejected else []
             mixed = self._random.sample(events + bad, len(events + bad))
         return Batch(
-            insert_ids={event.event_id: map_event(event).insert_id for event in events},
-            rejected={event.event_id: map_event(event).insert_id for event in bad},
+            insert_ids={event.event_id: make_insert_id(event) for event in events},
+            rejected={event.event_id: make_insert_id(event) for event in bad},
             refused=frozenset(event.event_id for event in events[:refused]),
             body=json.dumps({"events": list(map(_to_json, mixed))}).encode(),
             request=IngestEventsRequest(events=mixed).SerializeToString(),

@@ -4,13 +4,25 @@ https://amplitude.com/docs/apis/analytics/batch-event-upload
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
 
 from productgraph.v1.event_pb2 import Event
 from server.config import AMPLITUDE
-from server.forwarding.providers.mapping import Limits, fit_id, fit_items, map_event
+from server.forwarding.providers.mapping import (
+    Limits,
+    NameItem,
+    ReadProperties,
+    cut_name,
+    find_free_name,
+    fit_id,
+    fit_items,
+    map_event,
+    read_properties_1,
+    read_properties_2,
+)
 from server.forwarding.providers.provider import (
     Answer,
     Decision,
@@ -77,8 +89,8 @@ class Amplitude:
         return decide_by_status(count, answer)
 
 
-def _encode_event_1(event: Event) -> bytes:
-    mapped = map_event(event)
+def _encode_event(event: Event, read_properties: ReadProperties, name_item: NameItem) -> bytes:
+    mapped = map_event(event, read_properties)
     user = {"user_id": fit_id(mapped.user_id, _MAX_ID_BYTES)} if mapped.user_id else {}
     return orjson.dumps(
         {
@@ -89,12 +101,19 @@ def _encode_event_1(event: Event) -> bytes:
             # Amplitude wants the time at which the session began, which no event tells.
             "session_id": -1,
             "insert_id": mapped.insert_id,
-            "event_properties": fit_items(mapped.properties.items(), _LIMITS),
+            "event_properties": fit_items(mapped.properties.items(), _LIMITS, name_item),
         }
     )
 
 
-_ENCODERS: Mapping[int, Callable[[Event], bytes]] = {1: _encode_event_1}
+_ENCODERS: Mapping[int, Callable[[Event], bytes]] = {
+    1: partial(_encode_event, read_properties=read_properties_1, name_item=cut_name),
+    2: partial(
+        _encode_event,
+        read_properties=partial(read_properties_2, max_text=_LIMITS.max_text),
+        name_item=find_free_name,
+    ),
+}
 
 
 def _decide_ingested(report: Mapping[str, Any], count: int, retry_after: float) -> Decision:

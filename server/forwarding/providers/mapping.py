@@ -1,12 +1,13 @@
-"""A stored event in the terms that analytics providers share, version 1 of the mapping.
+"""A stored event in the terms that analytics providers share, by both versions of the mapping.
 
-Free-form keys are taken in sorted order: the order of a protobuf map differs from one process to
-the next, and a payload must not.
+Version 1 leaves out attributes and metadata whose name is reserved or taken; version 2 keeps each
+under a free name. Free-form keys are taken in sorted order: the order of a protobuf map differs
+from one process to the next, and a payload must not.
 """
 
 import hashlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,7 +21,7 @@ from server.events.schema import EVENT_SCHEMA, Kind
 _INSERT_IDS = uuid.UUID("6f1b6c0e-6a1d-4d0b-9d0c-3c5b0f2f7a51")
 _ANONYMOUS_ID = "user.anonymous_id"
 
-# Values that a provider takes for an accident of the client's, in any case of letters.
+# Values that a provider takes for an accident of the client, in upper or lower case.
 REFUSED_IDS = frozenset(
     {"", "0", "-1", "[]", "{}", "<nil>", "anon", "anonymous", "false", "lmy47d", "n/a", "na", "nan"}
     | {
@@ -34,7 +35,7 @@ REFUSED_IDS = frozenset(
     }
 )
 
-# Names by which a client could pose as another user, another place or another project.
+# Names by which a client could pose as another user, place or project.
 _RESERVED_NAMES = frozenset({"ip", "token", "time", "distinct_id"})
 _RESERVED_PREFIXES = ("$", "mp_")
 
@@ -43,7 +44,7 @@ _RESERVED_PREFIXES = ("$", "mp_")
 class MappedEvent:
     """An event as every provider sees it, before any of their limits.
 
-    `user_id` is empty where no user is known; `time` is in milliseconds of the Unix epoch.
+    `user_id` is empty if no user is known; `time` is in milliseconds of the Unix epoch.
     """
 
     name: str
@@ -56,24 +57,30 @@ class MappedEvent:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a provider takes: characters of a text, items of a container, levels of nesting."""
+    """A provider's limits: characters of a text, items of a container, levels of nesting."""
 
     max_text: int
     max_items: int | None
     max_depth: int
 
 
-def map_event(event: Event) -> MappedEvent:
-    """Names, identifies and flattens a storable event."""
+# Reads the properties of an event, given its attributes too.
+ReadProperties = Callable[[Event, Mapping[str, Any]], dict[str, Any]]
+# Names an item, given its key, the names that are taken, and the longest that a name may be.
+NameItem = Callable[[str, Container[str], int], str]
+
+
+def map_event(event: Event, read_properties: ReadProperties) -> MappedEvent:
+    """Name, identify and flatten a storable event."""
     attributes = read_struct(event.attributes, EVENT_SCHEMA.max_depth)
     return MappedEvent(
         # Names with a dollar merge and rename users there; ours only ever tell what happened.
         name=event.event_name.strip().lstrip("$") or event.event_type,
-        insert_id=_make_insert_id(event),
+        insert_id=make_insert_id(event),
         time=event.event_timestamp.seconds * 1000 + event.event_timestamp.nanos // 1_000_000,
         user_id=event.user_id,
         device_id=_read_text(attributes.get(_ANONYMOUS_ID)) or event.session_id,
-        properties=_read_properties(event, attributes),
+        properties=read_properties(event, attributes),
     )
 
 
@@ -81,48 +88,97 @@ def _read_text(value: Any) -> str:
     return value if isinstance(value, str) and not value.isspace() else ""
 
 
-def _make_insert_id(event: Event) -> str:
+def make_insert_id(event: Event) -> str:
+    """Return the id by which a provider recognises an event that it is sent again."""
     timestamp = event.event_timestamp
     microseconds = timestamp.seconds * 1_000_000 + timestamp.nanos // 1000
     return str(uuid.uuid5(_INSERT_IDS, f"{event.project_id}\0{event.event_id}\0{microseconds}"))
 
 
-def _read_properties(event: Event, attributes: dict[str, Any]) -> dict[str, Any]:
-    """The event's own fields first, then attributes, then metadata; the first of a name wins."""
-    properties = {
+def read_properties_1(event: Event, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the event's own fields, then attributes, then metadata; the first of a name wins."""
+    properties = _read_fields(event)
+    for _, name, value in _list_free_form(event, attributes):
+        if not _is_reserved(name):
+            properties.setdefault(name, value)
+    return properties
+
+
+def read_properties_2(
+    event: Event, attributes: Mapping[str, Any], *, max_text: int
+) -> dict[str, Any]:
+    """Read the same, and keep what has a reserved name, or one that is taken, under a free one.
+
+    Those that can keep their own name come first, so that no other one takes it.
+    """
+    properties = _read_fields(event)
+    displaced = []
+    for prefix, name, value in _list_free_form(event, attributes):
+        cut = name[:max_text]
+        if cut in properties or _is_reserved(name):
+            displaced.append((f"{prefix}_{name}", value))
+        else:
+            properties[cut] = value
+    for name, value in displaced:
+        properties[find_free_name(name, properties, max_text)] = value
+    return properties
+
+
+def _read_fields(event: Event) -> dict[str, Any]:
+    return {
         _PROPERTY_NAMES[field.name]: value
         for field, value in event.ListFields()
         if field.name in _PROPERTY_NAMES
     }
+
+
+def _list_free_form(event: Event, attributes: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield attributes and metadata in their order: where from, name and value."""
     for key, value in sorted(attributes.items()):
-        _add_property(properties, key.replace(".", "_"), value)
+        yield "attributes", key.replace(".", "_"), value
     for key, value in sorted(read_struct(event.metadata, EVENT_SCHEMA.max_depth).items()):
-        _add_property(properties, key, value)
-    return properties
+        yield "metadata", key, value
 
 
-def _add_property(properties: dict[str, Any], name: str, value: Any) -> None:
-    if name not in _RESERVED_NAMES and not name.startswith(_RESERVED_PREFIXES):
-        properties.setdefault(name, value)
+def _is_reserved(name: str) -> bool:
+    return name in _RESERVED_NAMES or name.startswith(_RESERVED_PREFIXES)
+
+
+def cut_name(name: str, _taken: Container[str], max_text: int) -> str:
+    """Cut a name to what a provider takes, as version 1 does, whether it is taken or not."""
+    return name[:max_text]
+
+
+def find_free_name(name: str, taken: Container[str], max_text: int) -> str:
+    """Return a name as it is, cut, or else cut and numbered, so that it is not taken."""
+    free, number = name[:max_text], 1
+    while free in taken:
+        number += 1
+        suffix = f"_{number}"
+        free = name[: max_text - len(suffix)] + suffix
+    return free
 
 
 def fit_id(value: str, max_bytes: int) -> str:
-    """An id that a provider takes: the value, or its SHA-256 in hex where it would be refused."""
+    """Return an id that a provider takes: the value, or its SHA-256 in hex if that is refused."""
     encoded = value.encode()
     if value.strip().casefold() in REFUSED_IDS or len(encoded) > max_bytes:
         return hashlib.sha256(encoded).hexdigest()[:max_bytes]
     return value
 
 
-def fit_items(items: Iterable[tuple[str, Any]], limits: Limits, depth: int = 1) -> dict[str, Any]:
-    """An object of `depth` levels down, of as many items as it may have, each within limits."""
-    return {
-        key[: limits.max_text]: _fit_value(value, limits, depth + 1)
-        for key, value in islice(items, limits.max_items)
-    }
+def fit_items(
+    items: Iterable[tuple[str, Any]], limits: Limits, name_item: NameItem, depth: int = 1
+) -> dict[str, Any]:
+    """Return an object, `depth` levels down, with as many items as it may have, within limits."""
+    fitting: dict[str, Any] = {}
+    for key, value in islice(items, limits.max_items):
+        name = name_item(key, fitting, limits.max_text)
+        fitting[name] = _fit_value(value, limits, name_item, depth + 1)
+    return fitting
 
 
-def _fit_value(value: Any, limits: Limits, depth: int) -> Any:
+def _fit_value(value: Any, limits: Limits, name_item: NameItem, depth: int) -> Any:
     if isinstance(value, str):
         return value[: limits.max_text]
     if not isinstance(value, dict | list):
@@ -130,8 +186,8 @@ def _fit_value(value: Any, limits: Limits, depth: int) -> Any:
     if depth > limits.max_depth:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()[: limits.max_text]
     if isinstance(value, dict):
-        return fit_items(sorted(value.items()), limits, depth)
-    return [_fit_value(item, limits, depth + 1) for item in value[: limits.max_items]]
+        return fit_items(sorted(value.items()), limits, name_item, depth)
+    return [_fit_value(item, limits, name_item, depth + 1) for item in value[: limits.max_items]]
 
 
 def _name_property(field_name: str) -> str:
@@ -143,6 +199,6 @@ def _name_property(field_name: str) -> str:
 _PROPERTY_NAMES = {
     field.name: _name_property(field.name)
     for field in EVENT_SCHEMA.of_kind(Kind.TEXT, Kind.INTEGER, Kind.LONG)
-    # These have a place of their own.
+    # These have a place of their own in every payload.
     if field.name not in ("event_id", "event_name", "user_id")
 }

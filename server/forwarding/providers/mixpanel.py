@@ -10,13 +10,25 @@ be sent again later.
 import gzip
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
 
 from productgraph.v1.event_pb2 import Event
 from server.config import MIXPANEL
-from server.forwarding.providers.mapping import Limits, fit_id, fit_items, map_event
+from server.forwarding.providers.mapping import (
+    Limits,
+    NameItem,
+    ReadProperties,
+    cut_name,
+    find_free_name,
+    fit_id,
+    fit_items,
+    map_event,
+    read_properties_1,
+    read_properties_2,
+)
 from server.forwarding.providers.provider import (
     Answer,
     Decision,
@@ -81,8 +93,8 @@ class Mixpanel:
         return decide_by_status(count, answer)
 
 
-def _encode_event_1(event: Event) -> bytes:
-    mapped = map_event(event)
+def _encode_event(event: Event, read_properties: ReadProperties, name_item: NameItem) -> bytes:
+    mapped = map_event(event, read_properties)
     user_id = fit_id(mapped.user_id, _MAX_ID_BYTES) if mapped.user_id else ""
     device_id = fit_id(mapped.device_id, _MAX_ID_BYTES - len(_DEVICE_PREFIX))
     own = {
@@ -101,12 +113,19 @@ def _encode_event_1(event: Event) -> bytes:
     return orjson.dumps(
         {
             "event": mapped.name[: _LIMITS.max_text],
-            "properties": fit_items(properties.items(), _LIMITS),
+            "properties": fit_items(properties.items(), _LIMITS, name_item),
         }
     )
 
 
-_ENCODERS: Mapping[int, Callable[[Event], bytes]] = {1: _encode_event_1}
+_ENCODERS: Mapping[int, Callable[[Event], bytes]] = {
+    1: partial(_encode_event, read_properties=read_properties_1, name_item=cut_name),
+    2: partial(
+        _encode_event,
+        read_properties=partial(read_properties_2, max_text=_LIMITS.max_text),
+        name_item=find_free_name,
+    ),
+}
 
 
 def _is_success(report: Mapping[str, Any], count: int) -> bool:

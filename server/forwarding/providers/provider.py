@@ -16,7 +16,7 @@ from productgraph.v1.event_pb2 import Event
 
 # New events are kept with this version. Payloads of a version never change once it is released,
 # since a provider must recognise a second try; its code stays as long as events wait with it.
-CURRENT_MAPPING_VERSION = 1
+CURRENT_MAPPING_VERSION = 2
 
 # An answer that refuses 2,000 events, with a reason for each, fits four times.
 MAX_ANSWER_BYTES = 4 << 20

@@ -91,6 +91,8 @@ def encode_properties(provider: Provider, event: Event) -> dict[str, Any]:
     return properties
 
 
+VERSIONS = range(1, CURRENT_MAPPING_VERSION + 1)
+
 SHORT_NAMES = {
     "event_type": "event.type",
     "session_id": "session.id",
@@ -149,11 +151,12 @@ EXAMPLES: list[tuple[str, str, str, int, dict[str, str]]] = [
 ]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example[0])
-def test_version_1_payloads_never_change(
-    example: tuple[str, str, str, int, dict[str, str]],
+def test_payloads_of_a_version_never_change(
+    example: tuple[str, str, str, int, dict[str, str]], version: int
 ) -> None:
-    """Version 1 of the mapping yields these bytes, in this and in every later release."""
+    """The mapping yields these bytes, in this and in every later release."""
     event_id, event_type, insert_id, second, sent = example
     instant = f"2024-01-15T10:{30 + second // 60}:{second % 60:02}Z"
     fields = {"event_id": event_id, "event.type": event_type, "event.timestamp": instant}
@@ -162,18 +165,18 @@ def test_version_1_payloads_never_change(
     common = f'"project_id":"proj_demo","session_id":"sess_abc123","event_type":"{event_type}"'
     common += "".join(f',"{names[wire]}":{json.dumps(value)}' for wire, value in sent.items())
     now = 1_705_314_600_000 + second * 1000
-    assert AMPLITUDE.encode_event(event, 1).decode() == (
+    assert AMPLITUDE.encode_event(event, version).decode() == (
         f'{{"event_type":"{event_type}","device_id":"sess_abc123","time":{now},"session_id":-1,'
         f'"insert_id":"{insert_id}","event_properties":{{{common}}}}}'
     )
-    assert MIXPANEL.encode_event(event, 1).decode() == (
+    assert MIXPANEL.encode_event(event, version).decode() == (
         f'{{"event":"{event_type}","properties":{{"time":{now},'
         f'"distinct_id":"$device:sess_abc123","$insert_id":"{insert_id}",'
         f'"$device_id":"sess_abc123","ip":"0",{common}}}}}'
     )
 
 
-def test_the_version_1_payload_of_everything_never_changes() -> None:
+def test_the_payload_of_everything_never_changes() -> None:
     """So do the parts that no example of the documentation has."""
     sent = {"event.timestamp": "2024-01-15T10:30:00.123999Z", "event.name": "Päge ✓"}
     sent |= {
@@ -184,14 +187,16 @@ def test_the_version_1_payload_of_everything_never_changes() -> None:
     loose = {"performance.lcp_ms": 12.5, "org": {"b": [1, {"c": {"d": 2}}]}, "event.sequence": 0}
     metadata = {"metadata": {"z": None, "a": True, "n": 9007199254740993}}
     event = parse({**REQUIRED, **sent, **loose, **metadata})
-    digests = [hashlib.sha256(p.encode_event(event, 1)).hexdigest()[:16] for p in PROVIDERS]
-    assert digests == ["84571e061b9c1d70", "aaab0a9c5a5330d1"]
+    for version in VERSIONS:  # which differ only in what version 1 leaves out
+        payloads = [provider.encode_event(event, version) for provider in PROVIDERS]
+        digests = [hashlib.sha256(payload).hexdigest()[:16] for payload in payloads]
+        assert digests == ["84571e061b9c1d70", "aaab0a9c5a5330d1"]
 
 
 @both
 def test_every_mapping_version_is_known(provider: Provider) -> None:
     """Every version up to the current one is known, and none after it."""
-    for version in range(1, CURRENT_MAPPING_VERSION + 1):
+    for version in VERSIONS:
         assert json.loads(provider.encode_event(make_event(), version))
     with pytest.raises(KeyError):
         provider.encode_event(make_event(), CURRENT_MAPPING_VERSION + 1)
@@ -320,7 +325,66 @@ RESERVED = ["ip", "token", "time", "distinct_id", "$insert_id", "$user_id", "$",
 def test_no_key_can_impersonate_user_or_project(provider: Provider, name: str) -> None:
     """No client can pose as another user, place or project by the names of its keys."""
     for fields in ({"metadata": {name: "forged"}}, {name: "forged"}, {"mp.lib": "forged"}):
-        assert b"forged" not in provider.encode_event(make_event(**fields), 1)
+        event = make_event(**fields)
+        assert b"forged" not in provider.encode_event(event, 1)
+        assert encode_properties(provider, event).get(name) != "forged"
+        assert [*encode_properties(provider, event).values()].count("forged") == 1
+
+
+@both
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"metadata": {"time": 1}}, {"metadata_time": 1}),
+        ({"metadata": {"$set": 1, "mp_x": 2}}, {"metadata_$set": 1, "metadata_mp_x": 2}),
+        ({"time": 1, "metadata": {"time": 2}}, {"attributes_time": 1, "metadata_time": 2}),
+        ({"ui.action": "a", "metadata": {"action": 1}}, {"action": "a", "metadata_action": 1}),
+        ({"page.path": "/", "page_path": 1}, {"page_path": "/", "attributes_page_path": 1}),
+        ({"a.b": 1, "a_b": 2}, {"a_b": 1, "attributes_a_b": 2}),
+        (
+            {"metadata": {"time": 1, "metadata_time": 2, "metadata_time_2": 3}},
+            {"metadata_time": 2, "metadata_time_2": 3, "metadata_time_3": 1},
+        ),
+        (
+            {"metadata_ip": 0, "metadata": {"ip": 1, "metadata_ip": 2}},
+            {"metadata_ip": 0, "metadata_ip_2": 1, "metadata_metadata_ip": 2},
+        ),
+    ],
+    ids=repr,
+)
+def test_displaced_properties_are_kept_under_free_names(
+    provider: Provider, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """What has a reserved name, or one that is taken, is kept under one that is free."""
+    properties = encode_properties(provider, make_event(**fields))
+    assert {name: properties.get(name) for name in expected} == expected
+
+
+@both
+def test_names_that_are_cut_alike_stay_apart(provider: Provider) -> None:
+    """Keys that differ only where a provider cuts them are numbered, at any depth."""
+    keys = {"k" * 1024 + end: end for end in "abc"}
+    properties = encode_properties(provider, make_event(metadata=keys | {"deep": keys}))
+    for names in (properties, properties["deep"]):
+        assert {"a", "b", "c"} <= {value for value in names.values() if isinstance(value, str)}
+
+
+@given(
+    metadata=st.dictionaries(
+        st.sampled_from(["time", "metadata_time", "action", "$a", "x"]), st.integers(1, 9)
+    )
+)
+def test_no_metadata_vanishes(metadata: dict[str, int]) -> None:
+    """Each value of metadata is a property, whatever its key, in any process by the same name."""
+    event = make_event(ui__action="click", metadata=metadata)
+    for provider in PROVIDERS:
+        properties = encode_properties(provider, event)
+        numbers = [
+            value for name, value in properties.items() if name != "time" and type(value) is int
+        ]
+        assert sorted(numbers) == sorted(metadata.values())
+        turned = make_event(ui__action="click", metadata=turn(metadata))
+        assert encode_properties(provider, turned) == properties
 
 
 @pytest.mark.parametrize(
@@ -456,9 +520,11 @@ def storable_events(draw: st.DrawFn) -> Event:
 def test_any_event_becomes_json_within_every_limit(event: Event) -> None:
     """Any storable event becomes JSON within every limit, the same each time."""
     for provider in PROVIDERS:
-        payload = provider.encode_event(event, 1)
-        assert payload == provider.encode_event(Event.FromString(event.SerializeToString()), 1)
-        assert len(payload) < 1_000_000
+        again = Event.FromString(event.SerializeToString())
+        for version in VERSIONS:
+            payload = provider.encode_event(event, version)
+            assert payload == provider.encode_event(again, version)
+            assert len(payload) < 1_000_000
         properties = encode_properties(provider, event)
         assert measure_depth(properties) <= (40 if provider is AMPLITUDE else 3)
     assert len(properties) < 255
@@ -475,8 +541,9 @@ def test_any_event_becomes_json_within_every_limit(event: Event) -> None:
         lambda: {"list": [None] * 24_000},
         lambda: {"list": [-1.2345678901234567e-300] * 7800},
         lambda: {"text": chr(1) * 102_000},
+        lambda: {f"${number}": None for number in range(7000)},
     ],
-    ids=["keys", "texts", "nulls", "numbers", "text"],
+    ids=["keys", "texts", "nulls", "numbers", "text", "displaced"],
 )
 def test_the_largest_payload_stays_below_a_megabyte(
     provider: Provider, build: Callable[[], dict[str, Any]]
@@ -485,7 +552,7 @@ def test_the_largest_payload_stays_below_a_megabyte(
     event = make_event()
     fill_struct(event.metadata, build(), EVENT_SCHEMA.max_depth)
     assert 85_000 < event.ByteSize() <= EVENT_SCHEMA.max_bytes
-    assert len(provider.encode_event(event, 1)) < 700_000
+    assert all(len(provider.encode_event(event, version)) < 700_000 for version in VERSIONS)
 
 
 def test_payloads_and_credentials_go_where_providers_look() -> None:
