@@ -206,7 +206,7 @@ def test_go_client_sends_events(service: Service, project: Project, tmp_path: Pa
     assert json.loads(answer) == {"accepted": 1}
 
 
-def test_java_messages_compile(tmp_path: Path) -> None:
+def test_generated_java_messages_compile(tmp_path: Path) -> None:
     """Java's code compiles, each class in a file of its own, and writes what Python reads."""
     need("mvn", "javac", "java")
     platform = f"linux-{machine().replace('aarch64', 'aarch_64')}"
