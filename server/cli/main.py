@@ -9,6 +9,7 @@ from click.shell_completion import get_completion_class
 from server import app
 from server.cli.banner import describe_service
 from server.cli.command import Failure, with_settings
+from server.cli.events import events
 from server.cli.forward import forward
 from server.cli.keys import keys
 from server.cli.psql import psql
@@ -20,7 +21,7 @@ from server.processes.supervisor import WorkerFailed
 from server.storage.accounts import EmbeddedPostgresError
 from server.storage.connection import open_engine
 from server.storage.errors import DatabaseError
-from server.storage.migrate import check_migrated
+from server.storage.migrate import check_indexed, check_migrated
 from server.storage.migrate import migrate as migrate_tables
 
 _NAME = "productgraph"
@@ -108,7 +109,12 @@ def migrate(settings: Settings, check: bool) -> None:
     Safe to run at any time, and several times at once.
     """
     with app.opened_database(settings, create=not check) as url:
-        (check_migrated if check else migrate_tables)(open_engine(url))
+        engine = open_engine(url)
+        if check:
+            check_migrated(engine)
+            check_indexed(engine)
+        else:
+            migrate_tables(engine)
 
 
 @productgraph.command()
@@ -123,5 +129,5 @@ def completion(shell: str) -> None:
     click.echo(found(productgraph, {}, _NAME, _COMPLETION_VARIABLE).source())
 
 
-for command in (keys, forward, rejected, retention, psql):
+for command in (keys, events, forward, rejected, retention, psql):
     productgraph.add_command(command)

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, text
 
 from server.storage.connection import connected
 from server.storage.errors import DatabaseError
+from server.storage.indexes import build_indexes, count_missing_indexes
 
 # Held while migrating, so that several starts at once migrate one after the other.
 _ADVISORY_LOCK = 0x7067_6576_656E_7473  # "pgevents"
@@ -20,15 +21,16 @@ class UnsuitableDatabase(DatabaseError):
 
 
 def migrate(engine: Engine) -> None:
-    """Runs the revisions that are missing, all or none; raises DatabaseError.
+    """Run the missing revisions, all or none, and build missing indexes. Raises DatabaseError.
 
-    A database of this version or a newer one is left as it is.
+    The tables of a newer version are left as they are.
     """
     with connected(engine) as connection:
         _check_encoding(connection)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         if _current_revision(connection) < _newest_revision():
             command.upgrade(_alembic_config(connection), "head")
+    build_indexes(engine)
 
 
 def check_migrated(engine: Engine) -> None:
@@ -43,6 +45,16 @@ def check_migrated(engine: Engine) -> None:
         found = f"at revision {current}" if current else "empty"
         raise UnsuitableDatabase(
             f"the database is {found}, revision {needed} is needed: run 'productgraph migrate'"
+        )
+
+
+def check_indexed(engine: Engine) -> None:
+    """Raise UnsuitableDatabase if `migrate` has indexes to build; the service works without."""
+    with connected(engine) as connection:
+        missing = count_missing_indexes(connection)
+    if missing:
+        raise UnsuitableDatabase(
+            f"{missing} partitions have no index on received_at: run 'productgraph migrate'"
         )
 
 

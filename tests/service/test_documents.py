@@ -68,10 +68,11 @@ def run_block(block: str, service: Service) -> str:
 
 def test_the_first_commands_of_the_readme_work_as_printed(started: Service) -> None:
     """They make a key and store an event, and the service answers what is printed below them."""
-    commands, answer, *_ = read_commands(read_section("README.md", "Send an event"))
+    commands, answer, tail = read_commands(read_section("README.md", "Send an event"))
     printed = run_block(commands, started)
     assert printed.startswith("HTTP/1.1 202")
     assert printed.splitlines()[-1] == answer.strip()
+    assert "proj_demo  page.view  evt_1" in run_block(tail, started)
 
 
 def test_the_grpcurl_command_of_the_api_works_as_printed(started: Service) -> None:

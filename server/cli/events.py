@@ -1,0 +1,299 @@
+"""`productgraph events`: shows, finds, counts and exports stored events."""
+
+import csv
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+import orjson
+
+from server.cli.command import json_option, make_printable, opened_engine, with_settings
+from server.config import Settings
+from server.events.schema import EVENT_SCHEMA
+from server.storage.connection import connected
+from server.storage.event_queries import (
+    GROUPINGS,
+    QUERY_SECONDS,
+    EventFilter,
+    EventQueries,
+    StoredEvent,
+)
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_POLL_SECONDS = 1.0
+# How many events of the last few seconds `--follow` looks at, each second.
+_FOLLOWED_AT_ONCE = 10_000
+
+
+class Moment(click.ParamType[datetime]):
+    """A moment: RFC 3339 such as 2026-01-15 or 2026-01-15T10:30Z, or an age such as 7d."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> datetime:
+        """Return the moment; one without an offset is in UTC."""
+        if isinstance(value, datetime):
+            return value
+        try:
+            if age := re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", value, re.ASCII):
+                return datetime.now(UTC) - timedelta(**{_UNITS[age[2]]: int(age[1])})
+            moment = datetime.fromisoformat(value)
+            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        except (ValueError, OverflowError):
+            self.fail(
+                f"must be a time such as 2026-01-15T10:30Z or an age such as 7d, is {value!r}",
+                parameter,
+                context,
+            )
+
+
+class _Groups(click.ParamType[list[str]]):
+    name = ",".join(GROUPINGS)
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> list[str]:
+        names = list(dict.fromkeys(value.split(",")))
+        if not set(names) <= set(GROUPINGS):
+            self.fail(f"must be some of {', '.join(GROUPINGS)}, is {value!r}", parameter, context)
+        return names
+
+
+project_option = click.option("--project", help="Only this project's.")
+_type_option = click.option("--type", "event_type", metavar="TYPE", help="Only of this type.")
+_since_option = click.option(
+    "--since", type=Moment(), default="7d", show_default=True, help="The earliest event.timestamp."
+)
+_timeout_option = click.option(
+    "--timeout",
+    type=click.IntRange(1, 86_400),
+    default=QUERY_SECONDS,
+    show_default=True,
+    help="After how many seconds to end a query.",
+)
+_until_option = click.option("--until", type=Moment(), help="Only with an event.timestamp before.")
+
+
+@click.group()
+def events() -> None:
+    """Show, find, count and export stored events.
+
+    Times are those of events (event.timestamp), except for `tail`, which goes by arrival.
+    """
+
+
+@contextmanager
+def opened_queries(settings: Settings, timeout: int) -> Iterator[EventQueries]:
+    """Open a connection for queries, each of which may take `timeout` seconds."""
+    with opened_engine(settings) as engine, connected(engine) as connection:
+        yield EventQueries(connection, timeout)
+
+
+@events.command()
+@project_option
+@_type_option
+@click.option("--session", help="Only of this session.")
+@click.option("--user", help="Only of this user.")
+@click.option(
+    "--since", type=Moment(), default="1d", show_default=True, help="The earliest arrival."
+)
+@click.option(
+    "--limit", type=click.IntRange(1, 100_000), default=20, show_default=True, help="How many."
+)
+@click.option("--follow", "-f", is_flag=True, help="Go on with those that arrive, until Ctrl-C.")
+@_timeout_option
+@json_option
+@with_settings
+def tail(
+    settings: Settings,
+    project: str | None,
+    event_type: str | None,
+    session: str | None,
+    user: str | None,
+    since: datetime,
+    limit: int,
+    follow: bool,
+    timeout: int,
+    as_json: bool,
+) -> None:
+    """Show the events that arrived last.
+
+    They come in the order of their arrival, the last one at the end.
+    """
+    wanted = EventFilter(project, event_type, session, user)
+    show = _print_json if as_json else _print_lines
+    with opened_queries(settings, timeout) as queries:
+        now = queries.read_now()
+        found = queries.find_newest(wanted, now, since, limit)
+        show(reversed(found))
+        if follow:
+            # An event can be seen once its transaction has committed, which takes up to this long.
+            delay = timedelta(seconds=settings.request_timeout_seconds + 1.0)
+            with suppress(KeyboardInterrupt):
+                _follow(queries, wanted, delay, show, {event.key for event in found}, now)
+
+
+def _follow(
+    queries: EventQueries,
+    wanted: EventFilter,
+    delay: timedelta,
+    show: Callable[[Iterable[StoredEvent]], None],
+    shown: set[tuple[str, datetime, str]],
+    start: datetime,
+) -> None:
+    shown_at = dict.fromkeys(shown, start)
+    while True:
+        time.sleep(_POLL_SECONDS)
+        now = queries.read_now()
+        after = max(start - delay, now - delay - timedelta(seconds=_POLL_SECONDS))
+        found = queries.find_arrived(wanted, after, now, _FOLLOWED_AT_ONCE)
+        show(event for event in reversed(found) if event.key not in shown_at)
+        if len(found) == _FOLLOWED_AT_ONCE:
+            click.echo("more arrive than can be shown: narrow it by options", err=True)
+        shown_at |= {event.key: now for event in found}
+        shown_at = {key: moment for key, moment in shown_at.items() if moment >= now - 2 * delay}
+
+
+def _print_json(found: Iterable[StoredEvent]) -> None:
+    for event in found:
+        click.echo(_encode(event))
+
+
+def _encode(event: StoredEvent) -> bytes:
+    return orjson.dumps(event.fields, option=orjson.OPT_UTC_Z)
+
+
+def _print_lines(found: Iterable[StoredEvent]) -> None:
+    for event in found:
+        click.echo(describe_event(event))
+
+
+def describe_event(event: StoredEvent) -> str:
+    """Return an event as one line for a terminal: arrival, project, type, id, what it is about."""
+    fields = event.fields
+    arrival = f"{event.received_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    names = ("user.id", "page.path", "ui.component.name", "api.path", "error.type")
+    about = [f"{name}={fields[name]}" for name in names if fields.get(name)]
+    line = [arrival, *(fields[name] for name in ("project_id", "event.type", "event_id")), *about]
+    return make_printable("  ".join(line)).replace("\n", "\\n")
+
+
+@events.command()
+@click.option(
+    "--by",
+    type=_Groups(),
+    default="project,type",
+    show_default=True,
+    help="What to count for each of.",
+)
+@project_option
+@_type_option
+@_since_option
+@_until_option
+@_timeout_option
+@json_option
+@with_settings
+def count(
+    settings: Settings,
+    by: list[str],
+    project: str | None,
+    event_type: str | None,
+    since: datetime,
+    until: datetime | None,
+    timeout: int,
+    as_json: bool,
+) -> None:
+    """Count events by project, type or day (UTC)."""
+    with opened_queries(settings, timeout) as queries:
+        wanted = EventFilter(project, event_type)
+        counts = queries.count(by, wanted, since, until or _latest())
+    if as_json:
+        for row in counts:
+            click.echo(orjson.dumps(row))
+        return
+    rows = [[*(make_printable(row[name]) for name in by), str(row["events"])] for row in counts]
+    _print_table([name.upper() for name in (*by, "events")], rows)
+
+
+def _latest() -> datetime:
+    return datetime.max.replace(tzinfo=UTC)
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose last column has numbers."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for row in (headings, *rows):
+        *texts, number = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join([*texts, number.strip().rjust(widths[-1])]))
+
+
+@events.command()
+@project_option
+@_type_option
+@click.option("--since", type=Moment(), required=True, help="The earliest event.timestamp.")
+@_until_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["jsonl", "csv"]),
+    default="jsonl",
+    show_default=True,
+    help="One JSON object a line, or CSV.",
+)
+@_timeout_option
+@with_settings
+def export(
+    settings: Settings,
+    project: str | None,
+    event_type: str | None,
+    since: datetime,
+    until: datetime | None,
+    form: str,
+    timeout: int,
+) -> None:
+    """Write events to standard output.
+
+    They come by project and time. Each line of JSON can be sent in again over HTTP, as one of
+    `events`; CSV has received_at as well. The service goes on meanwhile.
+    """
+    write = _write_json if form == "jsonl" else _write_csv
+    wanted, end = EventFilter(project, event_type), until or _latest()
+    with opened_queries(settings, timeout) as queries:
+        found = queries.read(wanted, since, end)
+        if sys.stderr.isatty() and not sys.stdout.isatty():
+            expected = queries.estimate(wanted, since, end)
+            with click.progressbar(
+                found, expected, show_pos=True, file=sys.stderr, update_min_steps=10_000
+            ) as shown:
+                write(shown)
+        else:
+            write(found)
+
+
+def _write_json(found: Iterable[StoredEvent]) -> None:
+    output = sys.stdout.buffer
+    for event in found:
+        output.write(_encode(event) + b"\n")
+    output.flush()
+
+
+def _write_csv(found: Iterable[StoredEvent]) -> None:
+    names = [field.wire_name for field in EVENT_SCHEMA.fields]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([*names, "received_at"])
+    for event in found:
+        cells = [_to_cell(event.fields.get(name)) for name in names]
+        writer.writerow([*cells, _to_cell(event.received_at)])
+
+
+def _to_cell(value: object) -> object:
+    if isinstance(value, datetime | orjson.Fragment):
+        return orjson.dumps(value, option=orjson.OPT_UTC_Z).decode().strip('"')
+    return value

@@ -1,0 +1,233 @@
+"""Questions about stored events: the newest, one by its id, counts, and all of a period.
+
+The primary key (project, time, id) answers for an event's own time, the index on `received_at` for
+its arrival. A query that takes too long is ended, so that no question can slow ingestion down for
+long.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import orjson
+from psycopg2.errors import QueryCanceled
+from sqlalchemy import Connection, RowMapping, TextClause, text
+from sqlalchemy.exc import DBAPIError
+
+from server.events.schema import EVENT_SCHEMA, Kind
+from server.storage.errors import DatabaseError
+
+QUERY_SECONDS = 60
+_PAGE_ROWS = 5000
+# The newest events are looked for in this much time, then in ten times as much before that, …
+_FIRST_WINDOW = timedelta(seconds=10)
+
+_OBJECTS = frozenset(field.name for field in EVENT_SCHEMA.of_kind(Kind.OBJECT))
+_WIRE_NAMES = {field.name: field.wire_name for field in EVENT_SCHEMA.fields}
+_COLUMNS = ", ".join(
+    [f"{name}::text" if name in _OBJECTS else name for name in _WIRE_NAMES] + ["received_at"]
+)
+_MATCHES = """
+       (CAST(:project AS text) IS NULL OR project_id = :project)
+   AND (CAST(:type AS text) IS NULL OR event_type = :type)
+   AND (CAST(:session AS text) IS NULL OR session_id = :session)
+   AND (CAST(:user AS text) IS NULL OR user_id = :user)
+"""
+_SET_TIMEOUT = text("SELECT set_config('statement_timeout', :milliseconds, true)")
+_NOW = text("SELECT now()")
+_FIND_ARRIVED = text(f"""
+SELECT {_COLUMNS} FROM events WHERE {_MATCHES}
+   AND received_at > :after AND received_at <= :until
+ ORDER BY received_at DESC, event_timestamp DESC, event_id DESC LIMIT :limit
+""")  # noqa: S608 - the columns are the schema's, as below
+# Every project has had a key, and by the projects' names the primary key finds an id.
+_PROJECTS = """
+ANY (ARRAY(SELECT DISTINCT project_id FROM api_keys
+            WHERE CAST(:project AS text) IS NULL OR project_id = :project))
+"""
+_FIND_BY_ID = text(f"""
+SELECT {_COLUMNS}, tableoid::regclass::text AS partition FROM events
+ WHERE project_id = {_PROJECTS} AND event_timestamp >= :since AND event_id = :event_id
+ ORDER BY event_timestamp LIMIT :limit
+""")  # noqa: S608
+# For each project the first entry of the primary key.
+_FIND_OLDEST = text("""
+SELECT min(first.event_timestamp) AS oldest FROM (
+    SELECT DISTINCT project_id FROM api_keys
+     WHERE CAST(:project AS text) IS NULL OR project_id = :project
+) AS known CROSS JOIN LATERAL (
+    SELECT event_timestamp FROM events WHERE events.project_id = known.project_id COLLATE "C"
+     ORDER BY event_timestamp LIMIT 1
+) AS first
+""")
+_GROUPS = {
+    "project": "project_id",
+    "type": "event_type",
+    "day": "to_char(event_timestamp AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+}
+GROUPINGS = tuple(_GROUPS)
+_COUNT = """
+SELECT {columns}, count(*) AS events FROM events WHERE {matches}
+   AND event_timestamp >= :since AND event_timestamp < :until
+ GROUP BY {groups} ORDER BY {groups}
+"""
+_ESTIMATE = text(f"""
+EXPLAIN (FORMAT JSON) SELECT FROM events WHERE {_MATCHES}
+   AND event_timestamp >= :since AND event_timestamp < :until
+""")
+_LIST_PROJECTS = text("""
+SELECT DISTINCT project_id FROM api_keys
+ WHERE CAST(:project AS text) IS NULL OR project_id = :project ORDER BY 1
+""")
+_READ_PAGE = text(f"""
+SELECT {_COLUMNS} FROM events WHERE {_MATCHES}
+   AND (event_timestamp, event_id) > (:after, :after_id) AND event_timestamp < :until
+ ORDER BY event_timestamp, event_id LIMIT :limit
+""")  # noqa: S608
+
+
+@dataclass(frozen=True)
+class EventFilter:
+    """Which events are asked for; None means any."""
+
+    project: str | None = None
+    type: str | None = None
+    session: str | None = None
+    user: str | None = None
+
+    @property
+    def values(self) -> dict[str, str | None]:
+        """The values for a query."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class StoredEvent:
+    """A row of the events table.
+
+    `fields` has the event by its names on the wire, as it could be sent in again over HTTP.
+    """
+
+    fields: dict[str, Any]
+    timestamp: datetime
+    received_at: datetime
+    partition: str | None = None
+
+    @property
+    def key(self) -> tuple[str, datetime, str]:
+        """What tells it from any other event."""
+        return self.fields["project_id"], self.timestamp, self.fields["event_id"]
+
+
+class EventQueries:
+    """Questions to one database, each ended after `seconds`. All raise DatabaseError."""
+
+    def __init__(self, connection: Connection, seconds: float = QUERY_SECONDS) -> None:
+        self._connection = connection
+        self._seconds = seconds
+
+    def read_now(self) -> datetime:
+        """Return the database's time."""
+        now = self._query(_NOW)[0]["now"]
+        assert isinstance(now, datetime)
+        return now
+
+    def find_newest(
+        self, wanted: EventFilter, until: datetime, since: datetime, limit: int
+    ) -> list[StoredEvent]:
+        """Return the events that arrived last between `since` and `until`, the newest first.
+
+        Looks at windows of time that grow, each in a query of its own.
+        """
+        found: list[StoredEvent] = []
+        window = _FIRST_WINDOW
+        while until > since and len(found) < limit:
+            after = max(since, until - window)
+            found += self.find_arrived(wanted, after, until, limit - len(found))
+            until, window = after, window * 10
+        return found
+
+    def find_arrived(
+        self, wanted: EventFilter, after: datetime, until: datetime, limit: int
+    ) -> list[StoredEvent]:
+        """Return the newest events that arrived after one moment and until another."""
+        values = {**wanted.values, "after": after, "until": until, "limit": limit}
+        return [_make_event(row) for row in self._query(_FIND_ARRIVED, values)]
+
+    def find_by_id(
+        self, event_id: str, project: str | None, since: datetime, limit: int = 100
+    ) -> list[StoredEvent]:
+        """Return the events of this id since a time of theirs, the oldest first."""
+        values = {"event_id": event_id, "project": project, "since": since, "limit": limit}
+        return [_make_event(row) for row in self._query(_FIND_BY_ID, values)]
+
+    def find_oldest_time(self, project: str | None) -> datetime | None:
+        """Return the earliest time of a stored event, or None if there is none."""
+        oldest = self._query(_FIND_OLDEST, {"project": project})[0]["oldest"]
+        assert oldest is None or isinstance(oldest, datetime)
+        return oldest
+
+    def count(
+        self, by: Sequence[str], wanted: EventFilter, since: datetime, until: datetime
+    ) -> list[dict[str, Any]]:
+        """Count events by some of GROUPINGS, for a period of their own time."""
+        groups = ", ".join(str(number) for number in range(1, len(by) + 1))
+        columns = ", ".join(f"{_GROUPS[name]} AS {name}" for name in by)
+        statement = text(_COUNT.format(columns=columns, groups=groups, matches=_MATCHES))
+        values = {**wanted.values, "since": since, "until": until}
+        return [dict(row) for row in self._query(statement, values)]
+
+    def estimate(self, wanted: EventFilter, since: datetime, until: datetime) -> int:
+        """Return about how many events `read` yields, by the database's statistics."""
+        values = {**wanted.values, "since": since, "until": until}
+        [plan] = self._query(_ESTIMATE, values)[0]["QUERY PLAN"]
+        return int(plan["Plan"]["Plan Rows"])
+
+    def read(self, wanted: EventFilter, since: datetime, until: datetime) -> Iterator[StoredEvent]:
+        """Yield the events of a period of their own time, by project, time and id.
+
+        Reads them page by page, each in a transaction of its own: nothing waits for a reader that
+        is slow, and memory stays as it is.
+        """
+        projects = self._query(_LIST_PROJECTS, {"project": wanted.project})
+        for row in projects:
+            yield from self._read_project(replace(wanted, project=row["project_id"]), since, until)
+
+    def _read_project(
+        self, wanted: EventFilter, since: datetime, until: datetime
+    ) -> Iterator[StoredEvent]:
+        values: dict[str, object] = {**wanted.values, "until": until}
+        after, after_id = since, ""  # no id is empty
+        while True:
+            values |= {"after": after, "after_id": after_id, "limit": _PAGE_ROWS}
+            rows = self._query(_READ_PAGE, values)
+            yield from map(_make_event, rows)
+            if len(rows) < _PAGE_ROWS:
+                return
+            after, after_id = rows[-1]["event_timestamp"], rows[-1]["event_id"]
+
+    def _query(
+        self, statement: TextClause, values: Mapping[str, object] | None = None
+    ) -> Sequence[RowMapping]:
+        timeout = str(int(self._seconds * 1000))
+        try:
+            with self._connection.begin():
+                self._connection.execute(_SET_TIMEOUT, {"milliseconds": timeout})
+                return self._connection.execute(statement, values or {}).mappings().all()
+        except DBAPIError as error:
+            if not isinstance(error.orig, QueryCanceled):
+                raise
+            raise DatabaseError(
+                f"no answer within {self._seconds:.0f} s: ask for one project or for less time, or"
+                " give a longer --timeout"
+            ) from error
+
+
+def _make_event(row: RowMapping) -> StoredEvent:
+    present = {
+        wire_name: orjson.Fragment(row[name]) if name in _OBJECTS else row[name]
+        for name, wire_name in _WIRE_NAMES.items()
+        if row[name] is not None
+    }
+    return StoredEvent(present, row["event_timestamp"], row["received_at"], row.get("partition"))
