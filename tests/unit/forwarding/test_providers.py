@@ -374,7 +374,7 @@ def test_names_that_are_cut_alike_stay_apart(provider: Provider) -> None:
         st.sampled_from(["time", "metadata_time", "action", "$a", "x"]), st.integers(1, 9)
     )
 )
-def test_no_metadata_vanishes(metadata: dict[str, int]) -> None:
+def test_no_metadata_vanishes_from_payloads(metadata: dict[str, int]) -> None:
     """Each value of metadata is a property, whatever its key, in any process by the same name."""
     event = make_event(ui__action="click", metadata=metadata)
     for provider in PROVIDERS:
