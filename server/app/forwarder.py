@@ -49,7 +49,6 @@ _PROVIDERS = {provider.name: provider for provider in (Amplitude, Mixpanel)}
 _BEAT_SECONDS = 1.0
 # An event loop that has stood still for so long does not come back.
 _HUNG_SECONDS = 60.0
-_MAX_BODY_BYTES = 1024
 
 _log = logging.getLogger("productgraph.forwarder")
 
@@ -155,7 +154,7 @@ def _serve_metrics(
     totals = CountsCollector(Totals(FORWARDER_METRICS, counts))
     page = MetricsPage(totals, state, is_healthy=is_healthy)
     listener = listen(settings.host, ports["METRICS_PORT"])
-    server = HTTPServer(page, listener, threads=1, max_body_bytes=_MAX_BODY_BYTES)
+    server = HTTPServer(page, listener)
     for part in (Watchdog(readiness.check, monitor.check), readiness, monitor):
         stack.enter_context(part)
     page_server = MetricsServer(server)

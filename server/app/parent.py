@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from server.app.parts import BUCKETS, find_data
+from server.app.probes import Probes
 from server.config import Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
 from server.grpc.certificates import read_certificates
@@ -45,7 +46,6 @@ _WORKER_VARIABLES = {
 }
 # A process that has been told to stop is killed after this; with what follows, it is 30 s in all.
 _KILL_SECONDS = 27.0
-_METRICS_BODY_BYTES = 1024
 
 _log = logging.getLogger("productgraph")
 
@@ -53,6 +53,7 @@ _log = logging.getLogger("productgraph")
 class _Metrics(NamedTuple):
     receiver: ReportReceiver
     counts: Counts
+    probes: Probes
 
     def note_exit(self, command: str, process: int, expected: bool) -> None:
         self.receiver.note_exit(process)
@@ -88,6 +89,8 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         supervisor = _supervise("worker", settings.workers, environment, metrics, [buckets])
         if not has_terminal:
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
+        if metrics is not None:
+            metrics.probes.watch(supervisor.count_serving)
         supervisors = [supervisor]
         supervisor.start()
         stack.callback(_stop_together, supervisors)
@@ -134,14 +137,15 @@ def _serve_metrics(
     state = ServiceCollector(readiness.is_ready, monitor.lanes, tuple(settings.destinations))
     page = MetricsPage(CountsCollector(totals), state)
     listener = listen(settings.host, ports["METRICS_PORT"])
-    server = HTTPServer(page, listener, threads=1, max_body_bytes=_METRICS_BODY_BYTES)
+    probes = Probes(page, readiness.is_ready)
+    server = HTTPServer(probes, listener)
     stack.enter_context(Watchdog(readiness.check, monitor.check))
     stack.enter_context(readiness)
     stack.enter_context(monitor)
     for part in (receiver, MetricsServer(server)):
         part.start()
         stack.callback(part.stop)
-    return _Metrics(receiver, counts)
+    return _Metrics(receiver, counts, probes)
 
 
 def _stop_together(supervisors: Sequence[Supervisor]) -> None:

@@ -16,7 +16,8 @@ from server.events.schema import EVENT_SCHEMA, MAX_REQUEST_BYTES
 from server.grpc.api import IngestServicer
 from server.grpc.certificates import CertificateSource
 from server.grpc.server import GrpcServer
-from server.http.api import create_app
+from server.http.api import EVENTS_PATH, create_app
+from server.http.gate import BodyGate
 from server.http.openapi import encode_description
 from server.http.server import HTTPServer
 from server.ingest.admission import Admission
@@ -40,9 +41,6 @@ from server.telemetry.metrics import RequestMetrics, StorageMetrics
 from server.telemetry.reports import Reporter, find_socket
 from server.telemetry.request_log import RequestLog
 
-# It decodes and validates large requests, and waits for nothing. One at a time: decoded, a body can
-# take thirty times its size, and what does not fit into the processor's cache is slow.
-_HTTP_THREADS = 1
 # So long may what has been accepted take to be answered, before the parent's patience ends.
 _DRAIN_SECONDS = 20.0
 
@@ -114,7 +112,12 @@ class Worker:
         # What is a little too large is refused by the application, in its words; a body far over
         # the limit is not even read.
         return HTTPServer(
-            app, listener, threads=_HTTP_THREADS, max_body_bytes=2 * MAX_REQUEST_BYTES
+            app,
+            listener,
+            max_body_bytes=2 * MAX_REQUEST_BYTES,
+            gate=BodyGate(service.admission, EVENTS_PATH),
+            answer_seconds=settings.request_timeout_seconds,
+            on_eviction=self._storage_metrics.count_eviction,
         )
 
     def _build_grpc(

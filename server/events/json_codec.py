@@ -81,7 +81,7 @@ class JsonCodec:
         many events, and Unavailable if it takes longer to read than is left.
         """
         deadline.check(estimate_seconds(body, deadline.left()))
-        items = _Items(body, self._max_bytes)
+        items = _Items(body, self._max_bytes, deadline)
         count, events = len(items.quick), self._parse_items(items)
         if self._quick is not None and project_id is not None:
             events = self._parse_quickly(self._quick, items, project_id, Traits.of(body))
@@ -207,15 +207,16 @@ class JsonCodec:
 class _Items:
     """The events of a body as values, by the quick parser and, where it is needed, the exact."""
 
-    def __init__(self, body: bytes, max_bytes: int) -> None:
+    def __init__(self, body: bytes, max_bytes: int, deadline: Deadline) -> None:
         self._body = body
+        self._deadline = deadline
         self._max_bytes = max_bytes
         self.values = count_values(body)
-        self.quick = _read_items(parse_document(body))
+        self.quick = _read_items(parse_document(body, deadline))
 
     @cached_property
     def exact(self) -> list[Any]:
-        return _read_items(parse_exactly(self._body))
+        return _read_items(parse_exactly(self._body, self._deadline))
 
     def encode(self, index: int) -> bytes:
         """The JSON of one, with all digits that it had unless it is too large."""

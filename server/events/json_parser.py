@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
 from server.events.free_form import ExactFloat
 
@@ -25,6 +26,8 @@ MAX_VALUES = 500_000
 # looked at for it.
 _SECONDS_PER_BYTE, _SECONDS_PER_VALUE = 2e-8, 5e-6
 _QUICK_BYTES = 64 * 1024
+# A body can have millions of texts: whether there is time left is asked now and then.
+_MATCHES_PER_CHECK = 4096
 # Deeper than any valid event reaches, so that what is cut stays recognisable as too deep.
 _PRUNED_DEPTH = 64
 # A string, closed or not, or a bracket. Possessive, so that no input makes it backtrack.
@@ -50,47 +53,58 @@ def _estimate(body: bytes, values: int) -> float:
     return len(body) * _SECONDS_PER_BYTE + min(values, MAX_VALUES) * _SECONDS_PER_VALUE
 
 
-def parse_document(body: bytes) -> Any:
+def parse_document(body: bytes, deadline: Deadline = NEVER) -> Any:
     """The document in `body`, at the speed of orjson where it can be.
 
     Integers of more than 64 bits come as floats. Raises InvalidArgument for invalid JSON, and for
-    too many values.
+    too many values, and Unavailable where it takes too long to tell.
     """
-    if _has_too_many_values(body):
+    if _has_too_many_values(body, deadline):
         raise InvalidArgument(f"body: more than {MAX_VALUES} values")
     if b"\\" in body and rb"\u0000" in body:  # finding one byte is what takes no time
-        return parse_exactly(body)
+        return parse_exactly(body, deadline)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
-        return parse_exactly(body)
+        return parse_exactly(body, deadline)
 
 
-def parse_exactly(body: bytes) -> Any:
+def parse_exactly(body: bytes, deadline: Deadline = NEVER) -> Any:
     """The document in `body` with the digits of every integer.
 
     Integers come as int or Decimal, other numbers as ExactFloat, infinite ones included. U+0000 and
     lone surrogates come as U+FFFD. Raises InvalidArgument for invalid JSON.
     """
     try:
-        document = json.loads(
-            _prune(body.decode()),
-            parse_int=lambda digits: (int if len(digits) <= _LONGEST_INT else Decimal)(digits),
-            parse_float=ExactFloat,
-            parse_constant=_refuse_constant,
-        )
+        text = body.decode()
+        try:
+            document = _load(text)
+        except RecursionError:
+            # Only now: this takes long, and what is no JSON has been refused.
+            document = _load(_prune(text, deadline))
     except ValueError:
         raise InvalidArgument("body: invalid JSON") from None
     return _make_storable(document)
 
 
-def _has_too_many_values(body: bytes) -> bool:
+def _load(text: str) -> Any:
+    return json.loads(
+        text,
+        parse_int=lambda digits: (int if len(digits) <= _LONGEST_INT else Decimal)(digits),
+        parse_float=ExactFloat,
+        parse_constant=_refuse_constant,
+    )
+
+
+def _has_too_many_values(body: bytes, deadline: Deadline) -> bool:
     # A value takes two characters at least, the one before or behind it counted.
     if len(body) <= 2 * MAX_VALUES or count_values(body) <= MAX_VALUES:
         return False
     # Those within texts are none. One gap between texts after the other, to hold nothing.
     count = position = 0
-    for text in _STRING.finditer(body):
+    for number, text in enumerate(_STRING.finditer(body)):
+        if number % _MATCHES_PER_CHECK == 0:
+            deadline.check()
         count += count_values(body[position : text.start()])
         if count > MAX_VALUES:
             return True
@@ -107,11 +121,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def _prune(text: str) -> str:
+def _prune(text: str, deadline: Deadline) -> str:
     """The text with each array or object nested too deep replaced by null."""
     kept: list[str] = []
     depth = resume = 0
-    for match in _TOKEN.finditer(text):
+    for number, match in enumerate(_TOKEN.finditer(text)):
+        if number % _MATCHES_PER_CHECK == 0:
+            deadline.check()
         bracket = text[match.start()]
         if bracket in "[{":
             depth += 1
@@ -151,11 +167,13 @@ def _spell_out(value: Any, depth: int) -> Any:
     return value
 
 
-def _make_storable(value: Any) -> Any:
+def _make_storable(value: Any, depth: int = _PRUNED_DEPTH) -> Any:
     if isinstance(value, str):
         return _UNSTORABLE.sub("\ufffd", value)
+    if isinstance(value, list | dict) and depth == 1:
+        return None
     if isinstance(value, list):
-        return [_make_storable(element) for element in value]
+        return [_make_storable(element, depth - 1) for element in value]
     if isinstance(value, dict):
-        return {_make_storable(key): _make_storable(item) for key, item in value.items()}
+        return {_make_storable(key): _make_storable(item, depth - 1) for key, item in value.items()}
     return value

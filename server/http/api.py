@@ -11,9 +11,11 @@ from falcon.constants import COMBINED_METHODS
 from server.caller import Caller
 from server.errors import IngestError, Internal
 from server.events.json_codec import encode_response
+from server.events.schema import MAX_REQUEST_BYTES
 from server.http.body import read_json
 from server.http.cors import CrossOrigin
 from server.http.deferral import ENVIRON_KEY, Deferral
+from server.http.server import SMALL_BODY_BYTES
 from server.ingest.limits import Allowance
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
@@ -115,16 +117,20 @@ class _Events:
         deferral: Deferral,
         request: PendingRequest,
     ) -> None:
+        admission, key = self._service.admission, req.get_header("X-PG-API-Key") or ""
+        caller = request.caller = request.caller or admission.identify(key)
         if deferral.failure is not None:
             raise deferral.failure
-        admission, key = self._service.admission, req.get_header("X-PG-API-Key") or ""
-        caller = request.caller = admission.identify(key)
         if caller is None:
             deferral.hold(admission.look_up(key), repeat=True)
             return
         request.record.authenticated(caller.project_id)
+        body = read_json(req, SMALL_BODY_BYTES if deferral.in_loop else MAX_REQUEST_BYTES)
+        if body is None:
+            deferral.hand_over()
+            return
         deadline = self._service.find_deadline(arrived_at=deferral.received_at)
-        answer = self._service.ingest(caller, read_json(req), request.record, deadline)
+        answer = self._service.ingest(caller, body, request.record, deadline)
         request.stored = answer.stored
         deferral.hold(answer.stored)
         resp.status = falcon.HTTP_202

@@ -4,7 +4,8 @@ from collections.abc import Collection
 
 import falcon
 
-_PREFLIGHT_SECONDS = 3600
+# For so long a browser may go by an older list of origins, too.
+_PREFLIGHT_SECONDS = 86_400
 _EXPOSED_HEADERS = "RateLimit, RateLimit-Policy, Retry-After, X-Request-ID"
 
 

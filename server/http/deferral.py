@@ -24,21 +24,39 @@ class Deferral:
     """What the server and the application tell each other about one request.
 
     `received_at` is when the whole request had arrived, on the clock of time.monotonic: a large
-    one may have waited for its turn. `pending` is the application's own: whatever it puts there,
-    it finds when it is called again for this request. The server calls its method `close` once,
-    when the answer has been handed to the connection or the client is gone.
+    one may have waited for its turn. `failure` is what the application must answer with, if the
+    server knows it already. `pending` is the application's own: whatever it puts there, it finds
+    when it is called again for this request. The server calls its method `close` once, when the
+    answer has been handed to the connection or the client is gone.
+
+    `in_loop` says that others wait while the application runs: work that takes long must be put
+    off by `hand_over`.
     """
 
-    __slots__ = ("awaited", "failure", "pending", "received_at", "repeat")
+    __slots__ = (
+        "awaited",
+        "failure",
+        "handed_over",
+        "in_loop",
+        "pending",
+        "received_at",
+        "repeat",
+    )
 
-    def __init__(self, received_at: float) -> None:
-        self.received_at = received_at
+    def __init__(self) -> None:
+        self.received_at = 0.0
         self.failure: BaseException | None = None
         self.pending: Pending | None = None
+        self.in_loop = False
         self.awaited: Future[Any] | None = None
         self.repeat = False
+        self.handed_over = False
 
     def hold(self, awaited: "Future[Any]", *, repeat: bool = False) -> None:
         """Keep the answer until the future `awaited` is done; with `repeat`, call again then."""
         self.awaited = awaited
         self.repeat = repeat
+
+    def hand_over(self) -> None:
+        """Drop the answer and call the application again in a thread."""
+        self.handed_over = True

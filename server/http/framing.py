@@ -3,13 +3,16 @@
 import time
 from typing import Any
 
-from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.parser import HTTPRequestParser, ParsingError, get_header_lines
 from waitress.receiver import ChunkedReceiver
 from waitress.utilities import BadRequest
 
+from server.http.bodies import BodyBudget, DroppedBody
 from server.http.deferral import Deferral
 
 _MAX_CHUNK_LINE_BYTES = 16 * 1024
+# The first byte of a TLS handshake, and of no request.
+TLS_HANDSHAKE = b"\x16"
 
 
 class StrictChunks(ChunkedReceiver):
@@ -49,12 +52,21 @@ class StrictChunks(ChunkedReceiver):
 
 
 class RequestParser(HTTPRequestParser):
-    """Refuses what waitress lets through: ambiguous lengths, and lines without an end."""
+    """Refuses what waitress lets through: ambiguous framing, and lines without an end."""
 
     completed: bool
+    connection_close: bool
     body_rcv: Any
-    deferral: Deferral
-    held: Any = None  # the task whose answer is held back
+    headers: dict[str, str]
+    is_body_wanted = False  # until the gate has said so
+    is_dropped = False
+    held_bytes = 0  # as the budget knows them
+    budget: BodyBudget | None = None
+    held_task: Any = None  # the task whose answer is held back
+
+    def __init__(self, adj: Any) -> None:
+        super().__init__(adj)
+        self.deferral = Deferral()
 
     def received(self, data: bytes) -> int:
         """Take a part of the request; return how many of its bytes belong to it."""
@@ -66,17 +78,69 @@ class RequestParser(HTTPRequestParser):
                 self.error = BadRequest("a chunk's size or the trailer is too long")
                 self.completed = True
         if self.completed:
-            self.deferral = Deferral(time.monotonic())
+            self.deferral.received_at = time.monotonic()
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Read the head; raises ParsingError for a malformed one."""
+        """Read the head; raises ParsingError for a malformed or an ambiguous one."""
         try:
             super().parse_header(header_plus)
         except ValueError:  # a Content-Length of thousands of digits, an address that is none
             raise ParsingError("Invalid request") from None
-        if self.chunked and "CONTENT_LENGTH" in self.headers:
-            # https://www.rfc-editor.org/rfc/rfc9112#section-6.1-15: it may be smuggling.
-            raise ParsingError("Content-Length and Transfer-Encoding exclude each other")
+        if self.version == "1.1":
+            # https://www.rfc-editor.org/rfc/rfc9112#section-3.2-6. No name of a host has a comma,
+            # by which waitress joins the values of headers with one name.
+            host = self.headers.get("HOST")
+            if host is None or "," in host:
+                raise ParsingError("Host is required, once")
+        elif "TRANSFER_ENCODING" in self.headers:
+            # https://www.rfc-editor.org/rfc/rfc9112#section-6.1-16
+            raise ParsingError("Transfer-Encoding requires HTTP/1.1")
         if self.chunked:
+            self._check_chunked(header_plus)
             self.body_rcv = StrictChunks(self.body_rcv.buf)
+
+    def _check_chunked(self, header_plus: bytes) -> None:
+        # https://www.rfc-editor.org/rfc/rfc9112#section-6.1-15: it may be smuggling.
+        if "CONTENT_LENGTH" in self.headers:
+            raise ParsingError("Content-Length and Transfer-Encoding exclude each other")
+        codings = [
+            line.partition(b":")[2].strip(b" \t").lower()
+            for line in get_header_lines(header_plus)
+            if line.lower().startswith(b"transfer-encoding:")
+        ]
+        if codings != [b"chunked"]:
+            raise ParsingError("Transfer-Encoding must be chunked, once")
+
+    def drop_body(self) -> None:
+        """Free what has arrived of the body, and keep nothing of what is still to come."""
+        self.is_dropped = True
+        if self.body_rcv is not None:
+            held, self.body_rcv.buf = self.body_rcv.buf, DroppedBody(len(self.body_rcv))
+            held.close()
+        self._release()
+
+    def rewind_body(self) -> None:
+        """Let the body be read once more."""
+        if self.body_rcv is not None:
+            self.body_rcv.getfile().seek(0)
+
+    def refuse_body(self, error: BaseException) -> None:
+        """Drop the body, including what is still to come, and answer with this error."""
+        self.deferral.failure = error
+        self.drop_body()
+
+    def end_at_head(self) -> None:
+        """Take the request as it is: its body is not waited for, so nothing can follow it."""
+        self.completed = True
+        self.headers["CONNECTION"] = "close"
+        self.deferral.received_at = time.monotonic()
+
+    def close(self) -> None:
+        """Free the body."""
+        super().close()
+        self._release()
+
+    def _release(self) -> None:
+        if self.budget is not None:
+            self.budget.release(self)

@@ -2,7 +2,13 @@
 
 No thread waits for the database while an answer is held (see deferral.py), so that thousands of
 requests can wait at once and health checks are answered all the while. Small requests run in the
-loop itself: handing one to a thread costs more than running it.
+loop itself: handing one to a thread costs more than running it. Large ones run in one thread, one
+at a time: decoded, a body can take thirty times its size, and what does not fit into the
+processor's cache is slow.
+
+What clients can take without completing a request is bounded: a gate decides by the head whether
+a body is wanted, a budget bounds what is held of bodies, and when connections run out, the one
+that has gone longest without completing a request is closed.
 
 This relies on the insides of waitress 3.0.2, the version that is pinned: `HTTPChannel.service` runs
 the first of `requests`, and reads nothing else from the connection until it has removed that one.
@@ -21,14 +27,26 @@ from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 from waitress.task import ThreadedTaskDispatcher, WSGITask
 
+from server.errors import Unavailable
+from server.http.bodies import BodyBudget
 from server.http.deferral import ENVIRON_KEY
-from server.http.framing import RequestParser
+from server.http.framing import TLS_HANDSHAKE, RequestParser
 
-_SMALL_BODY_BYTES = 64 * 1024
+# Up to this size a request is run by the loop.
+SMALL_BODY_BYTES = 64 * 1024
+# By the head of a request: whether its body is wanted, or the error that answers the request
+# instead; or a future, and once that is done, the same question again.
+Gate = Callable[[RequestParser], "bool | Exception | Future[Any]"]
+
+_CONNECTIONS = 2000
 _LOOP_SECONDS = 1.0
 _DRAIN_LOOP_SECONDS = 0.05
 # While draining, a connection without a request is kept this long: one may be on its way.
 _IDLE_GRACE_SECONDS = 0.25
+
+
+def _want_no_body(_request: RequestParser) -> bool:
+    return False
 
 
 class _Held(BaseException):
@@ -36,9 +54,6 @@ class _Held(BaseException):
 
     Not an Exception, which would be answered with a 500 there.
     """
-
-    def __init__(self, awaited: "Future[Any]") -> None:
-        self.awaited = awaited
 
 
 class _OutputBuffer:
@@ -58,28 +73,42 @@ class _Task(WSGITask):
     """Calls the application for one request."""
 
     request: RequestParser
+    close_on_finish: bool
     channel: Any  # an _OutputBuffer once the answer is held back
 
     def __init__(self, channel: HTTPChannel, request: RequestParser) -> None:
         super().__init__(channel, request)
-        self.get_environment()[ENVIRON_KEY] = request.deferral
+        environ = self.get_environment()
+        environ[ENVIRON_KEY] = request.deferral
+        if request.command == "HEAD":  # a GET, of whose answer only the head is sent
+            environ["REQUEST_METHOD"] = "GET"
 
     def service(self) -> None:
         super().service()
-        awaited = self.request.deferral.awaited
-        if awaited is not None:
-            self.request.held = self
-            raise _Held(awaited)
+        deferral = self.request.deferral
+        if deferral.handed_over or deferral.awaited is not None:
+            self.request.held_task = self
+            self.environ = None
+            raise _Held
 
     def write(self, data: bytes) -> None:
-        if not self.wrote_header and self.request.deferral.awaited is not None:
-            self.channel = _OutputBuffer(self.channel)
-        super().write(data)
+        if not self.wrote_header:
+            deferral = self.request.deferral
+            if deferral.awaited is not None or deferral.handed_over:
+                self.channel = _OutputBuffer(self.channel)
+        super().write(b"" if self.request.command == "HEAD" else data)
 
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
             self.set_close_on_finish()
+        is_bodiless = self.version == "1.1" and self.status[:3] in ("204", "304")
+        if is_bodiless:
+            # waitress closes what has no length, even if there is nothing to be long.
+            closes = self.request.headers.get("CONNECTION", "").lower() == "close"
+            closes, self.close_on_finish = closes or self.close_on_finish, True
         header: bytes = super().build_response_header()
+        if is_bodiless:
+            self.close_on_finish = closes
         return header
 
 
@@ -106,26 +135,120 @@ class _Channel(HTTPChannel):
     """One connection."""
 
     parser_class = RequestParser
+    request: Any  # a RequestParser that is not complete, or None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.completed_at = self.creation_time
+        self.waits_for_gate = False
+
+    def readable(self) -> bool:
+        # As waitress has it, but for the gate: it is asked for each connection in each round.
+        return not (
+            self.waits_for_gate
+            or self.requests
+            or self.total_outbufs_len
+            or self.will_close
+            or self.close_when_flushed
+        )
+
+    def received(self, data: bytes) -> bool:
+        if self.request is None and data.startswith(TLS_HANDSHAKE):
+            self.will_close = True
+            return False
+        is_taken = bool(super().received(data))
+        request = self.request
+        if request is not None and request.headers_finished:
+            self._ask_gate(request)
+            if not request.is_dropped:
+                self.server.bodies.note(request, len(request.body_rcv))
+        return is_taken
+
+    def _ask_gate(self, request: RequestParser) -> None:
+        if request.is_body_wanted or request.is_dropped or self.waits_for_gate:
+            return
+        verdict = self.server.gate(request)
+        if isinstance(verdict, Future):
+            self.waits_for_gate = True
+            verdict.add_done_callback(lambda _: self.server.resume(self))
+        elif isinstance(verdict, Exception):
+            request.refuse_body(verdict)
+        elif verdict:
+            request.is_body_wanted = True
+        else:
+            request.drop_body()
+
+    def resume(self) -> None:
+        """Ask the gate again, and read on."""
+        self.waits_for_gate = False
+        request = self.request
+        if not self.connected or request is None:
+            return
+        self._ask_gate(request)
+        with self.requests_lock:
+            if request.expect_continue and not self.requests and not self.sent_continue:
+                self.send_continue()
+        self._add_ended()
+
+    def send_continue(self) -> None:
+        """Answer Expect: by 100 Continue if there is a body and it is wanted."""
+        request = self.request
+        if request.completed:  # there is none, or the head is refused
+            request.expect_continue = False
+            return
+        self._ask_gate(request)
+        if request.is_dropped:
+            request.expect_continue = False
+            request.end_at_head()
+        elif request.is_body_wanted:
+            super().send_continue()
+
+    def _add_ended(self) -> None:
+        """Take up a request that ended at its head outside of `received`."""
+        with self.requests_lock:
+            request = self.request
+            if self.connected and request is not None and request.completed:
+                self.request = None
+                self.requests.append(request)
+                if len(self.requests) == 1:
+                    self.server.add_task(self)
 
     def task_class(self, channel: HTTPChannel, request: RequestParser) -> _Task | _HeldAnswer:
         deferral = request.deferral
+        deferral.handed_over = False
         if deferral.awaited is None:
             return _Task(channel, request)
-        deferral.failure = deferral.awaited.exception()
-        if deferral.failure is None and not deferral.repeat:
-            return _HeldAnswer(channel, request.held)
+        failure = deferral.awaited.exception()
+        if failure is None and not deferral.repeat:
+            return _HeldAnswer(channel, request.held_task)
+        deferral.failure = failure
         deferral.awaited = None
         return _Task(channel, request)
 
     def service(self) -> None:
-        deferral = self.requests[0].deferral
+        request: RequestParser = self.requests[0]
+        deferral = request.deferral
         try:
             super().service()
-        except _Held as held:
-            held.awaited.add_done_callback(lambda _: self.server.complete(self))
+        except _Held:
+            if deferral.awaited is None or deferral.repeat:
+                request.rewind_body()
+            elif request.held_bytes:
+                request.drop_body()
+            if deferral.awaited is None:
+                self.server.hand_over(self)
+                return
+            deferral.awaited.add_done_callback(lambda _: self.server.take_up(self))
         else:
+            self.completed_at = self.last_activity
             if deferral.pending is not None:
                 deferral.pending.close()
+            self._add_ended()
+
+    def handle_close(self) -> None:
+        if self.request is not None:
+            self.request.close()
+        super().handle_close()
 
     def is_idle(self) -> bool:
         """Return whether nothing of a request or an answer is on this connection."""
@@ -142,16 +265,22 @@ class HTTPServer(TcpWSGIServer):
         application: Callable[..., Any],
         listener: socket.socket,
         *,
-        threads: int,
-        max_body_bytes: int,
+        max_body_bytes: int = 1024,
+        gate: Gate = _want_no_body,
+        answer_seconds: float = 5.0,
+        on_eviction: Callable[[], None] | None = None,
     ) -> None:
+        """Without a gate, no body is kept. Who waits `answer_seconds` for the thread is refused.
+
+        `on_eviction` is called for each connection that is closed to make room for another.
+        """
         adjustments = Adjustments(
-            threads=threads,
+            threads=1,
             max_request_body_size=max_body_bytes,
             # A batch of a thousand events is usually smaller: it never touches the disk.
             inbuf_overflow=1 << 20,
             max_request_header_size=1 << 16,
-            connection_limit=2000,
+            connection_limit=_CONNECTIONS,
             asyncore_use_poll=True,
             # No header of a proxy's is read here, so none needs to be removed.
             clear_untrusted_proxy_headers=False,
@@ -159,10 +288,15 @@ class HTTPServer(TcpWSGIServer):
             ident="",
         )
         dispatcher = ThreadedTaskDispatcher()
-        dispatcher.set_thread_count(threads)
+        dispatcher.set_thread_count(1)
+        self.gate = gate
+        self.bodies = BodyBudget()
         self.draining = False
+        self._answer_seconds = answer_seconds
+        self._on_eviction = on_eviction
         self._stopping = False
         self._completed: list[_Channel] = []
+        self._resumed: list[_Channel] = []
         self._completed_lock = threading.Lock()
         self._loop_thread: int | None = None
         super().__init__(
@@ -202,19 +336,32 @@ class HTTPServer(TcpWSGIServer):
         wasyncore.close_all(self._map)
 
     def add_task(self, channel: _Channel) -> None:
-        """Take up a new request: in the loop if it is quick to answer, else in a thread."""
-        request = channel.requests[0]
-        is_small = request.body_bytes_received <= _SMALL_BODY_BYTES
-        if is_small and "CONTENT_ENCODING" not in request.headers:
-            self.complete(channel)
+        """Take up a request: in the loop if it is quick to answer, else in a thread."""
+        if channel.requests[0].body_bytes_received <= SMALL_BODY_BYTES:
+            self._add(channel, self._completed)
         else:
-            super().add_task(channel)
+            self.hand_over(channel)
 
-    def complete(self, channel: _Channel) -> None:
+    def hand_over(self, channel: _Channel) -> None:
+        """Take up a request in the thread."""
+        channel.requests[0].deferral.in_loop = False
+        super().add_task(channel)
+
+    def take_up(self, channel: _Channel) -> None:
         """Take up a held request again. A whole group of them wakes the loop once."""
+        if channel.requests[0].deferral.repeat:
+            self.add_task(channel)
+        else:
+            self._add(channel, self._completed)
+
+    def resume(self, channel: _Channel) -> None:
+        """Let a connection go on that waits for the gate."""
+        self._add(channel, self._resumed)
+
+    def _add(self, channel: _Channel, channels: list[_Channel]) -> None:
         with self._completed_lock:
-            self._completed.append(channel)
-            is_first = len(self._completed) == 1
+            is_first = not (self._completed or self._resumed)
+            channels.append(channel)
         if is_first:
             self.pull_trigger()
 
@@ -224,13 +371,49 @@ class HTTPServer(TcpWSGIServer):
             super().pull_trigger()
 
     def _run_loop(self, seconds: float) -> None:
+        if len(self._map) >= _CONNECTIONS and not self.draining:
+            self._make_room()
+        if self.task_dispatcher.queue:
+            seconds = min(seconds, self._refuse_overdue())
         # What the loop itself has added since pulled no trigger: do not sleep on it.
-        timeout = 0.0 if self._completed else seconds
+        timeout = 0.0 if self._completed or self._resumed else seconds
         wasyncore.loop(timeout, use_poll=True, map=self._map, count=1)
         with self._completed_lock:
             completed, self._completed = self._completed, []
+            resumed, self._resumed = self._resumed, []
+        for channel in resumed:
+            channel.resume()
         for channel in completed:
+            channel.requests[0].deferral.in_loop = True
             channel.service()
+
+    def _make_room(self) -> None:
+        """Close the connection that has gone longest without completing a request.
+
+        Never one with a request that is being answered.
+        """
+        waiting = [channel for channel in self.active_channels.values() if not channel.requests]
+        if waiting:
+            min(waiting, key=lambda channel: channel.completed_at).handle_close()
+            if self._on_eviction is not None:
+                self._on_eviction()
+
+    def _refuse_overdue(self) -> float:
+        """Refuse what has waited too long for the thread; return when to look again, in seconds."""
+        overdue: list[_Channel] = []
+        dispatcher, now = self.task_dispatcher, time.monotonic()
+        left = _LOOP_SECONDS
+        with dispatcher.lock:
+            while dispatcher.queue:
+                received_at = dispatcher.queue[0].requests[0].deferral.received_at
+                left = received_at + self._answer_seconds - now
+                if left > 0:
+                    break
+                overdue.append(dispatcher.queue.popleft())
+        for channel in overdue:
+            channel.requests[0].deferral.failure = Unavailable("not answered in time")
+            self._add(channel, self._completed)
+        return max(0.0, min(left, _LOOP_SECONDS))
 
     def _accept_queued(self) -> None:
         known = -1

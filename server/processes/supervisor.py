@@ -162,6 +162,10 @@ class Supervisor:
         """
         self._restart_requested = True
 
+    def count_serving(self) -> int:
+        """Return how many workers are ready and not told to leave; from any thread."""
+        return sum(worker.ready and not worker.leaving for worker in tuple(self._running))
+
     def stop(self) -> None:
         """Let all workers drain (SIGTERM), and kill those that remain after `drain_seconds`."""
         for worker in self._running:

@@ -94,6 +94,12 @@ LOOKUPS = Metric(
     ("result",),
     known=tuple((result,) for result in LOOKUP_RESULTS),
 )
+EVICTIONS = Metric(
+    Kind.COUNTER,
+    "http_connections_evicted",
+    "Connections closed to make room for others, because none was left.",
+    known=_ALONE,
+)
 WORKERS = Metric(Kind.GAUGE, "workers", "Workers that are running.", known=_ALONE)
 RESTARTS = Metric(
     Kind.COUNTER,
@@ -115,7 +121,7 @@ METRICS = (
     *FORWARDER_METRICS,
     *(REQUESTS, REJECTED, ACCEPTED, EVENTS, SECONDS, SECONDS_DECODING, SECONDS_STORING),
     *(DUPLICATES, GROUP_ROWS, GROUP_BYTES, WAITING, WAITING_BYTES, CACHED, DROPPED, ERRORS),
-    *(LOOKUPS, WORKERS, RESTARTS),
+    *(LOOKUPS, EVICTIONS, WORKERS, RESTARTS),
 )
 
 
@@ -189,6 +195,10 @@ class StorageMetrics:
     def count_dropped(self, count: int) -> None:
         """Count rejected events that were not kept."""
         self._counts.add(DROPPED, count)
+
+    def count_eviction(self) -> None:
+        """Count a connection that was closed to make room for another."""
+        self._counts.add(EVICTIONS, 1)
 
     def show(self, backlog: tuple[int, int], known_keys: int) -> None:
         """Show the batches and bytes that wait to be stored, and the number of known keys."""

@@ -136,7 +136,7 @@ def start_get(service: Service, path: str, stack: ExitStack) -> http.client.HTTP
     connection = http.client.HTTPConnection("127.0.0.1", service.http_port, timeout=END_SECONDS)
     stack.enter_context(closing(connection))
     connection.connect()
-    connection.sock.sendall(f"GET {path} HTTP/1.1\r\n".encode())
+    connection.sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n".encode())
     return connection
 
 

@@ -265,7 +265,8 @@ def test_the_same_events_from_eight_clients_are_stored_once(pair: Service) -> No
 def test_two_hundred_disconnecting_clients_harm_nobody(service: Service, project: Project) -> None:
     """Two hundred clients that leave in the middle of their bodies harm nobody."""
     (worker,) = service.find_workers()
-    head = "POST /v1/events HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
+    head = "POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    head += "Content-Type: application/json\r\n"
     request = f'{head}X-PG-API-Key: {project.key}\r\n\r\n{{"events": ['.encode()
     with closing(HttpClient(service, project.key)) as client:
         assert send(client, [make_event(project.id)]) == "202"

@@ -1,6 +1,5 @@
 """Every error has its place in both protocols."""
 
-import time
 from collections.abc import Iterator
 from typing import cast
 
@@ -40,11 +39,18 @@ def find_subclasses(root: type[IngestError]) -> Iterator[type[IngestError]]:
 ERRORS = sorted(set(find_subclasses(IngestError)), key=lambda error: error.__name__)
 
 
+class Stranger:
+    """Stands in for admission: no key is known."""
+
+    def identify(self, _key: str) -> None:
+        """Return nobody."""
+
+
 @pytest.fixture(scope="module")
 def client() -> TestClient:
     """The HTTP application of a service that was never started."""
     service = IngestService(
-        cast(Admission, None),
+        cast(Admission, Stranger()),
         cast(Ingestion, None),
         {HTTP: JsonCodec(EVENT_SCHEMA)},
         timeout_seconds=1,
@@ -57,7 +63,7 @@ def client() -> TestClient:
 def test_every_error_has_its_http_status(kind: type[IngestError], client: TestClient) -> None:
     """Over HTTP, each error has the status that corresponds to its code, and its text."""
     error = kind.__new__(kind, "what went wrong")
-    deferral = Deferral(time.monotonic())
+    deferral = Deferral()
     deferral.failure = error
     answer = client.simulate_post("/v1/events", extras={ENVIRON_KEY: deferral})
     assert answer.status_code == HTTP_STATUS[kind.code]

@@ -71,10 +71,10 @@ def port(app: HoldingApp, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @contextmanager
-def serving(app: HoldingApp) -> Iterator[int]:
-    """Serves an application with two threads, on the port that it yields."""
+def serving(app: Callable[..., Any], **options: Any) -> Iterator[int]:
+    """Serves an application on the port that it yields."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = HTTPServer(app, listener, threads=2, max_body_bytes=1 << 20)
+    server = HTTPServer(app, listener, max_body_bytes=1 << 20, **options)
     thread = threading.Thread(target=server.serve)
     thread.start()
     try:
@@ -175,8 +175,8 @@ def test_pipelined_held_answers_keep_their_order(app: HoldingApp, port: int) -> 
     """Pipelined requests are answered in their order when the first and the third are held."""
     with connect(port) as connection:
         paths = ["/held", "/second", "/held", "/last"]
-        requests = [f"GET {path} HTTP/1.1\r\n\r\n" for path in paths[:-1]]
-        requests.append(f"GET {paths[-1]} HTTP/1.1\r\nConnection: close\r\n\r\n")
+        requests = [f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n" for path in paths[:-1]]
+        requests.append(f"GET {paths[-1]} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         connection.sendall("".join(requests).encode())
         app.wait_for(1)
         app.held[0].set_result(None)
@@ -210,7 +210,7 @@ def test_a_held_answer_to_head_has_no_body(app: HoldingApp, port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_head", ["GET /held HTTP/1.0", "GET /held HTTP/1.1\r\nConnection: close"]
+    "request_head", ["GET /held HTTP/1.0", "GET /held HTTP/1.1\r\nHost: x\r\nConnection: close"]
 )
 def test_a_closing_request_ends_its_connection(
     request_head: str, app: HoldingApp, port: int
@@ -308,10 +308,135 @@ def test_what_a_gone_client_kept_is_closed(path: str, failure: Exception | None)
     assert app.kept[0].closed == 1
 
 
+class ThreadApp:
+    """Tells in which thread it was called; a large body may occupy that until `go` is set.
+
+    The first call for /repeat is repeated, the first for /hand-over is handed to the thread.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.entered, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        """Answer with the length of the body, or with the failure."""
+        path, deferral = environ["PATH_INFO"], environ[ENVIRON_KEY]
+        is_first = path not in [called for called, _ in self.calls]
+        where = "loop" if deferral.in_loop else threading.current_thread().name
+        self.calls.append((path, where))
+        answer = str(len(environ["wsgi.input"].read()))
+        if deferral.failure is not None:
+            answer = f"failed: {deferral.failure}"
+        elif path == "/repeat" and is_first:
+            done: Future[None] = Future()
+            done.set_result(None)
+            deferral.hold(done, repeat=True)
+        elif path == "/hand-over" and deferral.in_loop:
+            deferral.hand_over()
+        elif path == "/occupy":
+            self.entered.set()
+            assert self.go.wait(TIMEOUT_SECONDS)
+        start_response("200 OK", [("Content-Length", str(len(answer)))])
+        return [answer.encode()]
+
+
+def send_post(port: int, path: str, size: int) -> http.client.HTTPConnection:
+    """Return a connection on which a body of this size has been sent."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
+    connection.request("POST", path, b"x" * size)
+    return connection
+
+
+LARGE = 100_000
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "places"),
+    [
+        ("/small", 10, ["loop"]),
+        ("/large", LARGE, ["waitress-0"]),
+        ("/repeat", 10, ["loop"] * 2),
+        ("/repeat", LARGE, ["waitress-0"] * 2),
+        ("/hand-over", 10, ["loop", "waitress-0"]),
+    ],
+)
+def test_large_requests_run_in_the_thread(path: str, size: int, places: list[str]) -> None:
+    """The loop runs what is small; what is large, or handed over, runs in the thread each time."""
+    app = ThreadApp()
+    with serving(app, gate=lambda _: True) as port, closing(send_post(port, path, size)) as sent:
+        assert sent.getresponse().read() == str(size).encode()
+    assert app.calls == [(path, place) for place in places]
+
+
+def test_requests_waiting_for_the_thread_are_refused_at_their_deadline() -> None:
+    """A large request that waits too long for another one is refused before that is through."""
+    app = ThreadApp()
+    with (
+        serving(app, gate=lambda _: True, answer_seconds=0.3) as port,
+        closing(send_post(port, "/occupy", LARGE)) as occupying,
+    ):
+        assert app.entered.wait(TIMEOUT_SECONDS)
+        with closing(send_post(port, "/large", LARGE)) as waiting:
+            assert waiting.getresponse().read() == b"failed: not answered in time"
+        app.go.set()
+        assert occupying.getresponse().read() == str(LARGE).encode()
+    assert app.calls == [("/occupy", "waitress-0"), ("/large", "loop")]
+
+
+def test_a_body_waits_for_the_gate() -> None:
+    """Nothing more is read of a body until the gate has decided, and then all of it."""
+    known: Future[bool] = Future()
+    asked = threading.Event()
+
+    def gate(_request: object) -> Any:
+        asked.set()
+        return True if known.done() else known
+
+    with serving(ThreadApp(), gate=gate) as port, connect(port) as connection:
+        head = f"POST /large HTTP/1.1\r\nHost: x\r\nContent-Length: {LARGE}\r\n\r\n"
+        connection.sendall(head.encode() + b"x" * (LARGE - 1))
+        assert asked.wait(TIMEOUT_SECONDS)
+        connection.sendall(b"x")
+        known.set_result(True)
+        connection.shutdown(socket.SHUT_WR)
+        assert read_to_end(connection).endswith(str(LARGE))
+
+
+def test_a_refused_body_is_dropped() -> None:
+    """A body that the gate refuses is read to its end, and the application told the error."""
+    with (
+        serving(ThreadApp(), gate=lambda _: Unavailable("no")) as port,
+        closing(send_post(port, "/large", LARGE)) as sent,
+    ):
+        assert sent.getresponse().read() == b"failed: no"
+        sent.request("POST", "/again", b"x" * LARGE)
+        assert sent.getresponse().read() == b"failed: no"
+
+
+def test_the_connection_idle_longest_makes_room(
+    app: HoldingApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When connections run out, idle ones go first, and none whose request is being answered."""
+    monkeypatch.setattr("server.http.server._CONNECTIONS", 22)
+    evicted: list[None] = []
+    with serving(app, on_eviction=lambda: evicted.append(None)) as port, ExitStack() as stack:
+        held = stack.enter_context(closing(send_get(port, "/held")))
+        app.wait_for(1)
+        idle = [stack.enter_context(connect(port)) for _ in range(40)]
+        for connection in idle[20:]:
+            connection.sendall(b"GET /unfinished HTTP/1.1\r\nX-")
+        for _ in range(5):
+            assert get(port, "/other") == "/other"
+        assert idle[0].recv(1) == b""
+        assert len(evicted) >= 20
+        app.release()
+        assert held.getresponse().read() == b"/held"
+
+
 # What a proxy that reads the framing differently would take for a request of its own, and what
 # closes the connection where it is read as one.
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\n\r\n"
-LAST = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 BAD_HEADS = {
     "two lengths": b"Content-Length: 0\r\nContent-Length: %d" % len(SMUGGLED),
@@ -376,8 +501,8 @@ def test_malformed_chunks_are_refused_with_their_connection(
         (post(b"Content-Length: 99999999999999999999"), 413),
         (post(b"\r\n".join(b"X-%d: y" % number for number in range(10_000))), 431),
         (post(b"X: " + b"y" * 100_000), 431),
-        (b"POST /v1/events HTTP/1.1\nContent-Length: 0\n\n" + SMUGGLED + LAST, 400),
-        (b"GET http://[::1/health HTTP/1.1\r\n\r\n" + SMUGGLED + LAST, 400),
+        (b"POST /v1/events HTTP/1.1\nHost: x\nContent-Length: 0\n\n" + SMUGGLED + LAST, 400),
+        (b"GET http://[::1/health HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED + LAST, 400),
         (bytes(range(256)) + b"\r\n\r\n" + SMUGGLED + LAST, 400),
     ],
     ids=["coding", "codings", "length", "headers", "header", "line feeds", "address", "garbage"],
@@ -398,7 +523,7 @@ def test_a_length_beside_chunks_ends_the_connection(service: Service) -> None:
 @pytest.mark.parametrize("start", [b"", b"0\r\n"], ids=["size", "trailer"])
 def test_an_endless_chunk_line_is_refused_early(start: bytes, service: Service) -> None:
     """The line of a chunk's size, and a trailer, are refused long before the largest body."""
-    head = b"POST /v1/events HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/events HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert exchange(service.http_port, head + start + b"1" * (1 << 20)) == [400]
 
 

@@ -13,7 +13,7 @@ from server.deadline import Deadline
 from server.errors import InvalidArgument, Unavailable
 from server.events.batch import ParsedBatch
 from server.events.json_codec import JsonCodec
-from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document
+from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document, parse_exactly
 from server.events.parsed import ParsedEvent
 from server.events.problems import NOT_AN_EVENT
 from server.events.protobuf_codec import ProtobufCodec
@@ -133,6 +133,46 @@ def test_late_bodies_are_not_parsed(clock: Clock) -> None:
         codec.parse_batch(body, deadline)
     with pytest.raises(InvalidArgument):
         codec.parse_batch(body)
+
+
+class RunningClock(Clock):
+    """Goes on by a tenth of a second whenever it is looked at."""
+
+    def __call__(self) -> float:
+        """Return the time, in seconds."""
+        self.now += 0.1
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'","' * 600_000, b"[" + b'"",' * 300_000 + b"[" * 100_000],
+    ids=["texts", "depth"],
+)
+def test_looking_through_a_body_ends_at_its_deadline(body: bytes) -> None:
+    """A body of millions of texts is not looked through to its end if its time is over before."""
+    clock = RunningClock()
+    with pytest.raises(Unavailable):
+        parse_document(body, Deadline(clock.now + 2, clock))
+    assert clock.now < 100 + 2.5
+
+
+def test_what_is_nested_too_deep_becomes_null() -> None:
+    """Whichever parser reads a deep document, it is cut at the same depth."""
+    for depth in (63, 64, 65, 200, 5_000, 100_000):
+        document = parse_exactly(b"[" * depth + b"]" * depth)
+        levels = 0
+        while document:
+            document, levels = document[0], levels + 1
+        assert (document, levels) == (([], 62) if depth == 63 else (None, 63))
+
+
+def test_invalid_json_is_not_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no JSON is refused by a parser in C, and never read token by token."""
+    monkeypatch.setattr("server.events.json_parser._TOKEN", None)
+    for body in (b'","' * 100_000, b'{"a": [1, 2', b"NaN", b"\xff"):
+        with pytest.raises(InvalidArgument, match="body: invalid JSON"):
+            parse_document(body)
 
 
 def test_reading_ends_at_the_deadline(clock: Clock) -> None:
