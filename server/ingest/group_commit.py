@@ -19,11 +19,12 @@ from server.errors import IngestError, Internal, Unavailable
 from server.events.copy_rows import Row
 from server.storage.connection import GuardedConnection
 from server.storage.database_thread import DatabaseThread
-from server.storage.errors import Conflict, Refused
+from server.storage.errors import Conflict, Fault, RowLocked
 from server.storage.events import EventStore
 
-# A request is answered so long before its deadline, where its outcome is still unknown.
-_MARGIN_SECONDS = 0.25
+# A request whose outcome is still unknown is answered this long before its deadline, but never
+# spends more than this share of its time on that.
+_MARGIN_SECONDS, _MARGIN_SHARE = 0.25, 0.25
 # A commit is given this long even when a request in it has less time left.
 _SHORTEST_COMMIT_SECONDS = 1.0
 _GROUP_BYTES = 16 << 20
@@ -34,6 +35,13 @@ _TELLING_BYTES, _TELLING_SECONDS = 32 << 10, 0.25
 # Of the time that a request has left, so much may be used up by what waits before it: the rest is
 # for its own group, and for a database that gets slower meanwhile.
 _WAITING_SHARE = 0.7
+# How long a group waits for a row that another transaction holds, before the one request with that
+# row is found: several times what a commit usually takes, within these bounds. That one request
+# waits longer, since all others have to wait with it only once.
+_LOCK_COMMITS, _SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS = 4.0, 0.05, 1.0
+_ALONE_FACTOR = 3.0
+# Each kind of failure that is a single request's is logged once in this time.
+_LOG_SECONDS = 60.0
 
 _log = logging.getLogger("productgraph.writer")
 
@@ -61,9 +69,11 @@ class _Pace:
 
     def __init__(self) -> None:
         self._rate = math.inf
+        self._usual_seconds = 0.0
 
     def learn(self, size: int, seconds: float) -> None:
-        """Takes note of a commit."""
+        """Take note of a commit."""
+        self._usual_seconds += 0.1 * (seconds - self._usual_seconds)
         rate = size / max(seconds, 1e-6)
         is_telling = size >= _TELLING_BYTES and seconds >= _TELLING_SECONDS
         if is_telling or rate > self._rate:
@@ -76,6 +86,30 @@ class _Pace:
     def group_bytes(self) -> float:
         """How large a group may be."""
         return min(_GROUP_BYTES, max(_TELLING_BYTES, self._rate * _GROUP_SECONDS))
+
+    def lock_seconds(self) -> float:
+        """Return how long to wait for a row that another transaction holds."""
+        wait = _LOCK_COMMITS * self._usual_seconds
+        return min(_LONGEST_LOCK_SECONDS, max(_SHORTEST_LOCK_SECONDS, wait))
+
+
+class _FailureLog:
+    """Logs what fails single requests: each kind once in a while, with how often it happened."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._counts: dict[str, int] = {}
+        self._silent_until: dict[str, float] = {}
+
+    def note(self, error: Exception) -> None:
+        """Log a request's failure, or count it for the next time."""
+        kind = f"{type(error).__name__} {getattr(error, 'code', '')}".strip()
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        if self._clock() >= self._silent_until.get(kind, -math.inf):
+            self._silent_until[kind] = self._clock() + _LOG_SECONDS
+            self._counts[kind] = 0
+            extra = {"kind": kind, "count": count}
+            _log.error("a request could not be stored", exc_info=error, extra=extra)
 
 
 class Writer(DatabaseThread):
@@ -106,6 +140,7 @@ class Writer(DatabaseThread):
         self._in_flight: list[Batch] = []
         self._busy_until = -math.inf
         self._pace = _Pace()
+        self._failures = _FailureLog(clock)
         self._available = True
 
     def submit(self, rows: Sequence[Row], deadline: Deadline) -> Future[None]:
@@ -115,13 +150,14 @@ class Writer(DatabaseThread):
         or too much is waiting. After a failure the rows may have been stored all the same.
         """
         size = sum(len(row.text) for row in rows)
-        batch = Batch(rows, size, deadline.at - _MARGIN_SECONDS)
+        margin = min(_MARGIN_SECONDS, _MARGIN_SHARE * deadline.left())
+        batch = Batch(rows, size, deadline.at - margin)
         with self._changed:
             if not self._available or self._stopping.is_set():
                 raise Unavailable("storage is unavailable")
             if self._waiting_bytes + size > self._max_waiting_bytes:
                 raise Unavailable("too many events are waiting to be stored")
-            deadline.check(_MARGIN_SECONDS + self._estimate_seconds(size))
+            deadline.check(margin + self._estimate_seconds(size))
             self._waiting.append(batch)
             self._waiting_bytes += size
             self._changed.notify()
@@ -199,17 +235,18 @@ class Writer(DatabaseThread):
         self._busy_until = now + self._pace.seconds_for(size)
         return group
 
-    def _store_group(self, group: list[Batch]) -> None:
+    def _store_group(self, group: list[Batch], *, others_wait: bool = False) -> None:
         try:
-            self._save(group)
+            self._save(group, others_wait=others_wait)
         except Unavailable as error:
             _log.warning("storage is unavailable", exc_info=error.__cause__)
             self._fail(group)
-        except Refused:
-            if len(group) == 1:
-                raise
-            for batch in group:
-                self._store_alone(batch)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it fails no request but its own
+            if len(group) > 1:
+                self._store_one_by_one(group)
+            else:
+                self._failures.note(error)
+                group[0].settle(_choose_answer(error))
         else:
             _settle(group)
             if self._on_group is not None:
@@ -217,28 +254,32 @@ class Writer(DatabaseThread):
                     sum(len(batch.rows) for batch in group), sum(batch.size for batch in group)
                 )
 
-    def _store_alone(self, batch: Batch) -> None:
-        """So that data which PostgreSQL refuses fails its own request only."""
-        try:
-            self._store_group([batch])
-        except Refused:
-            _log.exception("a request's rows were refused")
-            batch.settle(Internal())
+    def _store_one_by_one(self, group: Sequence[Batch]) -> None:
+        for batch in group:
+            if not self._available:
+                batch.settle(Unavailable("storage is unavailable"))
+            elif not batch.stored.done():
+                self._store_group([batch], others_wait=True)
 
-    def _save(self, group: list[Batch]) -> None:
+    def _save(self, group: list[Batch], *, others_wait: bool) -> None:
         rows = group[0].rows if len(group) == 1 else [row for each in group for row in each.rows]
         size = sum(batch.size for batch in group)
         earliest, started_at = min(batch.answer_by for batch in group), self._clock()
         expected = min(self._pace.seconds_for(size), _GROUP_SECONDS)
         until = max(earliest, started_at + _SHORTEST_COMMIT_SECONDS + expected)
+        lock_seconds = self._pace.lock_seconds() * (_ALONE_FACTOR if len(group) == 1 else 1.0)
         while True:
             seconds = until - self._clock()
             try:
                 with self._connection.connected(seconds) as connection:
-                    self._store.save(connection, rows, seconds)
+                    self._store.save(connection, rows, seconds, min(lock_seconds, seconds / 2))
                 self._pace.learn(size, self._clock() - started_at)
                 return
-            except Conflict:
+            except RowLocked:  # which one request alone can wait for, until another one comes
+                if others_wait or len(group) > 1 or self._waiting or self._clock() >= until:
+                    raise
+            except Conflict:  # with a table's lock, among others, for which all have to wait
+                lock_seconds *= 2
                 if self._clock() >= until:
                     raise Unavailable("not stored in time") from None
 
@@ -250,6 +291,15 @@ class Writer(DatabaseThread):
             self._waiting_bytes = 0
             self._changed.notify()
         _settle([*group, *waiting], Unavailable("storage is unavailable"))
+
+
+def _choose_answer(error: Exception) -> IngestError:
+    """Return what the one request is told that could not be stored though others can."""
+    if isinstance(error, RowLocked):
+        return Unavailable("another transaction holds one of these events")
+    if isinstance(error, Fault) and error.is_internal:
+        return Unavailable("the database failed to store these events")
+    return Internal()
 
 
 def _settle(group: Sequence[Batch], error: IngestError | None = None) -> None:

@@ -11,7 +11,11 @@ from os import dup
 from typing import Self
 
 import psycopg2
-from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+from psycopg2.extensions import (
+    TRANSACTION_STATUS_IDLE,
+    TRANSACTION_STATUS_INERROR,
+    TRANSACTION_STATUS_INTRANS,
+)
 from psycopg2.extensions import connection as DriverConnection
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import Connection as Connection
@@ -23,6 +27,7 @@ from server.errors import Unavailable
 from server.storage.errors import (
     Conflict,
     DatabaseError,
+    Fault,
     OnError,
     Refused,
     name_kind,
@@ -33,14 +38,39 @@ CONNECT_TIMEOUT_SECONDS = 2  # libpq's shortest
 PING_TIMEOUT_SECONDS = 1.5
 _RETRY_SECONDS = 0.2
 
+# What every transaction sets, for itself: a session's settings do not survive PgBouncer, and those
+# of a role, a database or the environment could change what a statement means. The names of tables
+# are those of one schema, and no temporary table can take the place of one.
+SEARCH_PATH = "SET LOCAL search_path = public, pg_temp;"
+# A peer that vanishes, its machine without power or behind a broken network, would hold its locks
+# for hours: no timeout but these ends a backend that waits for its client in the middle of COPY.
+# They mean nothing on a Unix socket. A peer that is only stopped still answers them.
+KEEPALIVES = """
+SET LOCAL tcp_keepalives_idle = 5;
+SET LOCAL tcp_keepalives_interval = 1;
+SET LOCAL tcp_keepalives_count = 3;
+SET LOCAL tcp_user_timeout = 8000;
+"""
+# `default_transaction_read_only` is left alone: it is how a server is made read-only.
+_SETTINGS = f"""
+{SEARCH_PATH}
+{KEEPALIVES}
+SET LOCAL idle_in_transaction_session_timeout = 60000;
+SET LOCAL standard_conforming_strings = on;
+SET LOCAL datestyle = 'ISO';
+SET LOCAL timezone = 'UTC';
+"""
+
+_OPEN = (TRANSACTION_STATUS_INTRANS, TRANSACTION_STATUS_INERROR)
+
 _log = logging.getLogger("productgraph.database")
 
 
 def open_engine(url: str) -> Engine:
     """Return an engine whose connections time out when opened.
 
-    All have one mode: the first statement begins a transaction, `commit` ends it. No startup
-    options are sent, which PgBouncer would refuse.
+    All have one mode: the first statement begins a transaction, `commit` ends it. Of startup
+    parameters only the encoding is sent: PgBouncer keeps it, and would refuse others.
     """
     engine = create_engine(
         url,
@@ -51,6 +81,7 @@ def open_engine(url: str) -> Engine:
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "application_name": "productgraph",
+            "client_encoding": "UTF8",  # the texts' own, whatever PGCLIENTENCODING or the role say
             "keepalives_idle": 30,
             "keepalives_interval": 5,
             "keepalives_count": 3,
@@ -59,6 +90,7 @@ def open_engine(url: str) -> Engine:
     )
     # Before the dialect's own first queries, during which the database may fall silent too.
     event.listen(engine, "connect", _introduce, insert=True)
+    event.listen(engine, "begin", _set_locally)
     return engine
 
 
@@ -69,6 +101,10 @@ _opening = threading.local()
 def _introduce(driver: DriverConnection, _record: object) -> None:
     if connection := getattr(_opening, "connection", None):
         connection.adopt(driver)
+
+
+def _set_locally(connection: Connection) -> None:
+    connection.exec_driver_sql(_SETTINGS)
 
 
 @contextmanager
@@ -87,7 +123,7 @@ def connected(engine: Engine) -> Iterator[Connection]:
 def raw_cursor(connection: Connection) -> Iterator[Cursor]:
     """Yield a cursor that begins no transaction: it sends BEGIN itself, together with more.
 
-    Fails in a transaction. After an error within one, the connection must be discarded.
+    Fails in a transaction. A transaction in which the block fails is rolled back.
     """
     driver = connection.connection.driver_connection
     assert driver is not None
@@ -95,6 +131,11 @@ def raw_cursor(connection: Connection) -> Iterator[Cursor]:
     with driver.cursor() as cursor:
         try:
             yield cursor
+        except BaseException:
+            if driver.info.transaction_status in _OPEN:
+                with suppress(psycopg2.Error):
+                    cursor.execute("ROLLBACK")
+            raise
         finally:
             if driver.info.transaction_status == TRANSACTION_STATUS_IDLE:
                 driver.autocommit = False
@@ -132,8 +173,8 @@ class GuardedConnection:
     def connected(self, seconds: float) -> Iterator[Connection]:
         """Yield the open connection for at most `seconds`, and commit.
 
-        Raises Unavailable if it cannot be opened, breaks or is cut. Conflict and Refused leave it
-        usable; after any other error a new one is opened next time.
+        Raises Unavailable if it cannot be opened, breaks or is cut. Conflict, Refused and Fault
+        leave it usable; after any other error a new one is opened next time.
         """
         self._cut_at = self._clock() + seconds
         try:
@@ -141,9 +182,9 @@ class GuardedConnection:
                 connection = self._connection or self._open()
                 yield connection
                 connection.commit()
-        except (Conflict, Refused) as error:
+        except (Conflict, Refused, Fault) as error:
             self._report(error)
-            connection.rollback()
+            self._roll_back(connection)
             raise
         except BaseException as error:
             self._report(error)
@@ -152,6 +193,12 @@ class GuardedConnection:
         finally:
             with self._lock:
                 self._cut_at = math.inf
+
+    def _roll_back(self, connection: Connection) -> None:
+        try:
+            connection.rollback()
+        except (psycopg2.Error, DBAPIError):
+            self.close()
 
     def _report(self, error: BaseException) -> None:
         if self._on_error is not None:

@@ -1,5 +1,6 @@
 """What a transaction can fail with: the driver's errors, translated into ours."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,8 +19,28 @@ class Conflict(Exception):
     """The transaction met another one's and was rolled back: it can be run again at once."""
 
 
+class RowLocked(Conflict):
+    """Another transaction holds a row of this one for longer than this one was to wait."""
+
+
 class Refused(Exception):
     """PostgreSQL refuses the data itself; running the transaction again cannot help."""
+
+
+class Fault(Exception):
+    """A statement failed for a reason that is neither the data's nor an outage's.
+
+    `code` is PostgreSQL's. The connection is still good.
+    """
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(f"{code} {text}")
+        self.code = code
+
+    @property
+    def is_internal(self) -> bool:
+        """Whether PostgreSQL, or an extension such as Citus, calls it an error of its own."""
+        return self.code == "XX000"
 
 
 # How a failed transaction is counted; all kinds there are.
@@ -34,6 +55,7 @@ ERROR_KINDS = (*_KINDS.values(), OTHER_ERROR)
 # Takes the kind of a failed transaction. Must not block.
 OnError = Callable[[str], None]
 
+_PLACE_OF_ROW = re.compile(r'[^"\n]*\(\d+,\d+\)')
 _CONFLICTS = (
     driver_errors.DeadlockDetected,
     driver_errors.SerializationFailure,
@@ -48,16 +70,18 @@ _OUTAGES = (
 
 def name_kind(error: BaseException) -> str:
     """Return the kind by which a transaction's error is counted."""
-    return _KINDS.get(type(error), OTHER_ERROR)
+    return next((name for kind, name in _KINDS.items() if isinstance(error, kind)), OTHER_ERROR)
 
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Turn the driver's errors into Conflict, Refused or Unavailable; let others pass."""
+    """Turn the driver's errors into RowLocked, Conflict, Refused, Fault or Unavailable."""
     try:
         yield
     except (psycopg2.Error, DBAPIError) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, driver_errors.LockNotAvailable) and _waited_for_row(cause):
+            raise RowLocked from error
         if isinstance(cause, _CONFLICTS) or _lost_its_partition(cause):
             raise Conflict from error
         if isinstance(cause, _OUTAGES) or _lost_its_server(cause):
@@ -65,6 +89,9 @@ def translated_errors() -> Iterator[None]:
         if isinstance(cause, psycopg2.DataError | psycopg2.IntegrityError):
             # The driver's text may repeat the data.
             raise Refused(f"{type(cause).__name__} {cause.diag.constraint_name or ''}") from None
+        if isinstance(cause, psycopg2.Error) and cause.pgcode:
+            # As above, this is the driver's context; the message itself is fixed, or an operator's.
+            raise Fault(cause.pgcode, cause.diag.message_primary or "") from None
         raise
     except PendingRollbackError as error:  # the connection broke within a transaction
         raise Unavailable("storage is unavailable") from error
@@ -77,6 +104,16 @@ def _lost_its_server(cause: BaseException | None) -> bool:
     OperationalError, since libpq does not yet call the connection bad.
     """
     return type(cause) is psycopg2.DatabaseError and cause.pgcode is None
+
+
+def _waited_for_row(cause: psycopg2.Error) -> bool:
+    """Return whether a lock was waited for because of a row, rather than a table.
+
+    Then the first line of the context, in whatever language, says where the row is, such as
+    'while inserting index tuple (0,3) in relation "events_2024_01"'; no other line does so before
+    its first quote.
+    """
+    return bool(_PLACE_OF_ROW.match(cause.diag.context or ""))
 
 
 def _lost_its_partition(cause: BaseException | None) -> bool:

@@ -5,27 +5,35 @@ from collections.abc import Callable, Sequence
 from io import BytesIO
 from operator import itemgetter
 
-from psycopg2.errors import UniqueViolation
+from psycopg2.errors import InternalError_, UniqueViolation
+from psycopg2.extensions import connection as DriverConnection
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import Connection
 
 from server import failpoints
 from server.events.copy_rows import COPY_OPTIONS, Row
-from server.storage.connection import raw_cursor
-from server.storage.errors import Conflict, Refused, translated_errors
+from server.storage.connection import KEEPALIVES, SEARCH_PATH, raw_cursor
+from server.storage.errors import translated_errors
 
 # After a duplicate for so long, since clients that send again do so in bursts.
 _STAGING_SECONDS = 5.0
 _COPY_BUFFER_BYTES = 1 << 18
 
-# One round trip with the COPY behind it. The settings are local to the transaction, so that they
-# hold under PgBouncer too; a database that acknowledges before its disk has the data is overruled.
-_BEGIN = """
-BEGIN;
-SET LOCAL statement_timeout = {timeout_ms};
-SELECT set_config('synchronous_commit', 'on', true)
- WHERE current_setting('synchronous_commit') = 'off';
+# One round trip with the COPY behind it. Plain statements: a SELECT of set_config would cost the
+# server as much as all of them.
+_BEGIN = f"""
+BEGIN ISOLATION LEVEL READ COMMITTED;
+{SEARCH_PATH}
+{KEEPALIVES}
+SET LOCAL idle_in_transaction_session_timeout = {{timeout_ms}};
+SET LOCAL statement_timeout = {{timeout_ms}};
+SET LOCAL lock_timeout = {{lock_ms}};
+SET LOCAL synchronous_commit = {{commit_level}};
 """
+# Of the server's levels of `synchronous_commit`, all others acknowledge before a disk has the data,
+# or say no more than `on` does.
+_STRONGER_LEVEL, _LEVEL = "remote_apply", "on"
+_LEVEL_SECONDS = 1.0
 _COPY = f"COPY {{table}} ({{columns}}) FROM STDIN ({COPY_OPTIONS})"
 _CREATE_STAGING = "CREATE TEMP TABLE staged_events (LIKE events INCLUDING DEFAULTS) ON COMMIT DROP;"
 _MOVE_STAGED = """
@@ -63,34 +71,51 @@ class EventStore:
         self._on_duplicates = on_duplicates
         self._clock = clock
         self._stage_until = clock()
+        self._commit_level = _LEVEL
+        self._level_of: DriverConnection | None = None
+        self._level_until = clock()
 
-    def save(self, connection: Connection, rows: Sequence[Row], seconds: float) -> None:
-        """Commits the rows, each once however often it is given or had been stored.
+    def save(
+        self, connection: Connection, rows: Sequence[Row], seconds: float, lock_seconds: float = 1.0
+    ) -> None:
+        """Commit the rows, each once however often it is given or had been stored.
 
-        Returns when they are durable. Raises Conflict or Refused, having stored nothing;
-        Unavailable, with the outcome unknown.
+        Returns when they are durable, which takes `seconds` at most, and `lock_seconds` for each
+        lock. Raises Conflict, Refused or Fault, having stored nothing; Unavailable, with the
+        outcome unknown.
         """
         # The first of equals wins. Sorted as the primary key is, so that writers of the same rows
         # wait for each other instead of deadlocking.
         unique = {row.identity: row for row in reversed(rows)}
         ordered = sorted(unique.values(), key=itemgetter(0))
-        begin = _BEGIN.format(timeout_ms=max(1, int(seconds * 1000)))
-        with raw_cursor(connection) as cursor:
-            try:
-                with translated_errors():
-                    stored = self._write(cursor, begin, ordered)
-            except (Conflict, Refused):
-                cursor.execute("ROLLBACK")
-                raise
+        with translated_errors(), raw_cursor(connection) as cursor:
+            begin = _BEGIN.format(
+                timeout_ms=_to_milliseconds(seconds),
+                lock_ms=_to_milliseconds(lock_seconds),
+                commit_level=self._find_commit_level(cursor),
+            )
+            stored = self._write(cursor, begin, ordered)
         if self._on_duplicates is not None and stored < len(rows):
             self._on_duplicates(len(rows) - stored)
 
+    def _find_commit_level(self, cursor: Cursor) -> str:
+        """Return the server's `synchronous_commit`, or `on` if that is weaker; asks once a second.
+
+        A database that acknowledges before its disk, or its standby's, has the data is overruled.
+        """
+        if cursor.connection is not self._level_of or self._clock() >= self._level_until:
+            cursor.execute("SHOW synchronous_commit")
+            is_stronger = cursor.fetchone() == (_STRONGER_LEVEL,)
+            self._commit_level = _STRONGER_LEVEL if is_stronger else _LEVEL
+            self._level_of, self._level_until = cursor.connection, self._clock() + _LEVEL_SECONDS
+        return self._commit_level
+
     def _write(self, cursor: Cursor, begin: str, rows: list[Row]) -> int:
-        """Commits rows that differ in their keys; returns how many of them were new."""
+        """Commit rows that differ in their keys; return how many of them were new."""
         if self._clock() >= self._stage_until:
             try:
                 _copy(cursor, begin + self._copy, rows)
-            except UniqueViolation:
+            except (UniqueViolation, InternalError_):  # Citus reports the one as the other
                 cursor.execute("ROLLBACK")
                 self._stage_until = self._clock() + _STAGING_SECONDS
             else:
@@ -110,6 +135,10 @@ class EventStore:
         failpoints.reach(failpoints.BEFORE_COMMIT)
         cursor.execute(more + b"COMMIT")  # in one round trip
         failpoints.reach(failpoints.AFTER_COMMIT)
+
+
+def _to_milliseconds(seconds: float) -> int:
+    return max(1, int(seconds * 1000))
 
 
 def _copy(cursor: Cursor, statement: str, rows: list[Row]) -> None:

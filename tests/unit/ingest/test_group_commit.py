@@ -289,3 +289,112 @@ def test_a_deadlocked_transaction_is_repeated_unseen(writer: Writer, table: Tabl
         cursor.execute(INSERT, "a")
     stored.result(60)
     assert table.find_events("deadlock") == set("abc")
+
+
+RAISE = """
+CREATE OR REPLACE FUNCTION complain() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_query() ~ TG_ARGV[1] THEN
+        RAISE EXCEPTION 'not this one' USING ERRCODE = TG_ARGV[0];
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER complain BEFORE INSERT ON events FOR EACH ROW WHEN (NEW.event_name = 'odd')
+EXECUTE FUNCTION complain('{code}', '{query}');
+"""
+UNTRIGGER = "DROP TRIGGER complain ON events"
+
+
+@contextmanager
+def complaining(table: Table, code: str, query: str = "") -> Iterator[None]:
+    """Have PostgreSQL raise an error for each event of one name, if the statement matches."""
+    with table.transaction(RAISE.format(code=code, query=query)):
+        pass
+    yield
+    with table.transaction(UNTRIGGER):
+        pass
+
+
+def submit_in_company(
+    writer: Writer, table: Table, project: str, **fields: Any
+) -> "tuple[Future[None], list[Future[None]]]":
+    """Hand in a request that shares its group with others; return its future and theirs."""
+    with table.locked():
+        neighbours = [submit(writer, project, "a")]
+        table.wait_for_writer()
+        neighbours.append(submit(writer, project, "b"))
+        odd = submit(writer, project, "x", **fields)
+        neighbours.append(submit(writer, project, "c", "d"))
+    return odd, neighbours
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [
+        ("P0001", Internal),  # what a trigger raises if it says no more
+        ("42501", Internal),  # insufficient privilege
+        ("22023", Internal),  # invalid parameter value
+        ("XX000", Unavailable),  # an internal error
+    ],
+)
+def test_an_error_of_one_request_spares_its_neighbours(
+    code: str,
+    answer: type[Exception],
+    writer: Writer,
+    table: Table,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever error a request causes, its neighbours are stored, and it is logged once."""
+    project = f"raises {code}"
+    with complaining(table, code):
+        for _ in range(2):
+            odd, neighbours = submit_in_company(writer, table, project, event_name="odd")
+            assert isinstance(odd.exception(60), answer)
+            for future in neighbours:
+                future.result(60)
+    assert table.find_events(project) == {"a", "b", "c", "d"}
+    assert caplog.text.count("a request could not be stored") == 1
+    assert "storage is unavailable" not in caplog.text
+
+
+def test_an_internal_error_of_copy_is_passed_by_staging(writer: Writer, table: Table) -> None:
+    """An error that PostgreSQL calls its own, and only COPY into the table meets, costs nothing."""
+    with complaining(table, "XX000", "COPY events "):
+        odd, neighbours = submit_in_company(writer, table, "staged", event_name="odd")
+        for future in (odd, *neighbours):
+            future.result(60)
+    assert table.find_events("staged") == {"a", "b", "c", "d", "x"}
+
+
+def test_a_held_row_delays_its_own_request_only(
+    writer: Writer, table: Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a group, only the request whose row another transaction holds is refused, for now."""
+    submit(writer, "deadlock", "held").result(60)
+    with table.transaction("DELETE FROM events WHERE event_id = 'held'"):
+        held = submit(writer, "deadlock", "held", "new")
+        wait_until(lambda: table.query(BLOCKED_BY_ROW))
+        neighbours = [submit(writer, "deadlock", f"n{number}") for number in range(20)]
+        again = submit(writer, "deadlock", "held")
+        for future in neighbours:
+            future.result(60)
+        for future in (held, again):
+            assert isinstance(future.exception(60), Unavailable)
+        assert is_open(writer, "deadlock")
+    assert "storage is unavailable" not in caplog.text
+    submit(writer, "deadlock", "held", "new").result(60)
+    assert {"held", "new"} <= table.find_events("deadlock")
+
+
+def test_a_short_deadline_can_be_met(writer: Writer) -> None:
+    """A request with less time than the usual margin is stored, not refused unseen."""
+    submit(writer, "short", "warm").result(60)
+
+    def is_stored() -> bool:
+        try:
+            submit(writer, "short", "hasty", seconds=0.2).result(60)
+        except Unavailable:
+            return False
+        return True
+
+    wait_until(is_stored)

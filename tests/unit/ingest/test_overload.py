@@ -42,7 +42,7 @@ class SlowStore:
         self.begun = threading.Event()
         self._clock = clock
 
-    def save(self, _connection: object, rows: Sequence[Row], _seconds: float) -> None:
+    def save(self, _connection: object, rows: Sequence[Row], *_seconds: float) -> None:
         """Stores rows nowhere."""
         self.begun.set()
         assert self.may_begin.wait(30)

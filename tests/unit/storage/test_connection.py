@@ -14,12 +14,11 @@ import psycopg2
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
 
 from server.errors import Unavailable
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
-from server.storage.errors import Conflict, DatabaseError, Refused, translated_errors
+from server.storage.errors import Conflict, DatabaseError, Fault, Refused, translated_errors
 from server.storage.health import Readiness, Watchdog
 from tests.support.services import wait_until
 
@@ -158,20 +157,20 @@ def test_a_database_silent_after_login_is_abandoned(delay: float) -> None:
         ("53200", Unavailable),  # out of memory
         ("58030", Unavailable),  # I/O error
         ("25006", Unavailable),  # read-only transaction, on a standby
-        ("42P01", DBAPIError),  # undefined table: a fault of ours
-        ("XX000", DBAPIError),  # internal error
-        ("QQ000", DBAPIError),  # one that the driver has no class for
+        ("42P01", Fault),  # undefined table: a fault of ours
+        ("XX000", Fault),  # internal error
+        ("QQ000", Fault),  # one that the driver has no class for
     ],
 )
 def test_database_errors_say_whether_to_try_again(
     sqlstate: str, translation: type[Exception], link: GuardedConnection
 ) -> None:
-    """Errors say whether to try again now, later or never; only the first two keep the session."""
+    """Errors say whether to try again now, later or never; only an outage ends the session."""
     session = run(link, "SELECT pg_backend_pid()")
     with pytest.raises(translation):
         run(link, fail_with(sqlstate))
     kept = run(link, "SELECT pg_backend_pid()") == session
-    assert kept is (translation in (Conflict, Refused))
+    assert kept is (translation is not Unavailable)
 
 
 def test_a_killed_session_is_replaced_after_its_use(
@@ -292,7 +291,7 @@ def test_each_failed_transaction_is_counted_by_kind(engine: Engine) -> None:
     for failing, statement, kind, error in (
         (link, "DO $$ BEGIN RAISE deadlock_detected; END $$", "conflict", Conflict),
         (link, "SELECT 'x'::integer", "refused", Refused),
-        (link, "SELECT nonsense", "other", DBAPIError),
+        (link, "SELECT nonsense", "other", Fault),
         (away, "SELECT 1", "unavailable", Unavailable),
     ):
         with pytest.raises(error):
