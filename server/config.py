@@ -1,33 +1,45 @@
-"""Settings, from the environment alone, checked before anything starts."""
+"""Settings, from the environment alone, checked before anything starts.
+
+Each is declared once, below; the table in OPERATIONS.md and `productgraph config` show the same.
+"""
 
 import os
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Generic, TypeVar
 
 from server.rates import parse_byte_rate, parse_event_rate
+from server.values import (
+    FALSE,
+    hide_credentials,
+    parse_collector,
+    parse_database_url,
+    parse_duration,
+    parse_endpoint,
+    parse_flag,
+    parse_level,
+    parse_optional_port,
+    parse_origins,
+    parse_path,
+    parse_protocol,
+    parse_seconds,
+    whole_number,
+)
 
 T = TypeVar("T")
 
-_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 # The names of the analytics providers, as settings, tables and metrics have them.
 AMPLITUDE, MIXPANEL = "amplitude", "mixpanel"
-# Each provider's credential variable and default endpoint.
-_PROVIDERS = {
-    AMPLITUDE: ("AMPLITUDE_API_KEY", "https://api2.amplitude.com/batch"),
-    MIXPANEL: ("MIXPANEL_TOKEN", "https://api.mixpanel.com/import"),
-}
 # Certificate, its key, and what clients' certificates are checked by.
 TLS_VARIABLES = ("GRPC_TLS_CERT_FILE", "GRPC_TLS_KEY_FILE", "GRPC_TLS_CLIENT_CA_FILE")
 # What scripts/ know better than the working directory: where the clone is that they belong to.
 DEFAULT_DATA_DIR = "PRODUCTGRAPH_DEFAULT_DATA_DIR"
-_POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
+# How alike two names are that mean the same, from 0 to 1; shorter names must be the same.
+_NEAR, _NEAR_LENGTH = 0.88, 6
+# Kubernetes gives every container the addresses of services in such variables.
+_ADDRESSES = ("tcp://", "udp://", "sctp://")
 
 
 class InvalidSetting(Exception):
@@ -96,197 +108,289 @@ class Settings:
     log_level: str
 
 
-def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Reads the settings; raises InvalidSetting for the first that is unusable."""
-    read = _Reader(environment)
-    return Settings(
-        host=read("HOST", "127.0.0.1", str),
-        port=read("PORT", "8080", _whole_number(0, 65535)),
-        grpc_port=read("GRPC_PORT", "50051", _whole_number(0, 65535)),
-        metrics_port=read("METRICS_PORT", "9464", _parse_optional_port),
-        database_url=read("DATABASE_URL", "", _parse_database_url),
-        data_dir=read("DATA_DIR", read(DEFAULT_DATA_DIR, "data", str), _parse_path),
-        data_dir_is_default=not read("DATA_DIR", "", str),
-        workers=read("WORKERS", "1", _whole_number(1, 64)),
-        cors_allowed_origins=read("CORS_ALLOWED_ORIGINS", "*", _parse_origins),
-        grpc_reflection=read("GRPC_REFLECTION", "true", _parse_flag),
-        grpc_tls=_read_tls(read),
-        request_timeout_seconds=read("REQUEST_TIMEOUT_SECONDS", "5", _parse_seconds),
-        max_waiting_bytes=read("MAX_WAITING_MB", "64", _whole_number(1, 4096)) * 1024 * 1024,
-        event_rate_limit=read("RATE_LIMIT", "off", parse_event_rate),
-        byte_rate_limit=read("BYTE_RATE_LIMIT", "off", parse_byte_rate),
-        destinations=_read_destinations(read),
-        forward_max_age_seconds=read("FORWARD_MAX_AGE", "3d", _parse_duration),
-        forwarders=read("FORWARDERS", "1", _whole_number(0, 16)),
-        rejected_keep=read("REJECTED_KEEP", "10000/7d", _parse_rejected_keep),
-        tracing=_read_tracing(read),
-        log_level="DEBUG"
-        if read("DEBUG", "false", _parse_flag)
-        else read("LOG_LEVEL", "INFO", _parse_level),
-    )
-
-
-def _read_tracing(read: "_Reader") -> bool:
-    """By https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/."""
-    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    is_off = read("OTEL_SDK_DISABLED", "false", str.lower) == "true"
-    exporters = read("OTEL_TRACES_EXPORTER", "otlp", str.lower)
-    return any(read(name, "", str) for name in endpoints) and not is_off and exporters != "none"
-
-
-def _read_destinations(read: "_Reader") -> dict[str, Destination]:
-    if not read("ANALYTICS_ENABLED", "false", _parse_flag):
-        return {}
-    return {
-        name: Destination(
-            read(f"{name.upper()}_ENDPOINT", endpoint, _parse_endpoint),
-            read(credential, "", _require(f"{name.upper()}_ENABLED")),
-        )
-        for name, (credential, endpoint) in _PROVIDERS.items()
-        if read(f"{name.upper()}_ENABLED", "false", _parse_flag)
-    }
-
-
-def _read_tls(read: "_Reader") -> TlsFiles | None:
-    """Whether the files can be used is seen where they are read."""
-    chain, key, client_ca = (
-        read(name, "", lambda text: _parse_path(text) if text else None) for name in TLS_VARIABLES
-    )
-    if chain and key:
-        return TlsFiles(chain, key, client_ca)
-    chain_variable, key_variable, _ = TLS_VARIABLES
-    if chain:
-        raise InvalidSetting(f"{key_variable}: must be set, since {chain_variable} is")
-    if key or client_ca:
-        raise InvalidSetting(f"{chain_variable}: must be set, since others of GRPC_TLS_… are")
-    return None
-
-
-class _Reader:
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
-
-    def __call__(self, name: str, default: str, parse: Callable[[str], T]) -> T:
-        """The parsed value; an empty one means the default, as compose files set them."""
-        try:
-            return parse(self._environment.get(name, "").strip() or default)
-        except ValueError as problem:
-            raise InvalidSetting(f"{name}: {problem}") from None
-
-
-def _whole_number(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise ValueError(f"must be a whole number from {low} to {high}, is {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _parse_path(text: str) -> Path:
-    try:
-        return Path(text).expanduser().absolute()
-    except RuntimeError:  # neither HOME nor an account tells what ~ is
-        raise ValueError(f"has a home directory that is unknown, is {text!r}") from None
-
-
-def _parse_optional_port(text: str) -> int | None:
-    if text.lower() in ("off", "false", "no"):  # not 0, which is any free port
-        return None
-    try:
-        return _whole_number(0, 65535)(text)
-    except ValueError:
-        raise ValueError(f"must be off or a whole number from 0 to 65535, is {text!r}") from None
-
-
-def _parse_seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1.0 <= seconds <= 60.0:
-        raise ValueError(f"must be a number of seconds from 1 to 60, is {text!r}")
-    return seconds
-
-
-def _parse_flag(text: str) -> bool:
-    if text.lower() in _TRUE:
-        return True
-    if text.lower() in _FALSE:
-        return False
-    raise ValueError(f"must be true or false, is {text!r}")
-
-
-def _parse_level(text: str) -> str:
-    if text.upper() not in _LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(_LOG_LEVELS)}, is {text!r}")
-    return text.upper()
-
-
-def _require(cause: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if not text:
-            raise ValueError(f"must be set, since {cause} is true")
-        return text
-
-    return parse
-
-
-def _parse_endpoint(text: str) -> str:
-    """Plain HTTP is for tests: it would show the events and the credential to anybody between."""
-    if _has_valid_port(text):
-        parts = urlsplit(text)
-        if parts.scheme == "https" and parts.hostname:
-            return text
-        if parts.scheme == "http" and parts.hostname in _LOOPBACK:
-            return text
-    raise ValueError("must be an https:// URL, or http:// on the loopback interface")
-
-
-def _parse_duration(text: str) -> float:
-    match = re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", text)
-    if match is None:
-        raise ValueError("must be a number and a unit (s, m, h or d), such as 3d")
-    return float(int(match[1]) * _UNIT_SECONDS[match[2]])
+def _parse_optional_path(text: str) -> Path | None:
+    return parse_path(text) if text else None
 
 
 def _parse_rejected_keep(text: str) -> RejectedKeep | None:
-    if text.lower() in _FALSE:
+    if text.lower() in FALSE:
         return None
     count, _, age = text.partition("/")
     try:
-        return RejectedKeep(_whole_number(1, 1_000_000)(count), _parse_duration(age))
+        return RejectedKeep(whole_number(1, 1_000_000)(count), parse_duration(age))
     except ValueError:
         raise ValueError(
             "must be off, or a number of events up to 1000000 and an age, such as 10000/7d"
         ) from None
 
 
-def _parse_origins(text: str) -> frozenset[str]:
-    origins = frozenset(origin.strip() for origin in text.split(",") if origin.strip())
-    for origin in origins - {"*"}:
-        parts = urlsplit(origin)
-        if not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
-            raise ValueError(f"must be * or origins such as https://example.com, has {origin!r}")
-    return origins
+def _mask(text: str) -> str:
+    return "***" if text else ""
 
 
-def _parse_database_url(text: str) -> str | None:
-    """Never shows the text, which may hold a password."""
-    if not text:
-        return None
-    scheme, separator, rest = text.partition("://")
-    is_well_formed = _has_valid_port(text) and "%00" not in text and rest.count("@") <= 1
-    if not separator or scheme not in _POSTGRESQL_SCHEMES or not is_well_formed:
-        raise ValueError(
-            "must be like postgresql://user:password@host:5432/database, with other characters"
-            " than letters, digits and -._~ in the password percent-encoded"
-        )
-    return f"postgresql+psycopg2://{rest}"
+@dataclass(frozen=True)
+class Setting(Generic[T]):
+    """A variable of the environment, as it is declared."""
+
+    name: str
+    default: str
+    meaning: str
+    parse: Callable[[str], T]
+    # What of its text may be shown.
+    show: Callable[[str], str] = str
+
+    def find(self, environment: Mapping[str, str]) -> str:
+        """Return its text; an empty one means the default, as compose files set them."""
+        return environment.get(self.name, "").strip() or self.default
+
+    def read(self, environment: Mapping[str, str]) -> T:
+        """Return its value. Raises InvalidSetting."""
+        try:
+            return self.parse(self.find(environment))
+        except ValueError as problem:
+            raise InvalidSetting(f"{self.name}: {problem}") from None
 
 
-def _has_valid_port(url: str) -> bool:
-    try:
-        return urlsplit(url).port != 0
-    except ValueError:  # not shown: where a password is malformed, it holds a part of it
+_PORT = Setting("PORT", "8080", "HTTP port", whole_number(0, 65535))
+_GRPC_PORT = Setting("GRPC_PORT", "50051", "gRPC port", whole_number(0, 65535))
+_METRICS_PORT = Setting(
+    "METRICS_PORT", "9464", "port of `GET /metrics`; `off`: none", parse_optional_port
+)
+_HOST = Setting(
+    "HOST",
+    "127.0.0.1",
+    "address to listen on; the Docker image sets 0.0.0.0, all interfaces",
+    str,
+)
+_DATABASE_URL = Setting(
+    "DATABASE_URL",
+    "",
+    "`postgresql://user:password@host:5432/database`; without it an embedded PostgreSQL runs",
+    parse_database_url,
+    hide_credentials,
+)
+_DATA_DIR = Setting(
+    "DATA_DIR",
+    "./data",
+    "directory of the embedded PostgreSQL's data; as root, if PostgreSQL's account cannot enter the"
+    " default, one below `/var/lib/productgraph`",
+    parse_path,
+)
+_WORKERS = Setting(
+    "WORKERS", "1", "worker processes; one for each core is a good number", whole_number(1, 64)
+)
+_CORS_ALLOWED_ORIGINS = Setting(
+    "CORS_ALLOWED_ORIGINS",
+    "*",
+    "origins of pages that may send events, separated by commas; `*` is any",
+    parse_origins,
+)
+_GRPC_REFLECTION = Setting(
+    "GRPC_REFLECTION", "true", "whether gRPC reflection is offered", parse_flag
+)
+_TLS_CHAIN, _TLS_KEY, _TLS_CLIENT_CA = (
+    Setting(name, "", meaning, _parse_optional_path)
+    for name, meaning in zip(
+        TLS_VARIABLES,
+        (
+            "TLS on the gRPC port: the certificate chain, PEM; without it, plain text is spoken",
+            "the certificate's key, PEM",
+            "mTLS: clients need a certificate of one of these authorities, beside their API key",
+        ),
+        strict=True,
+    )
+)
+_REQUEST_TIMEOUT_SECONDS = Setting(
+    "REQUEST_TIMEOUT_SECONDS",
+    "5",
+    "how long a request may wait to be stored before it is answered 503",
+    parse_seconds,
+)
+_MAX_WAITING_MB = Setting(
+    "MAX_WAITING_MB",
+    "64",
+    "how much may wait to be stored, in each worker, before requests are answered 503",
+    whole_number(1, 4096),
+)
+_RATE_LIMIT = Setting(
+    "RATE_LIMIT", "off", "events a second that may be sent with each API key", parse_event_rate
+)
+_BYTE_RATE_LIMIT = Setting(
+    "BYTE_RATE_LIMIT",
+    "off",
+    "bytes a second, such as `5MB` (KB, MB and GB are powers of 1,024; at least 1KB)",
+    parse_byte_rate,
+)
+_ANALYTICS_ENABLED = Setting(
+    "ANALYTICS_ENABLED", "false", "whether events are forwarded at all", parse_flag
+)
+_AMPLITUDE_ENABLED = Setting(
+    "AMPLITUDE_ENABLED", "false", "whether they are forwarded to Amplitude", parse_flag
+)
+_AMPLITUDE_API_KEY = Setting(
+    "AMPLITUDE_API_KEY", "", "the API key of the project in Amplitude", str, _mask
+)
+_AMPLITUDE_ENDPOINT = Setting(
+    "AMPLITUDE_ENDPOINT",
+    "https://api2.amplitude.com/batch",
+    "the whole URL; EU: `https://api.eu.amplitude.com/batch`",
+    parse_endpoint,
+    hide_credentials,
+)
+_MIXPANEL_ENABLED = Setting(
+    "MIXPANEL_ENABLED", "false", "whether they are forwarded to Mixpanel", parse_flag
+)
+_MIXPANEL_TOKEN = Setting("MIXPANEL_TOKEN", "", "the token of the project in Mixpanel", str, _mask)
+_MIXPANEL_ENDPOINT = Setting(
+    "MIXPANEL_ENDPOINT",
+    "https://api.mixpanel.com/import",
+    "the whole URL; EU: `https://api-eu.…`, India: `https://api-in.…`",
+    parse_endpoint,
+    hide_credentials,
+)
+_FORWARD_MAX_AGE = Setting(
+    "FORWARD_MAX_AGE",
+    "3d",
+    "when to give up an event that cannot be delivered (s, m, h or d)",
+    parse_duration,
+)
+_FORWARDERS = Setting(
+    "FORWARDERS",
+    "1",
+    "forwarders that `serve` runs; 0 if they are deployments of their own",
+    whole_number(0, 16),
+)
+_REJECTED_KEEP = Setting(
+    "REJECTED_KEEP",
+    "10000/7d",
+    "how many rejected events of each project are kept, and for how long; `off`: none",
+    _parse_rejected_keep,
+)
+_LOG_LEVEL = Setting("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR", parse_level)
+_DEBUG = Setting("DEBUG", "false", "true: the same as `LOG_LEVEL=DEBUG`", parse_flag)
+# In the order of the table.
+SETTINGS: tuple[Setting[Any], ...] = (
+    *(_PORT, _GRPC_PORT, _METRICS_PORT, _HOST, _DATABASE_URL, _DATA_DIR, _WORKERS),
+    *(_CORS_ALLOWED_ORIGINS, _GRPC_REFLECTION, _TLS_CHAIN, _TLS_KEY, _TLS_CLIENT_CA),
+    *(_REQUEST_TIMEOUT_SECONDS, _MAX_WAITING_MB, _RATE_LIMIT, _BYTE_RATE_LIMIT),
+    *(_ANALYTICS_ENABLED, _AMPLITUDE_ENABLED, _AMPLITUDE_API_KEY, _AMPLITUDE_ENDPOINT),
+    *(_MIXPANEL_ENABLED, _MIXPANEL_TOKEN, _MIXPANEL_ENDPOINT, _FORWARD_MAX_AGE, _FORWARDERS),
+    *(_REJECTED_KEEP, _LOG_LEVEL, _DEBUG),
+)
+
+# Those of OpenTelemetry that decide whether there are traces; it reads all others by itself:
+# https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
+_COLLECTORS = tuple(
+    Setting(name, "", "where traces are sent", parse_collector, hide_credentials)
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+)
+_PROTOCOLS = tuple(
+    Setting(name, "http/protobuf", "how traces are sent", parse_protocol)
+    for name in ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+)
+_SDK_DISABLED = Setting("OTEL_SDK_DISABLED", "false", "whether traces are off", str.lower)
+_TRACES_EXPORTER = Setting("OTEL_TRACES_EXPORTER", "otlp", "`none`: no traces", str.lower)
+
+# Each provider's switch, endpoint and credential.
+_PROVIDERS = {
+    AMPLITUDE: (_AMPLITUDE_ENABLED, _AMPLITUDE_ENDPOINT, _AMPLITUDE_API_KEY),
+    MIXPANEL: (_MIXPANEL_ENABLED, _MIXPANEL_ENDPOINT, _MIXPANEL_TOKEN),
+}
+
+
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings. Raises InvalidSetting for the first that is unusable."""
+    return Settings(
+        host=_HOST.read(environment),
+        port=_PORT.read(environment),
+        grpc_port=_GRPC_PORT.read(environment),
+        metrics_port=_METRICS_PORT.read(environment),
+        database_url=_DATABASE_URL.read(environment),
+        data_dir=_find_data_dir(environment).read(environment),
+        data_dir_is_default=not environment.get(_DATA_DIR.name, "").strip(),
+        workers=_WORKERS.read(environment),
+        cors_allowed_origins=_CORS_ALLOWED_ORIGINS.read(environment),
+        grpc_reflection=_GRPC_REFLECTION.read(environment),
+        grpc_tls=_read_tls(environment),
+        request_timeout_seconds=_REQUEST_TIMEOUT_SECONDS.read(environment),
+        max_waiting_bytes=_MAX_WAITING_MB.read(environment) * 1024 * 1024,
+        event_rate_limit=_RATE_LIMIT.read(environment),
+        byte_rate_limit=_BYTE_RATE_LIMIT.read(environment),
+        destinations=_read_destinations(environment),
+        forward_max_age_seconds=_FORWARD_MAX_AGE.read(environment),
+        forwarders=_FORWARDERS.read(environment),
+        rejected_keep=_REJECTED_KEEP.read(environment),
+        tracing=_read_tracing(environment),
+        log_level="DEBUG" if _DEBUG.read(environment) else _LOG_LEVEL.read(environment),
+    )
+
+
+def show_settings(environment: Mapping[str, str] = os.environ) -> Iterator[tuple[str, str]]:
+    """Yield each setting's name and, without secrets, the text that is in effect."""
+    for declared in SETTINGS:
+        setting = _find_data_dir(environment) if declared is _DATA_DIR else declared
+        yield setting.name, setting.show(setting.find(environment))
+
+
+def _find_data_dir(environment: Mapping[str, str]) -> Setting[Path]:
+    default = environment.get(DEFAULT_DATA_DIR, "").strip() or _DATA_DIR.default
+    return replace(_DATA_DIR, default=default)
+
+
+def _read_tracing(environment: Mapping[str, str]) -> bool:
+    """Return whether OpenTelemetry's variables ask for traces; if so, they must be usable."""
+    if _SDK_DISABLED.read(environment) == "true" or _TRACES_EXPORTER.read(environment) == "none":
         return False
+    collectors = [setting.read(environment) for setting in _COLLECTORS]
+    if not any(collectors):
+        return False
+    for setting in _PROTOCOLS:
+        setting.read(environment)
+    return True
+
+
+def _read_destinations(environment: Mapping[str, str]) -> dict[str, Destination]:
+    if not _ANALYTICS_ENABLED.read(environment):
+        return {}
+    return {
+        name: Destination(endpoint.read(environment), _require(credential, switch, environment))
+        for name, (switch, endpoint, credential) in _PROVIDERS.items()
+        if switch.read(environment)
+    }
+
+
+def _require(setting: Setting[str], cause: Setting[bool], environment: Mapping[str, str]) -> str:
+    if not (text := setting.read(environment)):
+        raise InvalidSetting(f"{setting.name}: must be set, since {cause.name} is true")
+    return text
+
+
+def _read_tls(environment: Mapping[str, str]) -> TlsFiles | None:
+    """Return the files, which are only looked at when they are read."""
+    chain, key, client_ca = (
+        setting.read(environment) for setting in (_TLS_CHAIN, _TLS_KEY, _TLS_CLIENT_CA)
+    )
+    if chain and key:
+        return TlsFiles(chain, key, client_ca)
+    if chain:
+        raise InvalidSetting(f"{_TLS_KEY.name}: must be set, since {_TLS_CHAIN.name} is")
+    if key or client_ca:
+        raise InvalidSetting(f"{_TLS_CHAIN.name}: must be set, since others of GRPC_TLS_… are")
+    return None
+
+
+def find_strays(environment: Mapping[str, str] = os.environ) -> Iterator[tuple[str, str]]:
+    """Yield each name that is nearly that of a setting, with the setting that may be meant."""
+    names = {_simplify(setting.name): setting.name for setting in SETTINGS}
+    long = [name for name in names if len(name) >= _NEAR_LENGTH]
+    for name, text in environment.items():
+        if name in names.values() or text.startswith(_ADDRESSES):
+            continue
+        simple = _simplify(name)
+        near = [simple] if simple in names else get_close_matches(simple, long, 1, _NEAR)
+        if near:
+            yield name, names[near[0]]
+
+
+def _simplify(name: str) -> str:
+    return name.replace("_", "").replace("-", "").upper()

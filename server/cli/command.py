@@ -1,5 +1,6 @@
 """What commands share: settings, the database, failures, options, and how lists are printed."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -10,12 +11,14 @@ import click
 import orjson
 
 from server import app
-from server.config import Settings, read_settings
+from server.config import Settings, find_strays, read_settings
 from server.logs import configure_logs
 from server.storage.connection import Connection, Engine, connected, open_engine
 from server.storage.migrate import check_migrated
 
 P = ParamSpec("P")
+
+_log = logging.getLogger("productgraph")
 
 # PostgreSQL's bigint, in which every table numbers its rows.
 NUMBER = click.IntRange(1, 2**63 - 1)
@@ -41,6 +44,12 @@ def with_settings(run: Callable[Concatenate[Settings, P], None]) -> Callable[P, 
         run(settings, *args, **options)
 
     return run_with_settings
+
+
+def warn_of_strays() -> None:
+    """Warn of each variable that is nearly a setting: it has no effect."""
+    for name, meant in find_strays():
+        _log.warning("%s is not a setting; did you mean %s?", name, meant)
 
 
 @contextmanager

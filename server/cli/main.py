@@ -8,7 +8,8 @@ from click.shell_completion import get_completion_class
 
 from server import app
 from server.cli.banner import describe_service
-from server.cli.command import Failure, with_settings
+from server.cli.command import Failure, warn_of_strays, with_settings
+from server.cli.config import config
 from server.cli.events import events
 from server.cli.forward import forward
 from server.cli.keys import keys
@@ -64,7 +65,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Settings come from environment variables; OPERATIONS.md lists them all.",
+    epilog="Settings come from environment variables: see productgraph config and OPERATIONS.md.",
 )
 @click.option(
     "--version",
@@ -90,6 +91,7 @@ def serve(settings: Settings) -> None:
     def announce(ports: dict[str, int], key: str | None) -> None:
         click.echo(describe_service(settings, ports, key))
 
+    warn_of_strays()
     app.run_service(settings, announce)
 
 
@@ -129,5 +131,5 @@ def completion(shell: str) -> None:
     click.echo(found(productgraph, {}, _NAME, _COMPLETION_VARIABLE).source())
 
 
-for command in (keys, events, forward, rejected, retention, psql):
+for command in (keys, events, forward, rejected, retention, psql, config):
     productgraph.add_command(command)

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from server.config import InvalidSetting, RejectedKeep, TlsFiles, read_settings
+from server import config
+from server.config import InvalidSetting, RejectedKeep, TlsFiles, find_strays, read_settings
 from server.storage.connection import open_engine
+from server.values import hide_credentials
 
 MIB = 1024 * 1024
 PASSWORD = "s3cret-passw0rd"
@@ -176,6 +178,84 @@ def test_otel_variables_switch_traces_on_and_off(
 ) -> None:
     """Traces are on where OpenTelemetry's variables name a collector and do not turn them off."""
     assert read_settings(environment).tracing is tracing
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://collector"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://collector:port"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc"),
+    ],
+)
+def test_malformed_tracing_ends_the_start(variable: str, text: str) -> None:
+    """What traces cannot be sent by is an error, unless there are to be none."""
+    with pytest.raises(InvalidSetting, match=f"^{variable}: must be "):
+        read_settings(ENDPOINT | {variable: text})
+    for off in ({"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"}):
+        assert not read_settings(ENDPOINT | {variable: text} | off).tracing
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("RATELIMIT", "RATE_LIMIT"),
+        ("WORKER", "WORKERS"),
+        ("rate_limit", "RATE_LIMIT"),
+        ("Port", "PORT"),
+        ("GRPCPORT", "GRPC_PORT"),
+        ("DATABASE_URI", "DATABASE_URL"),
+        ("CORS_ALLOWED_ORIGIN", "CORS_ALLOWED_ORIGINS"),
+        ("METRIC_PORT", "METRICS_PORT"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("FORWARDER", "FORWARDERS"),
+    ],
+)
+def test_names_near_a_setting_are_found(name: str, meant: str) -> None:
+    """A variable that was meant to be a setting is reported with the setting."""
+    assert list(find_strays({name: "1", "PATH": "/bin"})) == [(name, meant)]
+
+
+# What shells, Docker, Kubernetes, systemd, PostgreSQL and common tools set.
+FOREIGN = """
+    BASH BASHOPTS COLUMNS LINES EUID HOSTNAME HOSTTYPE LOGNAME MACHTYPE MAILCHECK OLDPWD OSTYPE PPID
+    PWD SHELL SHELLOPTS SHLVL TERM UID USER HOME PATH LANG LC_ALL EDITOR PAGER TZ TMPDIR DISPLAY
+    KUBERNETES_SERVICE_HOST KUBERNETES_SERVICE_PORT KUBERNETES_SERVICE_PORT_HTTPS KUBERNETES_PORT
+    KUBERNETES_PORT_443_TCP KUBERNETES_PORT_443_TCP_ADDR KUBERNETES_PORT_443_TCP_PORT
+    PRODUCTGRAPH_SERVICE_HOST PRODUCTGRAPH_SERVICE_PORT PRODUCTGRAPH_PORT GRPC_SERVICE_HOST
+    GRPC_SERVICE_PORT METRICS_SERVICE_HOST METRICS_SERVICE_PORT DATABASE_SERVICE_HOST
+    CACHE_DIRECTORY CONFIGURATION_DIRECTORY CREDENTIALS_DIRECTORY INVOCATION_ID JOURNAL_STREAM
+    LISTEN_FDS LISTEN_PID LOGS_DIRECTORY MAINPID MEMORY_PRESSURE_WATCH NOTIFY_SOCKET
+    RUNTIME_DIRECTORY STATE_DIRECTORY SYSTEMD_EXEC_PID WATCHDOG_PID WATCHDOG_USEC DEBUGINFOD_URLS
+    PGHOST PGPORT PGUSER PGPASSWORD PGDATABASE PGDATA POSTGRES_USER POSTGRES_DB POSTGRES_PASSWORD
+    HTTP_PROXY HTTPS_PROXY NO_PROXY PYTHONPATH VIRTUAL_ENV GRPC_VERBOSITY GRPC_TRACE
+    GRPC_DEFAULT_SSL_ROOTS_FILE_PATH OTEL_SERVICE_NAME OTEL_EXPORTER_OTLP_ENDPOINT XDG_DATA_DIRS
+    MALLOC_ARENA_MAX SSH_CLIENT SSH_CONNECTION DOCKER_HOST CI DEBIAN_FRONTEND
+"""
+
+
+def test_names_of_others_are_not_taken_for_settings() -> None:
+    """Nothing that a shell, Docker, Kubernetes or systemd sets is warned of, nor a setting."""
+    names = [*FOREIGN.split(), *(setting.name for setting in config.SETTINGS)]
+    assert list(find_strays(dict.fromkeys(names, "1"))) == []
+    assert list(find_strays({"METRIC_PORT": "tcp://10.0.0.1:80"})) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:s3cret@db:5432/app", "postgresql://***@db:5432/app"),
+        ("postgresql:///app?host=/run&password=s3cret", "postgresql:///app?***"),
+        ("https://api2.amplitude.com/batch", "https://api2.amplitude.com/batch"),
+        ("", ""),
+    ],
+)
+def test_shown_urls_have_no_credentials(url: str, shown: str) -> None:
+    """Of an address all is shown but its account and its query."""
+    assert hide_credentials(url) == shown
 
 
 @pytest.mark.parametrize(("debug", "level"), [("true", "DEBUG"), ("0", "ERROR"), ("", "ERROR")])

@@ -1,0 +1,147 @@
+"""What the texts of settings mean. Each function raises ValueError for a text that is unusable."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            raise ValueError(f"must be a whole number from {low} to {high}, is {text!r}")
+        return int(text)
+
+    return parse
+
+
+def parse_path(text: str) -> Path:
+    """Return an absolute path; `~` is the home directory."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:  # neither HOME nor an account tells what ~ is
+        raise ValueError(f"has a home directory that is unknown, is {text!r}") from None
+
+
+def parse_optional_port(text: str) -> int | None:
+    """Return a port, or None for off."""
+    if text.lower() in ("off", "false", "no"):  # not 0, which is any free port
+        return None
+    try:
+        return whole_number(0, 65535)(text)
+    except ValueError:
+        raise ValueError(f"must be off or a whole number from 0 to 65535, is {text!r}") from None
+
+
+def parse_seconds(text: str) -> float:
+    """Return a number of seconds from 1 to 60."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1.0 <= seconds <= 60.0:
+        raise ValueError(f"must be a number of seconds from 1 to 60, is {text!r}")
+    return seconds
+
+
+def parse_flag(text: str) -> bool:
+    """Return whether a flag is on."""
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in FALSE:
+        return False
+    raise ValueError(f"must be true or false, is {text!r}")
+
+
+def parse_level(text: str) -> str:
+    """Return the name of a level of logs."""
+    if text.upper() not in _LOG_LEVELS:
+        raise ValueError(f"must be one of {', '.join(_LOG_LEVELS)}, is {text!r}")
+    return text.upper()
+
+
+def parse_endpoint(text: str) -> str:
+    """Return the URL of a provider.
+
+    Plain HTTP is for tests: it would show the events and the credential to anybody in between.
+    """
+    if _has_valid_port(text):
+        parts = urlsplit(text)
+        if parts.scheme == "https" and parts.hostname:
+            return text
+        if parts.scheme == "http" and parts.hostname in _LOOPBACK:
+            return text
+    raise ValueError("must be an https:// URL, or http:// on the loopback interface")
+
+
+def parse_collector(text: str) -> str:
+    """Return the URL of a collector of traces, or an empty text for none."""
+    if text and not (
+        _has_valid_port(text)
+        and urlsplit(text).scheme in ("http", "https")
+        and urlsplit(text).hostname
+    ):
+        raise ValueError("must be a URL such as http://collector:4318")
+    return text
+
+
+def parse_protocol(text: str) -> str:
+    """Return the protocol to a collector, of which there is one."""
+    if text != "http/protobuf":
+        raise ValueError(f"must be http/protobuf, the only protocol spoken here, is {text!r}")
+    return text
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of an age such as 3d."""
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", text)
+    if match is None:
+        raise ValueError("must be a number and a unit (s, m, h or d), such as 3d")
+    return float(int(match[1]) * _UNIT_SECONDS[match[2]])
+
+
+def parse_origins(text: str) -> frozenset[str]:
+    """Return the origins of a list separated by commas; `*` is one of them."""
+    origins = frozenset(origin.strip() for origin in text.split(",") if origin.strip())
+    for origin in origins - {"*"}:
+        parts = urlsplit(origin)
+        if not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            raise ValueError(f"must be * or origins such as https://example.com, has {origin!r}")
+    return origins
+
+
+def parse_database_url(text: str) -> str | None:
+    """Return the URL as SQLAlchemy takes it. Never show the text, which may hold a password."""
+    if not text:
+        return None
+    scheme, separator, rest = text.partition("://")
+    is_well_formed = _has_valid_port(text) and "%00" not in text and rest.count("@") <= 1
+    if not separator or scheme not in _POSTGRESQL_SCHEMES or not is_well_formed:
+        raise ValueError(
+            "must be like postgresql://user:password@host:5432/database, with other characters"
+            " than letters, digits and -._~ in the password percent-encoded"
+        )
+    return f"postgresql+psycopg2://{rest}"
+
+
+def _has_valid_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:  # not shown: if a password is malformed, it holds a part of it
+        return False
+
+
+def hide_credentials(url: str) -> str:
+    """Return a valid URL without what may be a credential: account and query."""
+    scheme, separator, rest = url.partition("://")
+    account, at, place = rest.rpartition("@")
+    place, question, _ = place.partition("?")
+    return scheme + separator + ("***@" if at else account) + place + ("?***" if question else "")
