@@ -17,7 +17,7 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 def configure_logs(level: str) -> None:
-    """Sends all logs of `level` and above to standard error."""
+    """Send all logs of `level` and above to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_TextFormatter() if sys.stderr.isatty() else _JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -34,7 +34,7 @@ def _fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 class _Formatter(logging.Formatter):
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's names
-        """The first line of each exception's text only.
+        """Return the first line of each exception's text only.
 
         In the others PostgreSQL tells of the row that it was busy with.
         """

@@ -50,7 +50,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def open_directory() -> Iterator[Path]:
-    """A directory that the account of an embedded PostgreSQL may enter."""
+    """Provide a directory that the account of an embedded PostgreSQL may enter."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o711)
         yield Path(directory)
@@ -58,7 +58,7 @@ def open_directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres_url(pytestconfig: pytest.Config) -> Iterator[str]:
-    """A PostgreSQL for all tests of a run: TEST_DATABASE_URL, or an embedded one."""
+    """Provide a PostgreSQL for all tests of a run: TEST_DATABASE_URL, or an embedded one."""
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
     else:
@@ -69,7 +69,7 @@ def postgres_url(pytestconfig: pytest.Config) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def create_database(postgres_url: str) -> Iterator[Callable[[], str]]:
-    """Makes empty databases, in the form libpq takes, and drops them at the end."""
+    """Make empty databases, in the form libpq takes, and drop them at the end."""
     server = make_url(postgres_url).set(drivername="postgresql")
     names: list[str] = []
 
@@ -91,7 +91,7 @@ def _execute(url: str, statement: str) -> None:
 
 @pytest.fixture(scope="session")
 def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
-    """Makes databases with the tables of this version."""
+    """Make databases with the tables of this version."""
 
     def create() -> str:
         url = create_database()
@@ -103,7 +103,7 @@ def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
 
 @pytest.fixture(scope="module")
 def url(create_migrated: Callable[[], str]) -> str:
-    """A database of the module's own, in the form libpq takes."""
+    """Return a database of the module's own, in the form libpq takes."""
     return create_migrated()
 
 
@@ -115,20 +115,20 @@ def engine(url: str) -> Engine:
 
 @pytest.fixture(scope="session")
 def service(create_migrated: Callable[[], str]) -> Iterator[Service]:
-    """A running service that all tests share."""
+    """Provide a running service that all tests share."""
     with running_service({"DATABASE_URL": create_migrated()}) as running:
         yield running
 
 
 @pytest.fixture
 def project(service: Service) -> Project:
-    """A fresh project of the shared service, with a key."""
+    """Return a fresh project of the shared service, with a key."""
     return create_project(service)
 
 
 @pytest.fixture
 def database(service: Service) -> Iterator["psycopg2.extensions.connection"]:
-    """A connection to the shared service's database."""
+    """Provide a connection to the shared service's database."""
     with closing(psycopg2.connect(service.database_url)) as connection:
         connection.autocommit = True
         yield connection
@@ -136,6 +136,6 @@ def database(service: Service) -> Iterator["psycopg2.extensions.connection"]:
 
 @pytest.fixture
 def tenant(service: Service) -> Iterator[Tenant]:
-    """A project of the test's own that sends events to the service."""
+    """Provide a project of the test's own that sends events to the service."""
     with open_tenant(service) as tenant:
         yield tenant

@@ -62,7 +62,7 @@ class _Metrics(NamedTuple):
 
 
 def run_service(settings: Settings, announce: Callable[[dict[str, int], str | None], None]) -> None:
-    """Runs the parent process until a signal: database, partitions, workers.
+    """Run the parent process until a signal: database, partitions, workers.
 
     `announce` is called once all workers serve, with the ports by their settings' names and, if
     there was no API key in an embedded database, a new one.
@@ -157,7 +157,7 @@ def _stop_together(supervisors: Sequence[Supervisor]) -> None:
 
 
 def _keep_forwarding(count: int, metrics: _Metrics | None, stack: ExitStack) -> Supervisor:
-    """Runs forwarders beside the workers: processes of their own, that slow none of them."""
+    """Run forwarders beside the workers, in processes of their own that slow none of them."""
     supervisor, stop = _supervise("forward", count, os.environ, metrics), threading.Event()
     supervisor.start()
     watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop), daemon=True)
@@ -170,7 +170,7 @@ def _keep_forwarding(count: int, metrics: _Metrics | None, stack: ExitStack) -> 
 def _prepare_database(
     settings: Settings, stack: ExitStack
 ) -> tuple[Engine, Callable[[], None], str | None]:
-    """The engine, what keeps the database running, and the first key if one was made."""
+    """Return the engine, what keeps the database running, and the first key if one was made."""
     if settings.database_url is not None:
         engine = open_engine(settings.database_url)
         check_migrated(engine)

@@ -28,7 +28,7 @@ _log = logging.getLogger("productgraph")
 
 @contextmanager
 def opened_database(settings: Settings, *, create: bool = False) -> Iterator[str]:
-    """The URL of the database to use; the embedded one runs for as long as the context lasts.
+    """Provide the URL of the database; an embedded one runs until the context ends.
 
     Without `create`, an embedded one must be there already. Raises EmbeddedPostgresError.
     """
@@ -50,7 +50,7 @@ def find_data(settings: Settings, *, create: bool = False) -> Path:
 
 
 def open_outbox(settings: Settings) -> AlsoStore | None:
-    """What keeps stored events for the enabled providers; None where there is none."""
+    """Return what keeps stored events for the enabled providers, or None if there are none."""
     if not settings.destinations:
         return None
     return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).statements_for

@@ -133,7 +133,7 @@ class Worker:
         )
 
     def run(self, on_ready: Callable[[], None]) -> None:
-        """Serves until `stop`, then answers what has been accepted."""
+        """Serve until `stop` is called, then answer what has been accepted."""
         with ExitStack() as stack:
             if self._tracing is not None:
                 stack.callback(self._tracing.stop)
@@ -149,7 +149,7 @@ class Worker:
             self._drain()
 
     def stop(self) -> None:
-        """Makes `run` return; from any thread or a signal handler."""
+        """Make `run` return. Safe in any thread and in a signal handler."""
         self._http.stop()
 
     def _refresh_metrics(self) -> None:
@@ -184,7 +184,7 @@ def _build_limiter(settings: Settings) -> RateLimiter:
 
 
 def run_worker(settings: Settings) -> None:
-    """Runs one worker, started by `run_service`, until it is told to stop or that is gone."""
+    """Run one worker, started by `run_service`, until it is told to stop or its parent is gone."""
     lifeline = Lifeline.from_environment()
     _raise_file_limit()
     with opened_database(settings) as database_url:
@@ -203,7 +203,7 @@ def _raise_file_limit() -> None:
 
 @contextmanager
 def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
-    """What stores rejected events after all, by the same parts as a worker's."""
+    """Provide what stores rejected events after all, by the same parts as a worker's."""
     writer = Writer(
         GuardedConnection(engine),
         EventStore(RowEncoder(EVENT_SCHEMA).columns, open_outbox(settings)),

@@ -57,7 +57,7 @@ class RowEncoder:
         self.columns = (*names, *self._timestamps)
 
     def encode(self, parsed: ParsedEvent) -> Row:
-        """The row of a valid event, without its protobuf."""
+        """Return the row of a valid event, without its protobuf."""
         event = parsed.event
         times = [_format_time(event, name) for name in self._timestamps]
         project_id, event_id = self._ids(parsed.columns)

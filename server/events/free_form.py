@@ -79,7 +79,7 @@ def has_more_values(item: Mapping[str, Any], limit: int) -> bool:
 
 
 def fill_struct(struct: Struct, source: Mapping[str, Any], depth: float = math.inf) -> None:
-    """Adds the parsed JSON object `source` to `struct`, which is present then.
+    """Add the parsed JSON object `source` to `struct`, which is then present.
 
     What is nested deeper than `depth` levels, `source` counted, is left out as null. Raises
     LostDigits for a float that may have been an integer.
@@ -126,7 +126,7 @@ def _set_float(value: Value, item: float) -> None:
 
 
 def _set_odd(value: Value, item: Any) -> None:
-    """Sets what only the exact parser finds, or what is nested too deep."""
+    """Set what only the exact parser finds, or what is nested too deep."""
     if type(item) is ExactFloat and math.isfinite(item):
         value.number_value = item
     elif type(item) is Decimal:
@@ -136,7 +136,7 @@ def _set_odd(value: Value, item: Any) -> None:
 
 
 def read_struct(struct: Struct, depth: int) -> dict[str, Any]:
-    """The JSON object that `struct` holds; raises TooDeep where it has over `depth` levels."""
+    """Return the JSON object that `struct` holds. Raises TooDeep beyond `depth` levels."""
     if depth == 0:
         raise TooDeep
     fields = struct.fields
@@ -144,7 +144,7 @@ def read_struct(struct: Struct, depth: int) -> dict[str, Any]:
 
 
 def replace_nul(struct: Struct) -> None:
-    """Replaces U+0000 in a struct's keys and texts, at any depth."""
+    """Replace U+0000 in a struct's keys and texts, at any depth."""
     fields = struct.fields
     for key in [key for key in fields if "\0" in key]:
         fields[key.replace("\0", REPLACEMENT)].CopyFrom(fields[key])

@@ -105,7 +105,7 @@ class JsonCodec:
             return self._parse_event(items.exact[index])
 
     def _parse_dear_event(self, item: Any) -> ParsedEvent | MalformedEvent:
-        """Looks only at its texts and numbers where an event has more values than it may."""
+        """Look only at an event's texts and numbers if it has more values than allowed."""
         if type(item) is not dict or not has_more_values(item, self._max_values):
             return self._parse_event(item)
         fields = self._collect_fields(item)
@@ -127,7 +127,7 @@ class JsonCodec:
             return self._parse_carefully(self._collect_fields(item))
 
     def _collect_fields(self, item: dict[str, Any]) -> dict[str, Any]:
-        """The fields that are present, by proto name; those that the schema lacks in one."""
+        """Return the fields present, by proto name, and in one those that the schema lacks."""
         name_of = self._name_of
         fields = {name_of(name, ""): value for name, value in item.items() if value is not None}
         if "" in fields or type(fields.get(self._catch_all.name, fields)) is not dict:
@@ -167,13 +167,13 @@ class JsonCodec:
         return self._columns.arrange(event, fields, objects)
 
     def _read_back(self, event: Event, objects: dict[str, Any]) -> ParsedEvent | MalformedEvent:
-        """Takes what the event makes of its objects."""
+        """Replace its objects by what the event makes of them."""
         for name, value in objects.items():
             self._set_object(getattr(event, name), value)
         return self._columns.read(event, event.SerializeToString())
 
     def _parse_carefully(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
-        """Sets field by field in the order of the schema, up to the first that is malformed."""
+        """Set the fields in the order of the schema, up to the first that is malformed."""
         event = Event()
         for field in self._fields:
             if field.name not in fields:
@@ -219,7 +219,7 @@ class _Items:
         return _read_items(parse_exactly(self._body, self._deadline))
 
     def encode(self, index: int) -> bytes:
-        """The JSON of one, with all digits that it had unless it is too large."""
+        """Return one event's JSON, with all digits that it had unless it is too large."""
         encoded = encode_document(self.quick[index])
         if len(encoded) > self._max_bytes or not _LONG_NUMBER.search(encoded):
             return encoded
@@ -249,7 +249,7 @@ def _set_timestamp(target: Timestamp, value: Any) -> None:
 
 
 def _read_integer(value: Any, field: Field) -> int:
-    """An integer as proto3's JSON mapping takes it, rounded where the field's rules say so."""
+    """Return an integer as proto3's JSON mapping has it, rounded if the field's rules say so."""
     is_number = isinstance(value, str | int | float | Decimal) and type(value) is not bool
     if not is_number or not _NUMBER.fullmatch(str(value)):
         raise InvalidValue(NOT_AN_INTEGER)
@@ -264,7 +264,7 @@ def _read_integer(value: Any, field: Field) -> int:
 
 
 def encode_response(response: IngestEventsResponse) -> bytes:
-    """A result as the documented JSON object."""
+    """Return a result as the documented JSON object."""
     errors = [{"index": error.index, "error": error.error} for error in response.errors]
     return orjson.dumps(
         {"accepted": response.accepted, "rejected": response.rejected, "errors": errors}

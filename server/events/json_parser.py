@@ -54,7 +54,7 @@ def _estimate(body: bytes, values: int) -> float:
 
 
 def parse_document(body: bytes, deadline: Deadline = NEVER) -> Any:
-    """The document in `body`, at the speed of orjson where it can be.
+    """Return the document in `body`, at the speed of orjson if possible.
 
     Integers of more than 64 bits come as floats. Raises InvalidArgument for invalid JSON, and for
     too many values, and Unavailable where it takes too long to tell.
@@ -70,7 +70,7 @@ def parse_document(body: bytes, deadline: Deadline = NEVER) -> Any:
 
 
 def parse_exactly(body: bytes, deadline: Deadline = NEVER) -> Any:
-    """The document in `body` with the digits of every integer.
+    """Return the document in `body` with the digits of every integer.
 
     Integers come as int or Decimal, other numbers as ExactFloat, infinite ones included. U+0000 and
     lone surrogates come as U+FFFD. Raises InvalidArgument for invalid JSON.
@@ -122,7 +122,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _prune(text: str, deadline: Deadline) -> str:
-    """The text with each array or object nested too deep replaced by null."""
+    """Return the text with each array or object nested too deep replaced by null."""
     kept: list[str] = []
     depth = resume = 0
     for number, match in enumerate(_TOKEN.finditer(text)):
@@ -142,7 +142,7 @@ def _prune(text: str, deadline: Deadline) -> str:
 
 
 def encode_document(document: Any) -> bytes:
-    """A parsed document as JSON, with the digits that it had when parsed.
+    """Return a parsed document as JSON, with the digits that it had when parsed.
 
     What is nested deeper than any valid event reaches becomes null.
     """
@@ -153,7 +153,7 @@ def encode_document(document: Any) -> bytes:
 
 
 def _spell_out(value: Any, depth: int) -> Any:
-    """The value with every number in the digits that orjson would refuse to write."""
+    """Return the value with every number in the digits that orjson would refuse to write."""
     if isinstance(value, dict | list) and depth == 0:
         return None
     if isinstance(value, dict):

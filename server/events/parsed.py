@@ -35,7 +35,7 @@ class ParsedEvent(NamedTuple):
     size: int = 0
 
     def complete(self) -> Event:
-        """The event with all of its objects."""
+        """Return the event with all of its objects."""
         for name, value in self.objects.items():
             fill_struct(getattr(self.event, name), value)
         return self.event
@@ -59,12 +59,12 @@ class ColumnReader:
     def arrange(
         self, event: Event, texts: dict[str, str], objects: Mapping[str, dict[str, Any]]
     ) -> ParsedEvent:
-        """The event with these texts, by their columns' names, and objects that it lacks."""
+        """Return the event with these texts, by their columns' names, and objects that it lacks."""
         empty = [name for name in texts if not texts[name]] if "" in texts.values() else ()
         return ParsedEvent(event, self._in_order(self._absent | texts), empty, objects)
 
     def read(self, event: Event, encoded: bytes) -> ParsedEvent | MalformedEvent:
-        """The event with its columns; malformed where free-form fields nest too deep.
+        """Return the event with its columns; malformed if free-form fields nest too deep.
 
         `encoded` is any encoding of the event.
         """

@@ -86,7 +86,7 @@ class ProtobufCodec:
             replace_nul(getattr(event, field.name))
 
     def _find_malformed(self, encoded: bytes) -> MalformedEvent:
-        """Reads what can be read, up to the first field that cannot."""
+        """Read what can be read, up to the first field that cannot."""
         event = Event()
         try:
             loose = self._loose_type.FromString(encoded)
@@ -132,7 +132,7 @@ def _is_storable(parsed: ParsedEvent | MalformedEvent) -> bool:
 
 
 def _loosen(message_type: type[Message]) -> type[Message]:
-    """The same message with bytes for texts and messages, which any bytes can be read as."""
+    """Return the message with bytes for texts and messages: any bytes can be read as these."""
     file = descriptor_pb2.FileDescriptorProto(name="loose.proto", package="loose", syntax="proto3")
     message_type.DESCRIPTOR.CopyToProto(file.message_type.add())
     [message] = file.message_type

@@ -59,7 +59,7 @@ class Schema:
     max_depth: int
 
     def of_kind(self, *kinds: Kind) -> tuple[Field, ...]:
-        """The fields of these kinds, in order."""
+        """Return the fields of these kinds, in order."""
         return tuple(field for field in self.fields if field.kind in kinds)
 
     @property
@@ -82,7 +82,7 @@ class Schema:
 
 
 def read_schema(descriptor: Descriptor) -> Schema:
-    """Reads a schema off a message descriptor; raises ValueError for what has no column."""
+    """Read a schema off a message descriptor. Raises ValueError for what has no column."""
     limits = descriptor.GetOptions().Extensions[rules_pb2.message_rules]
     fields = tuple(_read_field(i, field) for i, field in enumerate(descriptor.fields))
     return Schema(fields, limits.max_bytes, limits.max_depth)

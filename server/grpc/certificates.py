@@ -30,7 +30,7 @@ class Certificates:
 
 
 def read_certificates(files: TlsFiles) -> Certificates:
-    """Reads the files; raises InvalidSetting for the first that cannot be used."""
+    """Read the files. Raises InvalidSetting for the first that cannot be used."""
     certificates = Certificates(
         _read(_CHAIN, files.chain),
         _read(_KEY, files.key),
@@ -82,7 +82,7 @@ class CertificateSource:
     """The certificates that the files hold now; for one caller at a time."""
 
     def __init__(self, files: TlsFiles, clock: Callable[[], float] = time.monotonic) -> None:
-        """Reads the files; raises InvalidSetting. The clock counts seconds."""
+        """Read the files. Raises InvalidSetting. The clock counts seconds."""
         self._files = files
         self._clock = clock
         self._next_look = clock() + _LOOK_SECONDS
@@ -118,7 +118,7 @@ def _identify(files: TlsFiles) -> tuple[tuple[int, ...] | None, ...]:
 
 
 def _identify_one(path: Path) -> tuple[int, ...] | None:
-    """What changes with the file, or where a link points elsewhere; None where it is missing."""
+    """Return what changes with the file or with a link to it; None if it is missing."""
     try:
         status = path.stat()
     except OSError:

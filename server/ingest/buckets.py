@@ -43,7 +43,7 @@ class BucketTable:
     def __init__(
         self, descriptor: int | None = None, clock: Callable[[], int] = time.monotonic_ns
     ) -> None:
-        """Opens an inherited table, or makes a new one; the clock must be that of the machine."""
+        """Open an inherited table, or make a new one; the clock must be that of the machine."""
         if descriptor is None:
             descriptor = _create_file()
             os.ftruncate(descriptor, self.SIZE * _STATE.size)
@@ -53,7 +53,7 @@ class BucketTable:
         self._lock = threading.Lock()
 
     def take(self, number: int, cost: int) -> bool:
-        """Takes from a bucket as `take` does, and says whether that was possible."""
+        """Take from a bucket as `take` does, and say whether that was possible."""
         place = number % self.SIZE * _STATE.size
         # The file's lock keeps other processes out, and no threads of this one. The kernel takes it
         # from a process that dies.
@@ -75,7 +75,7 @@ class BucketTable:
 
 
 def _create_file() -> int:
-    """A file without a name, in memory where the system has such; untouched parts take no space."""
+    """Return a nameless file, in memory if possible; untouched parts take no space."""
     if sys.platform == "linux":
         return os.memfd_create("productgraph-buckets")
     with tempfile.TemporaryFile() as file:

@@ -26,12 +26,12 @@ class RateLimiter:
         self._default_byte_rate = byte_rate
 
     def take_events(self, caller: Caller, count: int) -> None:
-        """Raises ResourceExhausted, and counts nothing, where that is too many now."""
+        """Raise ResourceExhausted, and count nothing, if that is more than may be sent now."""
         if rate := self._event_rate(caller):
             self._take(2 * caller.key_id, rate, count, "events")
 
     def take_bytes(self, caller: Caller, count: int) -> None:
-        """Raises ResourceExhausted, and counts nothing, where that is too many now."""
+        """Raise ResourceExhausted, and count nothing, if that is more than may be sent now."""
         if rate := self._byte_rate(caller):
             self._take(2 * caller.key_id + 1, rate, count, "bytes")
 

@@ -77,7 +77,7 @@ class _Backlog:
         return group
 
     def remove(self, group: Sequence[Rejection]) -> None:
-        """Takes off what `first` returned."""
+        """Take off what `first` returned."""
         for rejection in group:
             self._rejections.popleft()
             self._bytes -= len(rejection.event)
@@ -110,7 +110,7 @@ class RejectionWriter(DatabaseThread):
         self._trim_at = clock()
 
     def record(self, project_id: str, batch: ParsedBatch, errors: Sequence[EventError]) -> None:
-        """Takes the events of a batch that these errors are of; never waits for the database."""
+        """Take the events of a batch that these errors are of. Must not wait for the database."""
         now = datetime.now(UTC)
         with self._changed:
             for position, error in enumerate(errors):
@@ -150,7 +150,7 @@ class RejectionWriter(DatabaseThread):
             self._backlog = _Backlog()
 
     def _wait_for_group(self) -> list[Rejection]:
-        """What is to be written next; nothing where it is time to trim."""
+        """Return what is to be written next; nothing if it is time to trim."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._backlog or self._stopping.is_set(),
@@ -193,7 +193,7 @@ class RejectionWriter(DatabaseThread):
     def _repeat(
         self, delete: "Callable[Concatenate[Connection, P], int]", *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        """Deletes a little at a time, until there is no more."""
+        """Delete a little at a time, until there is no more."""
         while not self._stopping.is_set():
             with self._connection.connected(_QUERY_SECONDS) as connection:
                 if not delete(connection, *args, **kwargs):

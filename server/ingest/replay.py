@@ -62,7 +62,7 @@ class Replay:
             result.rejected |= outcome.rejected
 
     def _take(self, rejections: list[StoredRejection], outcome: Replayed) -> None:
-        """Takes those of one project and one protocol."""
+        """Replay those of one project and one protocol."""
         whole = [rejection for rejection in rejections if not rejection.is_cut]
         outcome.rejected |= {r.id: _CUT for r in rejections if r.is_cut}
         deadline = Deadline(time.monotonic() + self._timeout_seconds)

@@ -58,7 +58,7 @@ class ApiKey:
 
 
 def generate_key() -> str:
-    """A new key: `pgk_` and, in base 32, 160 random bits and a checksum."""
+    """Return a new key: `pgk_` and, in base 32, 160 random bits and a checksum."""
     secret = secrets.token_bytes(_SECRET_BYTES)
     return _PREFIX + base64.b32encode(secret + _checksum(secret)).decode().lower()
 
@@ -76,7 +76,7 @@ def _checksum(secret: bytes) -> bytes:
 
 
 def digest_key(key: str) -> bytes:
-    """What is kept of a key: its SHA-256, unsalted since a key is random itself."""
+    """Return what is kept of a key: its SHA-256, unsalted since a key is random itself."""
     return hashlib.sha256(key.encode()).digest()
 
 
@@ -87,7 +87,7 @@ def create_key(
     event_rate: int | None = None,
     byte_rate: int | None = None,
 ) -> str:
-    """Adds a key to a project and returns it: it cannot be had again."""
+    """Add a key to a project and return it: it cannot be had again."""
     key = generate_key()
     values = {"project_id": project_id, "name": name, "digest": digest_key(key)}
     rates = {"event_rate": event_rate, "byte_rate": byte_rate}
@@ -110,7 +110,7 @@ def revoke_key(connection: Connection, key_id: int) -> bool:
 
 
 def limit_key(connection: Connection, key_id: int, **rates: int | None) -> bool:
-    """Sets a key's `event_rate`, `byte_rate` or both; False where there is none of this id."""
+    """Set a key's `event_rate`, `byte_rate` or both; return False if there is no such id."""
     statement = update(_TABLE).where(_TABLE.c.id == key_id).values(rates)
     return connection.execute(statement).rowcount == 1
 
@@ -125,6 +125,6 @@ def find_callers(connection: Connection, digests: Collection[bytes]) -> dict[byt
 
 
 def record_use(connection: Connection, digests: Collection[bytes]) -> None:
-    """Notes that these keys were in use until now."""
+    """Note that these keys were in use until now."""
     is_used = _TABLE.c.digest.in_(digests)
     connection.execute(update(_TABLE).where(is_used).values(last_used_at=func.now()))

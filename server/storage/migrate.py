@@ -34,7 +34,7 @@ def migrate(engine: Engine) -> None:
 
 
 def check_migrated(engine: Engine) -> None:
-    """Raises UnsuitableDatabase where the tables are older than this version needs.
+    """Raise UnsuitableDatabase if the tables are older than this version needs.
 
     Newer ones are accepted: each revision leaves the version before it working.
     """

@@ -41,7 +41,7 @@ ALTER TABLE events ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end
 
 
 def months_from(day: date, count: int) -> Iterator[tuple[date, date]]:
-    """The first days of `count` months from that of `day` on, each with the next month's."""
+    """Yield the first days of `count` months from that of `day` on, each with the next one."""
     first = day.year * 12 + day.month - 1
     for number in range(first, first + count):
         yield _first_day(number), _first_day(number + 1)
@@ -52,7 +52,7 @@ def _first_day(number: int) -> date:
 
 
 def add_months(connection: Connection, today: date) -> None:
-    """Adds the partitions of this month and the next ones that are missing.
+    """Add the partitions of this month and the next ones that are missing.
 
     Rows of such a month that wait in the default partition move over in the same transaction.
     Raises Conflict where a lock could not be had in time: the months done so far stay.

@@ -44,7 +44,7 @@ def locate_data(default: Path, *, create: bool) -> Path:
 
 
 def _name_directory(path: Path) -> str:
-    """A name that tells people the path, and is short: a socket's path has to fit in 103 bytes."""
+    """Return a short name that tells people the path: a socket's path has at most 103 bytes."""
     words = re.sub(r"[^A-Za-z0-9]+", "-", str(path)).strip("-")[-32:].strip("-")
     return f"{words}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 

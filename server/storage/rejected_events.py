@@ -97,7 +97,7 @@ class StoredRejection(Rejection):
 
 
 def insert_rejections(connection: Connection, rejections: Sequence[Rejection]) -> None:
-    """Adds rows in one transaction of their own."""
+    """Add rows in one transaction of their own."""
     values = {
         "project_ids": [rejection.project_id for rejection in rejections],
         "received_at": [rejection.received_at for rejection in rejections],
@@ -112,12 +112,12 @@ def insert_rejections(connection: Connection, rejections: Sequence[Rejection]) -
 
 
 def find_crowded_projects(connection: Connection, count: int) -> list[str]:
-    """The projects that have more than `count` rows; reads the whole index."""
+    """Return the projects with more than `count` rows. It reads the whole index."""
     return list(connection.scalars(_FIND_CROWDED, {"count": count}))
 
 
 def delete_surplus(connection: Connection, project_id: str, count: int) -> int:
-    """Deletes a project's oldest rows until `count` are left, a thousand at the most.
+    """Delete a project's oldest rows until `count` are left, a thousand at the most.
 
     Returns how many, as `delete_expired`: where it is none, there are no more.
     """
@@ -125,7 +125,7 @@ def delete_surplus(connection: Connection, project_id: str, count: int) -> int:
 
 
 def delete_expired(connection: Connection, cut: datetime) -> int:
-    """Deletes what was received before `cut`, a thousand rows at the most."""
+    """Delete what was received before `cut`, a thousand rows at the most."""
     return _delete_some(connection, _DELETE_EXPIRED, {"cut": cut})
 
 
@@ -143,7 +143,7 @@ def count_expired(connection: Connection, cut: datetime) -> int:
 def list_rejections(
     connection: Connection, project_id: str | None, limit: int
 ) -> list[StoredRejection]:
-    """The newest rows of a project, or of all, without the events themselves."""
+    """Return the newest rows of a project, or of all, without the events themselves."""
     values = {"project_id": project_id, "limit": limit}
     return _make_rejections(connection, _LIST, values)
 
@@ -157,7 +157,7 @@ def read_rejection(connection: Connection, rejection_id: int) -> StoredRejection
 def read_pages(
     connection: Connection, project_id: str | None, ids: Sequence[int]
 ) -> Iterator[list[StoredRejection]]:
-    """The rows that are there now, oldest first: those of a project and with these ids.
+    """Yield the rows that are there now, oldest first: those of a project and with these ids.
 
     None and an empty `ids` mean all. No transaction is open while a page is in use.
     """
@@ -177,7 +177,7 @@ def read_pages(
 def settle_replayed(
     connection: Connection, accepted: Sequence[int], reasons: Mapping[int, str]
 ) -> None:
-    """Deletes the rows that were accepted, and notes the reasons of those that were not again."""
+    """Delete the rows that were accepted, and note the reasons of those that were not."""
     ids = sorted([*accepted, *reasons])
     with connection.begin():
         connection.execute(_LOCK, {"ids": ids})

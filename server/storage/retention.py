@@ -51,12 +51,12 @@ class Partition:
 
 
 def list_expired_partitions(connection: Connection, cut: datetime) -> list[Partition]:
-    """The partitions whose events all lie before `cut`, the oldest first."""
+    """Return the partitions whose events all lie before `cut`, the oldest first."""
     return [Partition(**row) for row in connection.execute(_LIST, {"cut": cut}).mappings()]
 
 
 def drop_partition(connection: Connection, partition: Partition) -> None:
-    """Drops a partition with its events.
+    """Drop a partition with its events.
 
     Raises Conflict where a lock cannot be had at once; ingestion waits less than a second for that.
     """
@@ -73,7 +73,7 @@ def count_expired_rows(connection: Connection, cut: datetime) -> int:
 
 
 def delete_expired_rows(connection: Connection, cut: datetime) -> Iterator[int]:
-    """Deletes events before `cut` from the default partition; yields each transaction's count."""
+    """Delete events before `cut` from the default partition; yield each transaction's count."""
     with connection.begin():
         pages = int(connection.scalar(_MEASURE_DEFAULT) or 0)
     for start in range(0, pages, _PAGES):

@@ -23,7 +23,7 @@ class RequestLog:
         }
 
     def record(self, request: RequestRecord) -> None:
-        """Logs one request, or counts it."""
+        """Log one request, or count it."""
         level = logging.WARNING if request.is_fault else logging.INFO
         if not _log.isEnabledFor(level):
             return

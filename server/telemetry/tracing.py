@@ -41,11 +41,11 @@ class Tracing:
         self.requests = RequestTraces(self._tracer)
 
     def open_transport(self, provider: str, connections: int) -> Transport:
-        """A transport to a provider, each of whose requests is a span."""
+        """Return a transport to a provider, each of whose requests is a span."""
         return _TracedTransport(self._tracer, provider, connections)
 
     def stop(self) -> None:
-        """Sends the spans that are left, for five seconds at the most."""
+        """Send the spans that are left, for five seconds at the most."""
         thread = threading.Thread(target=self._provider.shutdown, daemon=True)
         thread.start()
         thread.join(_STOP_SECONDS)
@@ -58,7 +58,7 @@ class RequestTraces:
         self._tracer = tracer
 
     def record(self, request: RequestRecord) -> None:
-        """Makes the spans of a finished request, beneath the one that its client named."""
+        """Make the spans of a finished request, beneath the one that its client named."""
         name, attributes = _name_span(request)
         start = request.started_at
         span = self._tracer.start_span(
@@ -100,7 +100,7 @@ def _name_span(request: RequestRecord) -> tuple[str, dict[str, AttributeValue]]:
 
 
 def _find_parent(traceparent: str | None) -> Context:
-    """The span that a client named; none where it named none, or in another form than W3C's."""
+    """Return the span that a client named, or none if it named none in W3C's form."""
     carrier = {} if traceparent is None else {"traceparent": traceparent}
     return _PROPAGATOR.extract(carrier, Context())
 
@@ -131,7 +131,7 @@ class _TracedTransport(Transport):
         self._provider = provider
 
     async def post(self, request: Request) -> Answer | NoAnswer:
-        """The answer to a request, as `Transport` gives it."""
+        """Return the answer to a request, as `Transport` gives it."""
         with self._tracer.start_as_current_span(
             f"forward {self._provider}", Context(), SpanKind.CLIENT, _describe_request(request)
         ) as span:
@@ -148,7 +148,7 @@ class _TracedTransport(Transport):
 
 
 def _describe_request(request: Request) -> dict[str, AttributeValue]:
-    """What semantic conventions ask for, without what may be a credential in the address."""
+    """Return what semantic conventions ask for, without any credential in the address."""
     parts = urlsplit(request.url)
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -33,7 +33,7 @@ _POSITIVE = (
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a short run of three loads has written."""
+    """Return what a short run of three loads has written."""
     directory = tmp_path_factory.mktemp("bench")
     chosen = [word for load in LOADS for word in ("--only", load)]
     words = ("--seconds=0.4", f"--output={directory}", *chosen)
@@ -121,7 +121,7 @@ def test_forwarding_is_measured_without_losing_an_event(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def baseline(create_migrated: Callable[[], str]) -> Iterator[tuple[int, str]]:
-    """The port of a running baseline, and an API key for the project of the specification."""
+    """Provide the port of a running baseline, and an API key of the project that it takes."""
     database = BenchDatabase(for_sqlalchemy(create_migrated()))
     with (
         connected(open_engine(database.url)) as connection,

@@ -45,7 +45,7 @@ SABOTAGE = {
 
 @pytest.fixture(scope="module")
 def finished() -> "subprocess.CompletedProcess[str]":
-    """A quick run of all that is not about time."""
+    """Run all that is not about time, quickly, and return what it found."""
     chosen = ["bodies", "messages", "port", "gzip", "depth", "positions", "database", "overload"]
     words = ("--quick", "--seed=7", *(f"--campaign={name}" for name in chosen))
     return run_program("tests.hostile", *words, timeout=180)

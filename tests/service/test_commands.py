@@ -50,7 +50,7 @@ class FirstStart:
 
 @pytest.fixture(scope="module")
 def first_start(open_directory: Path) -> FirstStart:
-    """A service that was started on an empty data directory, used as it says, and stopped."""
+    """Start a service on an empty data directory, use it as it prints, and stop it."""
     settings = {"DATA_DIR": str(open_directory / "first")}
     with running_service(settings) as service:
         printed = service.output.read_text()
@@ -79,14 +79,14 @@ def translate_grpcurl(command: str) -> str:
 
 
 def run_in_shell(command: str) -> str:
-    """What a pasted command prints."""
+    """Return what a pasted command prints."""
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def count_events(service: Service) -> int:
-    """The number of rows in the table."""
+    """Return the number of rows in the table."""
     with closing(psycopg2.connect(service.database_url)) as connection:
         cursor = connection.cursor()
         cursor.execute("SELECT count(*) FROM events")
@@ -94,7 +94,7 @@ def count_events(service: Service) -> int:
 
 
 def assert_fails(arguments: str, settings: dict[str, str], *words: str) -> str:
-    """The one line that a failing command prints, which has these words in it."""
+    """Return the one line that a failing command prints, which must have these words in it."""
     done = run_command(*arguments.split(), settings=settings)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"productgraph: .+\n", done.stderr), done.stderr
@@ -199,7 +199,7 @@ def test_a_key_works_from_creation_to_revocation(service: Service, project: Proj
 
 
 def find_listed(service: Service, name: str) -> list[str]:
-    """The lines of `keys list` with this name."""
+    """Return the lines of `keys list` with this name."""
     return [line for line in service.run("keys", "list").stdout.splitlines() if name in line]
 
 

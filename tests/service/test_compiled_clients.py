@@ -166,7 +166,7 @@ def need(*programs: str) -> None:
 
 
 def run(place: Path, *command: str) -> bytes:
-    """The output of a command, which must succeed."""
+    """Return the output of a command, which must succeed."""
     done = subprocess.run(command, cwd=place, capture_output=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr).decode()
     return done.stdout

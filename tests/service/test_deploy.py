@@ -37,7 +37,7 @@ OBJECTS: list[Node] = [
 
 
 def find_template(workload: Node) -> Node | None:
-    """The template of a workload's pods, or None of an object that has none."""
+    """Return the template of a workload's pods, or None if the object has none."""
     spec = workload.get("spec", {})
     spec = spec.get("jobTemplate", {}).get("spec", spec)
     return spec.get("template")
@@ -60,13 +60,13 @@ each_pod = pytest.mark.parametrize(
 
 
 def find_object(kind: str, name: str) -> Node:
-    """The manifest of one object."""
+    """Return the manifest of one object."""
     [found] = [o for o in OBJECTS if (o["kind"], o["metadata"]["name"]) == (kind, name)]
     return found
 
 
 def read_instruction(name: str) -> list[str]:
-    """The arguments of every such instruction in the Dockerfile's last stage."""
+    """Return the arguments of every such instruction in the Dockerfile's last stage."""
     stage = re.split(r"^FROM .*$", DOCKERFILE.replace("\\\n", ""), flags=re.MULTILINE)[-1]
     return re.findall(rf"^{name} +(.*)$", stage, re.MULTILINE)
 
@@ -79,7 +79,7 @@ class AskedEnvironment(dict[str, str]):
         self.names: set[str] = set()
 
     def get(self, name: str, default: str = "") -> str:  # type: ignore[override]
-        """The variable's value."""
+        """Return the variable's value."""
         self.names.add(name)
         return super().get(name, default)
 
@@ -94,7 +94,7 @@ def list_variables() -> set[str]:
 
 
 def list_environments() -> Iterator[tuple[str, dict[str, str]]]:
-    """What each place sets for the service."""
+    """Yield what each place sets for the service."""
     for name, service in SERVICES.items():
         yield f"compose.yaml: {name}", service["environment"]
     for generator in KUSTOMIZATION["configMapGenerator"]:
@@ -106,7 +106,7 @@ def list_environments() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def list_commands() -> Iterator[tuple[str, list[str]]]:
-    """The arguments of `productgraph` in each place."""
+    """Yield the arguments of `productgraph` in each place."""
     for name, service in SERVICES.items():
         yield f"compose.yaml: {name}", service.get("command", ["serve"])
     for name, pod in PODS.items():
@@ -137,7 +137,7 @@ def test_containers_run_only_commands_that_exist(
 
 
 def list_ports() -> dict[str, str]:
-    """The ports of a service without settings, by their variables."""
+    """Return the ports of a service without settings, by their variables."""
     settings = vars(read_settings({}))
     return {name.upper(): str(port) for name, port in settings.items() if name.endswith("port")}
 
@@ -362,7 +362,7 @@ def test_deployment_files_contain_no_password() -> None:
 
 
 def copy_context(directory: Path) -> None:
-    """Copies what .dockerignore lets into the image's build."""
+    """Copy what .dockerignore lets into the image's build."""
     first, *lines = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] != "#"
     ]
@@ -398,5 +398,5 @@ def test_the_image_context_builds_a_working_package(
 
 
 def list_files(directory: Path) -> set[str]:
-    """The files below a directory."""
+    """Return the files below a directory."""
     return {os.path.join(place, name) for place, _, names in os.walk(directory) for name in names}

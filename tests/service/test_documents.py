@@ -53,7 +53,7 @@ def read_rows(section: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def started(open_directory: Path) -> Iterator[Service]:
-    """A service on a data directory of its own, as `scripts/serve` starts it."""
+    """Provide a service on a data directory of its own, as `scripts/serve` starts it."""
     with running_service({"DATA_DIR": str(open_directory / "documents")}) as service:
         yield service
 

@@ -30,20 +30,20 @@ END_SECONDS = 30.0
 
 @pytest.fixture
 def leaver(create_migrated: Callable[[], str]) -> Iterator[Service]:
-    """A running service of a test's own."""
+    """Provide a running service of a test's own."""
     with running_service({"DATABASE_URL": create_migrated()}) as service:
         yield service
 
 
 @pytest.fixture
 def project(leaver: Service) -> Project:
-    """A project of that service."""
+    """Return a project of that service."""
     return create_project(leaver)
 
 
 @contextmanager
 def locked_events(service: Service) -> Iterator[None]:
-    """Keeps every commit waiting for as long as the context lasts."""
+    """Keep every commit waiting for as long as the context lasts."""
     with closing(psycopg2.connect(service.database_url)) as connection:
         connection.cursor().execute("LOCK TABLE events IN ACCESS EXCLUSIVE MODE")
         yield
@@ -59,7 +59,7 @@ def open_clients(service: Service, project: Project, stack: ExitStack) -> list[C
 
 
 def begin_all(clients: Sequence[Client], project: Project) -> set[str]:
-    """Sends an event from each client, and says their ids once the server has them all."""
+    """Send an event from each client, and return their ids once the server has them all."""
     events = [make_event(project.id) for _ in clients]
     for client, event in zip(clients, events, strict=True):
         client.begin([event])
@@ -132,7 +132,7 @@ def test_a_draining_service_is_unready_but_healthy(leaver: Service) -> None:
 
 
 def start_get(service: Service, path: str, stack: ExitStack) -> http.client.HTTPConnection:
-    """A connection on which the end of a request's head is missing."""
+    """Return a connection on which the end of a request's head is missing."""
     connection = http.client.HTTPConnection("127.0.0.1", service.http_port, timeout=END_SECONDS)
     stack.enter_context(closing(connection))
     connection.connect()
@@ -141,7 +141,7 @@ def start_get(service: Service, path: str, stack: ExitStack) -> http.client.HTTP
 
 
 def finish_get(connection: http.client.HTTPConnection) -> tuple[int, object]:
-    """The status and content of the answer to a request that is complete now."""
+    """Return the status and content of the answer to a request that is complete now."""
     connection.sock.sendall(b"\r\n")
     with http.client.HTTPResponse(connection.sock) as answer:
         answer.begin()

@@ -45,7 +45,7 @@ LOST_CONNECTION = {"UNAVAILABLE"}
 
 @pytest.fixture(scope="module")
 def postgres(open_directory: Path) -> Iterator[EmbeddedPostgres]:
-    """A PostgreSQL that only these tests use, and no service looks after."""
+    """Provide a PostgreSQL that only these tests use, and no service looks after."""
     with EmbeddedPostgres(open_directory / "faults", create=True) as postgres:
         yield postgres
         postgres.ensure_running()
@@ -53,7 +53,7 @@ def postgres(open_directory: Path) -> Iterator[EmbeddedPostgres]:
 
 @pytest.fixture(scope="module")
 def exposed(postgres: EmbeddedPostgres) -> Iterator[Service]:
-    """A service whose database is at the mercy of these tests."""
+    """Provide a service whose database is at the mercy of these tests."""
     settings = {"DATABASE_URL": postgres.url.replace("+psycopg2", "")}
     assert run_command("migrate", settings=settings).returncode == 0
     with running_service(settings) as service:
@@ -62,19 +62,19 @@ def exposed(postgres: EmbeddedPostgres) -> Iterator[Service]:
 
 @pytest.fixture
 def project(exposed: Service) -> Project:
-    """A project of that service."""
+    """Return a project of that service."""
     return create_project(exposed)
 
 
 @pytest.fixture(scope="module")
 def pair(open_directory: Path) -> Iterator[Service]:
-    """A service of two workers and an embedded PostgreSQL."""
+    """Provide a service of two workers and an embedded PostgreSQL."""
     with running_service({"DATA_DIR": str(open_directory / "pair"), "WORKERS": "2"}) as service:
         yield service
 
 
 def find_postmaster(directory: Path) -> psutil.Process:
-    """The first of the processes of a PostgreSQL of ours."""
+    """Return the first of the processes of a PostgreSQL of ours."""
     return psutil.Process(int((directory / "postgres/postmaster.pid").read_text().split()[0]))
 
 

@@ -49,7 +49,7 @@ class Kind:
 
 
 def change_nginx(places: Places) -> dict[str, str]:
-    """The changes to nginx.conf."""
+    """Return the changes to nginx.conf."""
     paths = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = "".join(f"{name}_temp_path {places.directory}/{name};\n" for name in paths)
     return {
@@ -74,7 +74,7 @@ def start_nginx(file: Path, directory: Path) -> list[str]:
 
 
 def change_caddy(places: Places) -> dict[str, str]:
-    """The changes to the Caddyfile."""
+    """Return the changes to the Caddyfile."""
     return {
         "auto_https disable_redirects": "auto_https disable_redirects\nadmin off",
         "ingest.example.com {": f"https://localhost:{places.port} {{\nbind 127.0.0.1",
@@ -103,14 +103,14 @@ KINDS = {
 
 
 def find_port() -> int:
-    """A port that was free a moment ago."""
+    """Return a port that was free a moment ago."""
     with closing(socket.socket()) as holder:
         holder.bind(("127.0.0.1", 0))
         return int(holder.getsockname()[1])
 
 
 def write_configuration(kind: Kind, places: Places) -> Path:
-    """The example with the changes, each of which must find its place; and a certificate."""
+    """Write the example with the changes, each of which must find its place, and a certificate."""
     text = (ROOT / "scripts" / "deploy" / kind.file).read_text()
     for old, new in kind.changes(places).items():
         assert old in text, old
@@ -124,7 +124,7 @@ def write_configuration(kind: Kind, places: Places) -> Path:
 
 
 def trust() -> ssl.SSLContext:
-    """What a client trusts."""
+    """Return what a client trusts."""
     context = ssl.create_default_context()
     CA.configure_trust(context)
     return context
@@ -137,7 +137,7 @@ class Front:
     port: int
 
     def request(self, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
-        """The status and the body of an answer over a new connection."""
+        """Return the status and the body of an answer over a new connection."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         with closing(HTTPSConnection("localhost", self.port, timeout=30, context=trust())) as made:
             with suppress(ConnectionError):  # it may refuse the body before it has it all
@@ -153,7 +153,7 @@ class Front:
 
 @contextmanager
 def running_front(kind: Kind, places: Places) -> Iterator[Front]:
-    """A proxy, stopped at the end."""
+    """Provide a proxy, stopped at the end."""
     file = write_configuration(kind, places)
     home = {name: str(places.directory) for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
     with (places.directory / "log").open("wb") as log:
@@ -185,7 +185,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 def front(
     kind: Kind, service: Service, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Front]:
-    """A proxy before the shared service."""
+    """Provide a proxy before the shared service."""
     http, directory = f"127.0.0.1:{service.http_port}", tmp_path_factory.mktemp("front")
     places = Places(find_port(), http, service.grpc_target, directory)
     with running_front(kind, places) as running:
@@ -268,7 +268,7 @@ class Behind:
 
 @contextmanager
 def running_behind() -> Iterator[Behind]:
-    """A server that stands in for the service."""
+    """Provide a server that stands in for the service."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -23,22 +23,22 @@ class Sender(Tenant):
     """A tenant that sends a single event, good or bad."""
 
     def store(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """The row of an event with these changes; fails unless it is accepted."""
+        """Return the row of an event with these changes; fail unless it is accepted."""
         return self.store_text(json.dumps(self.make_event(changes)))
 
     def store_text(self, event: str) -> dict[str, Any]:
-        """The row of an event in JSON; fails unless it is accepted."""
+        """Return the row of an event in JSON; fail unless it is accepted."""
         answer = self.post(f'{{"events": [{event}]}}'.encode())
         assert answer.json == accepted(1)
         [row] = self.take_rows()
         return row
 
     def reject(self, event: object) -> str:
-        """The error of an event; fails unless it is rejected alone."""
+        """Return the error of an event; fail unless it is rejected alone."""
         return self.reject_text(json.dumps(event))
 
     def reject_text(self, event: str) -> str:
-        """The error of an event in JSON; fails unless it is rejected and its neighbours stored."""
+        """Return the error of an event in JSON; fail unless it alone is rejected."""
         before, after = map(json.dumps, self.make_events(2))
         outcome = self.post(f'{{"events": [{before}, {event}, {after}]}}'.encode()).json
         assert (outcome["accepted"], outcome["rejected"]) == (2, 1)
@@ -50,17 +50,17 @@ class Sender(Tenant):
 
 @pytest.fixture
 def sender(tenant: Tenant) -> Sender:
-    """A tenant of the test's own."""
+    """Return a tenant of the test's own."""
     return Sender(**vars(tenant))
 
 
 def column(name: str) -> str:
-    """The column of a documented field."""
+    """Return the column of a documented field."""
     return name.replace(".", "_")
 
 
 def write_event(event: Event, **numbers: str) -> str:
-    """An event's JSON, where strings that are names of numbers become their text."""
+    """Return an event's JSON, in which strings that are names of numbers become their text."""
     text = json.dumps(event)
     for name, number in numbers.items():
         text = text.replace(f'"{name}"', number)

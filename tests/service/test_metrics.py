@@ -52,18 +52,18 @@ Samples = Counter[str]
 
 
 def spell(name: str, **labels: str) -> str:
-    """A sample's name and labels as one text."""
+    """Return a sample's name and labels as one text."""
     return " ".join([f"productgraph_{name}", *(f"{n}={v}" for n, v in sorted(labels.items()))])
 
 
 def read_page(service: Service) -> list[Metric]:
-    """The metrics as Prometheus reads them."""
+    """Return the metrics as Prometheus reads them."""
     with urlopen(service.metrics_url, timeout=5) as answer:
         return list(text_string_to_metric_families(answer.read().decode()))
 
 
 def read_samples(service: Service) -> Samples:
-    """The value of each sample on the page."""
+    """Return the value of each sample on the page."""
     samples = [sample for metric in read_page(service) for sample in metric.samples]
     return Counter(
         {
@@ -89,7 +89,7 @@ class Load:
         self.expected: Samples = Counter()
 
     def run(self) -> None:
-        """Sends everything, each request over a connection of its own."""
+        """Send everything, each request over a connection of its own."""
         for _ in range(CONNECTIONS):
             self.send("http", self.make_events(5))
             self.send("grpc", self.make_events(3))
@@ -116,7 +116,7 @@ class Load:
         duplicates: int = 0,
         rejected: Sequence[tuple[dict[str, Any] | bytes, str, str]] = (),
     ) -> None:
-        """Sends good events and bad ones in one request."""
+        """Send good events and bad ones in one request."""
         bad = [
             change if isinstance(change, bytes) else self._tenant.make_event(change)
             for change, _, _ in rejected
@@ -161,7 +161,7 @@ class Load:
 
 @pytest.fixture(scope="module")
 def pair(create_migrated: Callable[[], str]) -> Iterator[Service]:
-    """A service of two workers that nobody else uses, and that can deliver nothing."""
+    """Provide a service of two workers that nobody else uses, and that can deliver nothing."""
     settings = {
         "DATABASE_URL": create_migrated(),
         "WORKERS": "2",
@@ -176,7 +176,7 @@ def pair(create_migrated: Callable[[], str]) -> Iterator[Service]:
 
 @pytest.fixture
 def load(pair: Service) -> Iterator[Load]:
-    """A load for that service."""
+    """Provide a load for that service."""
     with open_tenant(pair) as tenant:
         yield Load(tenant)
 
@@ -190,7 +190,7 @@ def settle(load: Load, before: Samples, service: Service) -> None:
 
 
 def find_busy(service: Service) -> set[object]:
-    """The processes that have answered requests, by their log."""
+    """Return the processes that have answered requests, by their log."""
     return {record["pid"] for record in service.read_log() if record["message"] == "request"}
 
 
@@ -270,7 +270,7 @@ def test_requests_are_answered_without_a_metrics_page(create_migrated: Callable[
 
 
 def find_expressions() -> list[str]:
-    """The PromQL of the dashboard."""
+    """Return the PromQL of the dashboard."""
     dashboard = json.loads(DASHBOARD.read_text())
     targets = [target for panel in dashboard["panels"] for target in panel.get("targets", [])]
     return [target["expr"].replace("$__rate_interval", "5m") for target in targets]
@@ -312,7 +312,7 @@ def test_prometheus_accepts_rules_and_dashboard_expressions(tmp_path: Path) -> N
 
 
 def give(name: str, values: str, **labels: str) -> dict[str, str]:
-    """A series in promtool's terms: `0+1x9` is 0 and nine more, a minute apart."""
+    """Return a series in promtool's terms: `0+1x9` is 0 and nine more, a minute apart."""
     inside = ", ".join(f'{name}="{text}"' for name, text in labels.items())
     return {"series": f"{name}{{{inside}}}", "values": values}
 

@@ -42,13 +42,13 @@ bounded = settings(
 
 @pytest.fixture(scope="module")
 def served(service: Service) -> Answer:
-    """The answer that carries the description."""
+    """Return the answer that carries the description."""
     return send(service, "GET", "/openapi.json", origin="https://shop.example")
 
 
 @pytest.fixture(scope="module")
 def schema(service: Service) -> BaseSchema:
-    """The description, as a client loads it."""
+    """Return the description, as a client loads it."""
     return schemathesis.openapi.from_url(f"{service.http_url}/openapi.json")
 
 

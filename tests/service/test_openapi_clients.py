@@ -60,7 +60,7 @@ api
 
 @pytest.fixture(scope="module")
 def tools(pytestconfig: pytest.Config) -> Path:
-    """A directory with the tools, which later runs find again; skips if they cannot be had."""
+    """Return a directory with the tools, which later runs find again; skip if they are missing."""
     if not (npm := shutil.which("npm")):
         pytest.skip("npm is not installed")
     directory = pytestconfig.cache.mkdir("openapi-clients")
@@ -86,7 +86,7 @@ def tools(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture
 def place(tools: Path, service: Service, tmp_path: Path) -> Path:
-    """A directory for a program, with the tools and the description."""
+    """Return a directory for a program, with the tools and the description."""
     (tmp_path / "node_modules").symlink_to(tools / "node_modules")
     shutil.copy(tools / "openapitools.json", tmp_path)
     (tmp_path / "api.json").write_text(json.dumps(send(service, "GET", "/openapi.json").json))
@@ -94,7 +94,7 @@ def place(tools: Path, service: Service, tmp_path: Path) -> Path:
 
 
 def run(place: Path, *command: str) -> str:
-    """The output of a command, which must succeed."""
+    """Return the output of a command, which must succeed."""
     done = subprocess.run(
         command, cwd=place, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False
     )
@@ -103,7 +103,7 @@ def run(place: Path, *command: str) -> str:
 
 
 def make_value(field: Field, project: Project) -> Any:
-    """A value of a field."""
+    """Return a value of a field."""
     if field.rules.matches_api_key:
         return project.id
     if field.rules.allowed_values:
@@ -166,12 +166,12 @@ def test_openapi_generator_client_sends_every_field(
 
 
 def name_in_client(field: Field) -> str:
-    """The name that the generated client gives a field: `ui.element.text` is `uiElementText`."""
+    """Return the generated client's name of a field: `ui.element.text` is `uiElementText`."""
     first, *others = re.split(r"[._]", field.wire_name)
     return first + "".join(other.capitalize() for other in others)
 
 
 def spell_for_client(field: Field, project: Project) -> str:
-    """A value of a field in TypeScript."""
+    """Return a value of a field in TypeScript."""
     value = json.dumps(make_value(field, project))
     return f"new Date({value})" if field.kind is Kind.TIMESTAMP else value

@@ -43,7 +43,7 @@ class Twin(Tenant):
     def send(
         self, events: Sequence[object], messages: Sequence[EventMessage | bytes] | None = None
     ) -> Outcome:
-        """The answer to events; fails where the protocols differ in it, or in what is stored.
+        """Return the answer to events; fail if the protocols differ in it, or in what is stored.
 
         Over gRPC goes what protobuf's own JSON mapping makes of the events, or the messages given.
         """
@@ -57,11 +57,11 @@ class Twin(Tenant):
         return over_http
 
     def send_one(self, changes: dict[str, object]) -> Outcome:
-        """The answer to an event with these changes."""
+        """Return the answer to an event with these changes."""
         return self.send([self.make_event(changes)])
 
     def refuse(self, request: bytes, key: str | None = "") -> tuple[str, str]:
-        """The status and the text of a gRPC request that is refused as a whole."""
+        """Return the status and the text of a gRPC request that is refused as a whole."""
         with pytest.raises(Refusal) as caught:
             self.call(request, key=key)
         return caught.value.code, caught.value.text
@@ -69,19 +69,19 @@ class Twin(Tenant):
 
 @pytest.fixture
 def twin(tenant: Tenant) -> Twin:
-    """A tenant of the test's own."""
+    """Return a tenant of the test's own."""
     return Twin(**vars(tenant))
 
 
 def typical_value(field: FieldDescriptor) -> object:
-    """A value of the field's type, as JSON has it."""
+    """Return a value of the field's type, as JSON has it."""
     if field.type == FieldDescriptor.TYPE_MESSAGE:
         return {"text": "x", "number": 1.5, "whole": 2, "list": [True, None, {}], "empty": {}}
     return f"{field.name} é" if field.type == FieldDescriptor.TYPE_STRING else 201
 
 
 def empty_value(field: FieldDescriptor) -> object:
-    """The value of the field's type that protobuf takes for none unless told otherwise."""
+    """Return the value of the field's type that protobuf takes for none by default."""
     if field.type == FieldDescriptor.TYPE_MESSAGE:
         return {}
     return "" if field.type == FieldDescriptor.TYPE_STRING else 0
@@ -225,7 +225,7 @@ def test_a_protobuf_event_has_at_most_102400_bytes(
 
 
 def pad_event(event: Event, size: int, filler: str = "x", name: str = "page.path") -> Event:
-    """The event with a field that makes it so many bytes of protobuf."""
+    """Return the event with a field that makes it this many bytes of protobuf."""
 
     def pad(length: int) -> Event:
         count, rest = divmod(length, len(filler.encode()))
@@ -404,7 +404,7 @@ def test_health_over_grpc_needs_no_key(service: Service, name: str) -> None:
 
 
 def run_buf(service: Service, body: str, key: str) -> "subprocess.CompletedProcess[str]":
-    """Sends JSON through reflection, as grpcurl would."""
+    """Send JSON through reflection, as grpcurl would."""
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     buf = shutil.which("buf", path=places)
     assert buf, "buf is not installed"

@@ -34,7 +34,7 @@ def survival(tenant: Tenant) -> Iterator[None]:
 
 
 def stored_form(value: Any) -> Any:
-    """What becomes of a free-form value."""
+    """Return what becomes of a free-form value."""
     match value:
         case str():
             return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in value)
@@ -126,7 +126,7 @@ def test_any_odd_value_is_accepted_or_named(tenant: Tenant, name: str, value: ob
 
 
 def damage(good: bytes, junk: bytes, data: st.DataObject) -> bytes:
-    """The bytes with some of them replaced by others."""
+    """Return the bytes with some of them replaced by others."""
     start = data.draw(st.integers(0, len(good)))
     end = data.draw(st.integers(start, min(start + 3, len(good))) | st.just(len(good)))
     return good[:start] + junk + good[end:]
@@ -161,7 +161,7 @@ def test_any_bytes_over_grpc_are_refused_or_rejected(tenant: Tenant, content: by
 
 
 def call_for_code(tenant: Tenant, request: bytes) -> str:
-    """The status of a gRPC request."""
+    """Return the status of a gRPC request."""
     try:
         tenant.call(request)
     except Refusal as refusal:

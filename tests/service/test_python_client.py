@@ -46,13 +46,13 @@ print(json.dumps(MessageToDict(answer)))
 
 
 def read_project(root: Path) -> dict[str, Any]:
-    """The table `project` of a pyproject.toml."""
+    """Return the table `project` of a pyproject.toml."""
     project: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     return project
 
 
 def build_wheel(source: Path, directory: Path) -> set[str]:
-    """The files in the wheel of a source, which is left as it is."""
+    """Return the files in the wheel of a source, which is left as it is."""
     copy = directory / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "node_modules", "data")
     shutil.copytree(source, copy, ignore=ignored)
@@ -108,7 +108,7 @@ def test_generated_code_is_that_of_the_lowest_runtime() -> None:
 
 
 def find_lowest() -> dict[str, str]:
-    """The lowest version of each package that gen/pyproject.toml allows."""
+    """Return the lowest version of each package that gen/pyproject.toml allows."""
     required = read_project(ROOT / "gen")["dependencies"]
     return dict(re.fullmatch(r"([\w-]+)>=([\d.]+),.*", each).groups() for each in required)  # type: ignore[union-attr,misc]
 

@@ -26,14 +26,14 @@ from tests.support.services import Service, for_sqlalchemy, running_service
 
 
 def limited(tenant: Tenant, event_rate: int | None = None, byte_rate: int | None = None) -> Tenant:
-    """The same project with a key that has these rates."""
+    """Return the same project with a key that has these rates."""
     with connected(open_engine(for_sqlalchemy(tenant.service.database_url))) as connection:
         key = create_key(connection, tenant.project.id, "limited", event_rate, byte_rate)
     return Tenant(tenant.service, Project(tenant.project.id, key), tenant.database)
 
 
 def read_quotas(tenant: Tenant, count: int = 0) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """The status of a request of so many events, its RateLimit and its RateLimit-Policy."""
+    """Return the status of a request of `count` events, its RateLimit and RateLimit-Policy."""
     answer = tenant.post({"events": tenant.make_events(count)})
     fields = (answer.headers[name] for name in ("RateLimit", "RateLimit-Policy"))
     parsed: list[Any] = [http_sf.parse(field.encode(), tltype="list") for field in fields]
@@ -216,7 +216,7 @@ MEASURED_SECONDS = 5.0
 
 @pytest.fixture(scope="module")
 def two_workers(create_migrated: Any) -> Iterator[Service]:
-    """A service with two workers and a default limit."""
+    """Provide a service with two workers and a default limit."""
     settings = {"DATABASE_URL": create_migrated(), "WORKERS": "2", "RATE_LIMIT": str(RATE)}
     with running_service(settings) as running:
         yield running

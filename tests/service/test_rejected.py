@@ -21,7 +21,7 @@ UNKNOWN_TYPE = "event.type: unknown type 'ui.hover'"
 
 
 def read_kept(tenant: Tenant) -> list[tuple[int, str, str, int, bytes]]:
-    """A project's rejected events: id, protocol, reason, size, event; oldest first."""
+    """Return a project's rejected events: id, protocol, reason, size, event; oldest first."""
     with tenant.database.cursor() as cursor:
         cursor.execute(
             "SELECT id, protocol, reason, size, event FROM rejected_events WHERE project_id = %s"
@@ -32,7 +32,7 @@ def read_kept(tenant: Tenant) -> list[tuple[int, str, str, int, bytes]]:
 
 
 def wait_for_kept(tenant: Tenant, count: int) -> list[tuple[int, str, str, int, bytes]]:
-    """The same, once there are so many."""
+    """Return the same, once there are as many as wanted."""
     wait_until(lambda: len(read_kept(tenant)) >= count)
     kept = read_kept(tenant)
     assert len(kept) == count
@@ -40,7 +40,7 @@ def wait_for_kept(tenant: Tenant, count: int) -> list[tuple[int, str, str, int, 
 
 
 def run(service: Service, arguments: str, status: int = 0) -> list[str]:
-    """The lines that `productgraph rejected` prints; where it fails, those on standard error."""
+    """Return the lines that `productgraph rejected` prints; if it fails, its errors."""
     done = service.run("rejected", *arguments.split())
     assert done.returncode == status, done.stderr
     assert not (
@@ -312,7 +312,7 @@ def test_requests_do_not_wait_for_rejected_events(tenant: Tenant) -> None:
 
 @pytest.fixture
 def leaver(create_migrated: Callable[[], str]) -> Callable[..., AbstractContextManager[Tenant]]:
-    """Starts a service of a test's own, with a project that has sent nothing yet."""
+    """Start a service of a test's own, with a project that has sent nothing yet."""
 
     @contextmanager
     def start(**settings: str) -> Iterator[Tenant]:

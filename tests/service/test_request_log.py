@@ -29,7 +29,7 @@ Line = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def logged(create_migrated: Callable[[], str]) -> Iterator[Service]:
-    """A service that logs all it can, and waits two seconds for a commit."""
+    """Provide a service that logs all it can, and waits two seconds for a commit."""
     settings = {"LOG_LEVEL": "DEBUG", "REQUEST_TIMEOUT_SECONDS": "2"}
     with running_service(settings | {"DATABASE_URL": create_migrated()}) as service:
         yield service
@@ -37,19 +37,19 @@ def logged(create_migrated: Callable[[], str]) -> Iterator[Service]:
 
 @pytest.fixture
 def tenant(logged: Service) -> Iterator[Tenant]:
-    """A project of that service."""
+    """Provide a project of that service."""
     with open_tenant(logged) as tenant:
         yield tenant
 
 
 @pytest.fixture
 def request_id() -> str:
-    """An id that no other request has."""
+    """Return an id that no other request has."""
     return f"test.{uuid.uuid4()}"
 
 
 def read_lines(service: Service, request_id: str) -> list[Line]:
-    """The lines about requests with this id, as soon as there is one."""
+    """Return the lines about requests with this id, as soon as there is one."""
 
     def find() -> list[Line]:
         text = service.log.read_text()
@@ -61,7 +61,7 @@ def read_lines(service: Service, request_id: str) -> list[Line]:
 
 
 def read_line(service: Service, request_id: str) -> Line:
-    """The line about the request with this id, which is the only one."""
+    """Return the line about the request with this id, which is the only one."""
     [line] = read_lines(service, request_id)
     return line
 
@@ -69,7 +69,7 @@ def read_line(service: Service, request_id: str) -> Line:
 def call(
     tenant: Tenant, request: bytes, metadata: Mapping[str, str]
 ) -> tuple[str, IngestEventsResponse | None, dict[str, str]]:
-    """The code of a gRPC request, what was answered, and the trailers."""
+    """Return the code of a gRPC request, what was answered, and the trailers."""
     with grpc.insecure_channel(tenant.service.grpc_target) as channel:
         ingest = bind_ingest(channel)
         try:
@@ -201,7 +201,7 @@ def test_a_request_not_stored_in_time_is_a_warning(tenant: Tenant, request_id: s
 
 
 def send_and_leave(tenant: Tenant, request_id: str, key: str) -> None:
-    """Sends an event over HTTP, and closes the connection before the answer."""
+    """Send an event over HTTP, and close the connection before the answer."""
     body = json.dumps({"events": [tenant.make_event()]})
     headers = {"Content-Type": "application/json", "X-PG-API-Key": key, ID: request_id}
     with closing(HTTPConnection("127.0.0.1", tenant.service.http_port, TIMEOUT_SECONDS)) as http:
@@ -328,12 +328,12 @@ class Clock:
     now = 0.0
 
     def __call__(self) -> float:
-        """The time."""
+        """Return the time."""
         return self.now
 
 
 def finish_request(recorder: RequestRecorder, status: int | str) -> RequestRecord:
-    """A request that ends at once."""
+    """Return a request that ends at once."""
     record = recorder.begin("http", "/v1/events")
     record.finish(status)
     return record

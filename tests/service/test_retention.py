@@ -46,13 +46,13 @@ SELECT c.relname FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid
 
 
 def name_of(moment: datetime) -> str:
-    """The partition of a month."""
+    """Return the partition of a month."""
     return f"events_{moment:%Y_%m}"
 
 
 @pytest.fixture
 def database_url(create_migrated: Callable[[], str]) -> str:
-    """A database with partitions for all three months."""
+    """Return a database with partitions for all three months."""
     url = create_migrated()
     link = GuardedConnection(open_engine(for_sqlalchemy(url)))
     for moment in (OLD, PART):
@@ -64,14 +64,14 @@ def database_url(create_migrated: Callable[[], str]) -> str:
 
 @pytest.fixture
 def service(database_url: str) -> Iterator[Service]:
-    """A service on it, of two workers."""
+    """Provide a service on it, of two workers."""
     with running_service({"DATABASE_URL": database_url, "WORKERS": "2"}) as service:
         yield service
 
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Connection]:
-    """A connection to it."""
+    """Provide a connection to it."""
     with closing(psycopg2.connect(database_url)) as connection:
         connection.autocommit = True
         yield connection
@@ -84,12 +84,12 @@ def engine(database_url: str) -> Engine:
 
 
 def retain(service: Service, *options: str) -> "subprocess.CompletedProcess[str]":
-    """Runs `productgraph retention`."""
+    """Run `productgraph retention`."""
     return service.run("retention", "--keep", KEEP, *options)
 
 
 def post_at(tenant: Tenant, *moments: datetime) -> None:
-    """Sends an event for each moment, with the moment as its id."""
+    """Send an event for each moment, with the moment as its id."""
     events = [
         tenant.make_event({"event_id": moment.isoformat(), "event.timestamp": moment.isoformat()})
         for moment in moments
@@ -98,7 +98,7 @@ def post_at(tenant: Tenant, *moments: datetime) -> None:
 
 
 def read_places(tenant: Tenant) -> dict[str, str]:
-    """The partition of each of a project's events."""
+    """Return the partition of each of a project's events."""
     with tenant.database.cursor() as cursor:
         cursor.execute(
             "SELECT event_id, tableoid::regclass::text FROM events WHERE project_id = %s",
@@ -151,7 +151,7 @@ def test_retention_without_yes_deletes_nothing(tenant: Tenant, engine: Engine) -
 
 
 def query_nothing(engine: Engine, statement: str) -> None:
-    """Runs a statement."""
+    """Run a statement."""
     with connected(engine) as connection:
         connection.execute(text(statement))
 

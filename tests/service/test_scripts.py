@@ -18,7 +18,7 @@ ENVIRONMENT = ROOT / "scripts" / "environment"
 
 @pytest.fixture(scope="module")
 def installer() -> ModuleType:
-    """The module of `scripts/installer`."""
+    """Return the module of `scripts/installer`."""
     loader = SourceFileLoader("installer", str(ROOT / "scripts" / "installer"))
     spec = spec_from_loader("installer", loader)
     assert spec is not None

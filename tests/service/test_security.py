@@ -115,7 +115,7 @@ logging.getLogger("x").info("%s", {FORGED!r}, extra={{"field": {FORGED!r}, "big"
 
 
 def run_logging(stderr: int) -> None:
-    """Logs something hostile."""
+    """Log something hostile."""
     environment = clean_environment({})
     subprocess.run([sys.executable, "-c", LOGGING], env=environment, stderr=stderr, check=True)
 
@@ -145,7 +145,7 @@ def test_hostile_log_texts_cannot_control_a_terminal() -> None:
 
 
 def list_closed_methods(channel: grpc.Channel) -> Iterator[tuple[str, str]]:
-    """The methods that need a key, by service, of all that reflection tells of."""
+    """Yield the methods that need a key, by service, among all that reflection lists."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     asked = reflection_pb2.ServerReflectionRequest(list_services="")
     [answer] = stub.ServerReflectionInfo(iter([asked]), timeout=10)
@@ -183,12 +183,12 @@ ENHANCE_YOUR_CALM = 11
 
 
 def make_frame(kind: int, payload: bytes = b"") -> bytes:
-    """An HTTP/2 frame of the connection as a whole."""
+    """Return an HTTP/2 frame of the connection as a whole."""
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, 0, 0) + payload
 
 
 def read_frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """The frames that come until the server closes the connection: kind and payload."""
+    """Yield the frames that come until the server closes the connection: kind and payload."""
     with connection.makefile("rb") as stream:
         while head := stream.read(9):
             yield head[3], stream.read(int.from_bytes(head[:3], "big"))

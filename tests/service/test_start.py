@@ -21,13 +21,13 @@ Start = Callable[[int], "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def data(open_directory: Path, request: pytest.FixtureRequest) -> Path:
-    """A data directory that does not exist yet."""
+    """Return a data directory that does not exist yet."""
     return open_directory / str(request.node.name)
 
 
 @pytest.fixture
 def start(data: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts a service with a standard error, and waits until it creates its database."""
+    """Start a service with a standard error, and wait until it creates its database."""
     with ExitStack() as stack, (tmp_path / "output").open("wb") as output:
 
         def start(stderr: int) -> "subprocess.Popen[bytes]":

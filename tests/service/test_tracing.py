@@ -95,7 +95,7 @@ class Collector:
 
     @contextmanager
     def running(self) -> Iterator["Collector"]:
-        """Takes spans while the context lasts."""
+        """Take spans while the context lasts."""
         thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         thread.start()
         try:
@@ -107,7 +107,7 @@ class Collector:
 
 
 def post(service: Service, project: Project, request_id: str, **headers: str) -> int:
-    """The status of a request over HTTP with one event."""
+    """Return the status of a request over HTTP with one event."""
     body = json.dumps({"events": [make_event(project.id)]}).encode()
     usual = {
         "content_type": "application/json",
@@ -118,7 +118,7 @@ def post(service: Service, project: Project, request_id: str, **headers: str) ->
 
 
 def send_everything(service: Service, project: Project) -> None:
-    """A request of each kind, under the id that it is found by."""
+    """Return a request of each kind, under the id that it is found by."""
     assert post(service, project, "of-http", traceparent=SAMPLED) == 202
     metadata = (
         ("x-pg-api-key", project.key),
@@ -135,7 +135,7 @@ def send_everything(service: Service, project: Project) -> None:
 
 @pytest.fixture(scope="module")
 def traced(create_migrated: Callable[[], str]) -> Iterator[tuple[list[Span], Project]]:
-    """What a service that forwards has sent to a collector by its end."""
+    """Provide what a service that forwards has sent to a collector by its end."""
     with (
         Collector().running() as collector,
         AmplitudeServer(SECRET) as provider,
@@ -167,13 +167,13 @@ def spans(traced: tuple[list[Span], Project]) -> list[Span]:
 
 
 def find(spans: list[Span], request_id: str) -> Span:
-    """The span of a request."""
+    """Return the span of a request."""
     [span] = [span for span in spans if span.request_id == request_id]
     return span
 
 
 def find_children(spans: list[Span], parent: Span) -> list[Span]:
-    """The spans beneath another, in the order of their beginning."""
+    """Return the spans beneath another, in the order of their beginning."""
     found = [span for span in spans if span.message.parent_span_id == parent.message.span_id]
     return sorted(found, key=lambda span: span.duration)
 
@@ -312,7 +312,7 @@ def test_standard_otel_variables_name_and_sample_the_service(
 def run_python(
     program: str, settings: Mapping[str, str], timeout: float = 60
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs a program with these settings and no others; fails where it does."""
+    """Run a program with these settings and no others; fail if it fails."""
     return subprocess.run(
         [sys.executable, "-c", program],
         env=clean_environment(settings),
@@ -361,7 +361,7 @@ print(any(name.split(".")[0] == "opentelemetry" for name, module in sys.modules.
 def build_worker(
     settings: Mapping[str, str], before: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """Builds a worker in a process of its own; prints whether OpenTelemetry is imported."""
+    """Build a worker in a process of its own, which prints whether OpenTelemetry is imported."""
     ports = {"PORT": "0", "GRPC_PORT": "0"}
     return run_python(BUILD_WORKER.format(before=before), ports | dict(settings))
 

@@ -34,7 +34,7 @@ TABLES = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamesp
 
 
 def git(*arguments: str, root: Path = ROOT) -> bytes:
-    """What git says; skips the test where it cannot."""
+    """Return what git prints; skip the test if it fails."""
     if not shutil.which("git"):
         pytest.skip("git is missing")
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
@@ -45,7 +45,7 @@ def git(*arguments: str, root: Path = ROOT) -> bytes:
 
 @pytest.fixture(scope="module")
 def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The code from before the newest migration."""
+    """Return the code from before the newest migration."""
     newest = max((ROOT / "server/migrations/versions").glob("[0-9]*.py")).relative_to(ROOT)
     added = git("log", "--diff-filter=A", "--format=%H", "-1", "--", str(newest)).decode().strip()
     root = tmp_path_factory.mktemp("previous")
@@ -142,7 +142,7 @@ def test_migrate_check_creates_no_database(tmp_path: Path) -> None:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A repository of its own with the schema of today and of the last release."""
+    """Return a repository of its own with the schema of today and of the last release."""
     for place in ("protos", "scripts/breaking", "gen/released.binpb"):
         copy = shutil.copytree if (ROOT / place).is_dir() else shutil.copy
         (tmp_path / place).parent.mkdir(exist_ok=True)

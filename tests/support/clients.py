@@ -56,7 +56,7 @@ class Tenant:
     database: Connection
 
     def make_event(self, changes: Mapping[str, object] | None = None) -> Event:
-        """An event with the required fields, and these changes to it."""
+        """Return an event with the required fields, and these changes to it."""
         return make_event(self.project.id, "evt_1", changes)
 
     def make_events(self, count: int) -> list[Event]:
@@ -64,19 +64,19 @@ class Tenant:
         return [self.make_event({"event_id": f"evt_{number}"}) for number in range(count)]
 
     def post(self, body: object, **headers: str | None) -> Answer:
-        """Posts bytes as they are, anything else as JSON; see `send` for the headers."""
+        """Post bytes as they are, anything else as JSON; see `send` for the headers."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         usual = {"content_type": "application/json", "x_pg_api_key": self.project.key}
         return send(self.service, "POST", "/v1/events", content, **usual | headers)
 
     def post_events(self, events: Iterable[object]) -> Outcome:
-        """Posts a batch, and returns what became of it; fails on anything but 202."""
+        """Post a batch, and return what became of it; fail on anything but 202."""
         answer = self.post({"events": list(events)})
         assert answer.status == 202, answer.body
         return cast(Outcome, answer.json)
 
     def call(self, request: bytes, *, key: str | None = "", gzip: bool = False) -> Outcome:
-        """Sends a gRPC request; returns what HTTP would answer, or raises Refusal.
+        """Send a gRPC request, and return what HTTP would answer. Raises Refusal.
 
         The key is the tenant's own, unless another is given; None sends none.
         """
@@ -97,11 +97,11 @@ class Tenant:
         return {"accepted": response.accepted, "rejected": response.rejected, "errors": errors}
 
     def ingest(self, events: Iterable[EventMessage | bytes]) -> Outcome:
-        """Sends a batch over gRPC, where an event may be the bytes that stand for one."""
+        """Send a batch over gRPC, in which an event may be the bytes that stand for one."""
         return self.call(encode_request(events))
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """The rows in the order of their keys, without received_at, timestamps in UTC."""
+        """Return the rows in the order of their keys, without received_at, timestamps in UTC."""
         with self.database.cursor() as cursor:
             cursor.execute("SET TimeZone TO 'UTC'")
             cursor.execute(
@@ -112,7 +112,7 @@ class Tenant:
             return [row for (row,) in cursor.fetchall()]
 
     def take_rows(self) -> list[dict[str, Any]]:
-        """The rows, which are deleted."""
+        """Return the rows, and delete them."""
         rows = self.read_rows()
         with self.database.cursor() as cursor:
             cursor.execute("DELETE FROM events WHERE project_id = %s", [self.project.id])
@@ -120,7 +120,7 @@ class Tenant:
 
     @contextmanager
     def failing_storage(self) -> Iterator[str]:
-        """The table refuses every row of this tenant's; yields a word of the database's error."""
+        """Let the table refuse this tenant's rows; yield a word of the database's error."""
         word = f"broken_{self.project.id}"
         check = f"CHECK (project_id <> '{self.project.id}') NOT VALID"
         with self.database.cursor() as cursor:
@@ -180,7 +180,7 @@ def _read_answer(connection: HTTPConnection) -> Answer:
 def send(
     service: Service, method: str, path: str, body: bytes | None = None, **headers: str | None
 ) -> Answer:
-    """Sends an HTTP request; `content_type` names the header Content-Type, None leaves it out."""
+    """Send an HTTP request; `content_type` is the header, None leaves it out."""
     connection = HTTPConnection("127.0.0.1", service.http_port, timeout=_ANSWER_SECONDS)
     sent = {name.replace("_", "-"): text for name, text in headers.items() if text is not None}
     try:
@@ -191,13 +191,13 @@ def send(
 
 
 def encode_request(events: Iterable[EventMessage | bytes]) -> bytes:
-    """The bytes of an IngestEventsRequest, whatever the bytes of its events."""
+    """Return the bytes of an IngestEventsRequest, whatever the bytes of its events."""
     encoded = (e if isinstance(e, bytes) else e.SerializeToString() for e in events)
     return b"".join(frame(1, event) for event in encoded)
 
 
 def frame(field_number: int, content: bytes) -> bytes:
-    """A field with a length, as protobuf's wire format has it."""
+    """Return a field with a length, as protobuf's wire format has it."""
     return _encode_varint(field_number << 3 | 2) + _encode_varint(len(content)) + content
 
 
@@ -207,12 +207,12 @@ def _encode_varint(number: int) -> bytes:
 
 
 def accepted(count: int) -> Outcome:
-    """The answer to so many events where none is rejected."""
+    """Return the answer to a batch of this many events, none of them rejected."""
     return {"accepted": count, "rejected": 0, "errors": []}
 
 
 def create_revoked_key(service: Service, project_id: str) -> str:
-    """A key that was revoked before it was ever used."""
+    """Return a key that was revoked before it was ever used."""
     key = service.run("keys", "create", "--project", project_id, "--name", "old").stdout.strip()
     listed = service.run("keys", "list").stdout.splitlines()
     [line] = [line for line in listed if project_id in line and "old" in line.split()]

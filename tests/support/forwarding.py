@@ -65,21 +65,21 @@ class Bench:
         )
 
     def query(self, statement: str, *parameters: Any) -> list[Any]:
-        """Runs a statement and returns its rows."""
+        """Run a statement and return its rows."""
         with closing(psycopg2.connect(self.url)) as connection, connection.cursor() as cursor:
             connection.autocommit = True
             cursor.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
 
     def store(self, events: Sequence[Event]) -> None:
-        """Stores them in one commit, as the service does."""
+        """Store them in one commit, as the service does."""
         rows = [encode_message(event) for event in events]
         outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
         with connected(open_engine(for_sqlalchemy(self.url))) as c:
             EventStore(ENCODER.columns, outbox.statements_for).save(c, rows, 10)
 
     def build_provider(self, name: str) -> Provider:
-        """A provider that sends to one of the servers."""
+        """Return a provider that sends to one of the servers."""
         types: dict[str, type[Amplitude | Mixpanel]] = {
             "amplitude": Amplitude,
             "mixpanel": Mixpanel,
@@ -87,7 +87,7 @@ class Bench:
         return types[name](SECRET, self.servers[name].url)
 
     def open_connection(self) -> GuardedConnection:
-        """A connection such as a lane's."""
+        """Return a connection such as a lane's."""
         return GuardedConnection(open_engine(for_sqlalchemy(self.url)))
 
     @contextmanager
@@ -146,7 +146,7 @@ class Bench:
                 process.kill()
 
     def read_stored(self) -> set[str]:
-        """The insert ids of the events in the table."""
+        """Return the insert ids of the events in the table."""
         events = (
             Event(
                 project_id=p,
@@ -158,12 +158,12 @@ class Bench:
         return {make_insert_id(event) for event in events}
 
     def read_dead(self, name: str) -> dict[str, str]:
-        """The insert ids of a provider's dead events, with the reasons."""
+        """Return the insert ids of a provider's dead events, with the reasons."""
         dead = self.query("SELECT event, reason FROM dead_events WHERE provider = %s", name)
         return {make_insert_id(Event.FromString(bytes(e))): reason for e, reason in dead}
 
     def read_pending(self, name: str) -> set[str]:
-        """The insert ids of what a provider still has to get."""
+        """Return the insert ids of what a provider still has to get."""
         pending = set()
         for positions, payload in self.query(PENDING, name):
             frames = EncodedEvents.FromString(bytes(payload)).events
@@ -176,7 +176,7 @@ class Bench:
         return self.query("SELECT count(*) FROM outbox_payloads") == [(0,)]
 
     def check(self) -> None:
-        """The property that must hold at any time."""
+        """Check the property that must hold at any time."""
         stored = self.read_stored()
         for name, server in self.servers.items():
             # Pending first: what is delivered meanwhile is in both.
@@ -190,7 +190,7 @@ class Bench:
             assert len(server.ingested) == len(server.insert_ids)
 
     def finish(self, seconds: float = 15.0) -> None:
-        """Waits until nothing is pending, and checks what became of it all."""
+        """Wait until nothing is pending, and check what became of it all."""
         wait_until(self.is_done, seconds)
         assert self.query("SELECT count(*) FROM outbox_deliveries") == [(0,)]
         self.check()
@@ -199,5 +199,5 @@ class Bench:
 
 
 def make_events(project: str, count: int, **fields: Any) -> list[Event]:
-    """New events that differ in their ids."""
+    """Return new events that differ in their ids."""
     return [make_message(project, f"e{number}", **fields) for number in range(count)]

@@ -31,13 +31,13 @@ class Client(Protocol):
     """Sends batches of events, one at a time."""
 
     def begin(self, events: Sequence[Event]) -> None:
-        """Sends them."""
+        """Send them."""
 
     def end(self) -> str:
-        """The status as the protocol names it, and more where an event was not accepted."""
+        """Return the status as the protocol names it, and more if an event was not accepted."""
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
 
 
 class HttpClient:
@@ -96,7 +96,7 @@ class GrpcClient:
         self._count = 0
 
     def begin(self, events: Sequence[Event]) -> None:
-        """Starts a call."""
+        """Start a call."""
         self._count = len(events)
         self._call = self._ingest.future(
             encode_request(map(to_message, events)),
@@ -106,18 +106,18 @@ class GrpcClient:
         )
 
     def end(self) -> str:
-        """The name of its status code."""
+        """Return the name of its status code."""
         code: str = self._call.code().name  # waits for the answer
         rejected = code == "OK" and self._call.result().accepted != self._count
         return f"{code} {self._call.result()}" if rejected else code
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self.channel.close()
 
 
 def send(client: Client, events: Sequence[Event]) -> str:
-    """The status of the answer, or the name of the error that came instead."""
+    """Return the status of the answer, or the name of the error that came instead."""
     try:
         client.begin(events)
         return client.end()
@@ -147,7 +147,7 @@ class Load:
         return {answer.status for answer in tuple(self.answers)}
 
     def stored(self, since: float = 0.0) -> set[str]:
-        """The ids of the events that were sent since then and acknowledged."""
+        """Return the ids of the events that were sent since then and acknowledged."""
         answers = tuple(self.answers)
         return {a.event_id for a in answers if a.status in STORED and a.sent_at >= since}
 
@@ -188,7 +188,7 @@ def running_load(
 
 
 def read_stored(service: Service, project: Project) -> list[str]:
-    """The ids of a project's events in the table, one for each row."""
+    """Return the ids of a project's events in the table, one for each row."""
     with closing(psycopg2.connect(service.database_url)) as connection:
         cursor = connection.cursor()
         cursor.execute("SELECT event_id FROM events WHERE project_id = %s", [project.id])

@@ -117,7 +117,7 @@ class ProviderServer(ABC):
         self.close()
 
     def close(self) -> None:
-        """Ends every connection and frees the port; a second time, nothing happens."""
+        """End every connection and free the port; do nothing the second time."""
         if self.closing.is_set():
             return
         self.closing.set()
@@ -143,7 +143,7 @@ class ProviderServer(ABC):
             return set(self.ingested.values())
 
     def payloads_of(self, insert_id: str) -> set[bytes]:
-        """The different payloads that came with an insert id."""
+        """Return the different payloads that came with an insert id."""
         with self._lock:
             return {d.payload for d in self.deliveries if d.insert_id == insert_id}
 
@@ -161,7 +161,7 @@ class ProviderServer(ABC):
         return reply, script.fault
 
     def refuse_unread(self) -> Reply:
-        """The answer to a body that is too large to be read."""
+        """Return the answer to a body that is too large to be read."""
         with self._lock:
             self.statuses.append(413)
         return self._refuse(413, "request exceeds max limit")
@@ -205,7 +205,7 @@ class ProviderServer(ABC):
 
     @abstractmethod
     def _answer(self, request: Request) -> Reply:
-        """The documented answer."""
+        """Return the documented answer."""
 
 
 class AmplitudeServer(ProviderServer):
@@ -343,7 +343,7 @@ class MixpanelServer(ProviderServer):
 
 
 def _find_refused(event: Event) -> str | None:
-    """The field for which strict mode refuses an event."""
+    """Return the field for which strict mode refuses an event."""
     name, properties = event.get("event"), event.get("properties")
     if not isinstance(name, str) or not name or len(orjson.dumps(event)) > 1_000_000:
         return "event"
@@ -389,7 +389,7 @@ class _HttpServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def cut_connections(self) -> None:
-        """Ends what is open, so that no thread waits for a client."""
+        """End what is open, so that no thread waits for a client."""
         for connection in tuple(self._connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -408,7 +408,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _HttpServer
 
     def do_POST(self) -> None:
-        """Takes one request."""
+        """Take one request."""
         provider = self.server.provider
         length = int(self.headers.get("Content-Length", 0))
         if length > provider.max_bytes:

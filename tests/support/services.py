@@ -70,11 +70,11 @@ class Service:
         return url.replace("postgresql+psycopg2:", "postgresql:")
 
     def find_workers(self) -> list[psutil.Process]:
-        """The processes of its workers."""
+        """Return the processes of its workers."""
         return self._find_children("worker")
 
     def find_forwarders(self) -> list[psutil.Process]:
-        """The processes of its forwarders."""
+        """Return the processes of its forwarders."""
         return self._find_children("forward")
 
     def _find_children(self, command: str) -> list[psutil.Process]:
@@ -82,18 +82,18 @@ class Service:
         return [child for child in children if child.cmdline()[-1:] == [command]]
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The records of its log, as far as it is written; fails if a line is no JSON object."""
+        """Return the records of its log so far; fail on a line that is no JSON object."""
         written, _, _ = self.log.read_text().rpartition("\n")
         records = [json.loads(line) for line in written.splitlines()]
         assert all(isinstance(record, dict) for record in records)
         return records
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Runs another command of `productgraph` with the same settings."""
+        """Run another command of `productgraph` with the same settings."""
         return run_command(*arguments, settings=self.settings)
 
     def stop(self) -> int:
-        """Sends SIGTERM and returns the exit status."""
+        """Send SIGTERM and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=120)
 
@@ -109,7 +109,7 @@ class Service:
 
 
 def run_command(*arguments: str, settings: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Runs `productgraph` with these settings and no others."""
+    """Run `productgraph` with these settings and no others."""
     return subprocess.run(
         [sys.executable, "-m", "server", *arguments],
         env=clean_environment(settings),
@@ -121,14 +121,14 @@ def run_command(*arguments: str, settings: Mapping[str, str]) -> "subprocess.Com
 
 
 def clean_environment(settings: Mapping[str, str], root: Path = ROOT) -> dict[str, str]:
-    """What a command needs to run the code in `root`, and these settings."""
+    """Return what a command needs to run the code in `root`, and these settings."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     path = f"{root}{os.pathsep}{root / 'gen'}"
     return kept | {"PYTHONPATH": path, "METRICS_PORT": "0"} | dict(settings)
 
 
 def run_program(module: str, *arguments: str, timeout: float) -> "subprocess.CompletedProcess[str]":
-    """Runs a program of the tests' to its end, which `timeout` seconds must be enough for."""
+    """Run a program of the tests' to its end, which `timeout` seconds must be enough for."""
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
@@ -141,7 +141,7 @@ def run_program(module: str, *arguments: str, timeout: float) -> "subprocess.Com
 
 
 def break_build(root: Path, file: str, right: str, wrong: str) -> None:
-    """Makes a copy of the service in `root` in which a piece of one file is another one."""
+    """Make a copy of the service in `root` in which a piece of one file is another one."""
     for directory in ("server", "gen"):
         shutil.copytree(ROOT / directory, root / directory)
     root.chmod(0o755)
@@ -152,7 +152,7 @@ def break_build(root: Path, file: str, right: str, wrong: str) -> None:
 
 @contextmanager
 def running_service(settings: Mapping[str, str], root: Path = ROOT) -> Iterator[Service]:
-    """A service of the code in `root`, on free ports and ready; stopped at the end, if it runs."""
+    """Provide a service of the code in `root`, on free ports and ready; stop it at the end."""
     with tempfile.TemporaryDirectory() as directory:
         output, log = Path(directory, "output"), Path(directory, "log")
         with output.open("wb") as stdout, log.open("wb") as stderr:
@@ -175,7 +175,7 @@ def running_service(settings: Mapping[str, str], root: Path = ROOT) -> Iterator[
 
 
 def ask(url: str) -> int | None:
-    """The status of a GET, or None where there is no answer."""
+    """Return the status of a GET, or None if there is no answer."""
     try:
         with urlopen(url, timeout=10) as answer:
             return int(answer.status)
@@ -195,11 +195,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def for_sqlalchemy(url: str) -> str:
-    """The URL of a database, from the form that libpq takes."""
+    """Return the URL of a database, from the form that libpq takes."""
     return url.replace("postgresql:", "postgresql+psycopg2:")
 
 
 def query(engine: Engine, statement: str) -> list[tuple[object, ...]]:
-    """The rows of a query."""
+    """Return the rows of a query."""
     with connected(engine) as connection:
         return [tuple(row) for row in connection.execute(text(statement))]

@@ -146,7 +146,7 @@ def test_a_harness_query_replaces_a_broken_connection(open_directory: Path) -> N
 
 
 def frame(kind: bytes, content: bytes) -> bytes:
-    """A message of PostgreSQL's protocol."""
+    """Return a message of PostgreSQL's protocol."""
     return kind + struct.pack("!I", len(content) + 4) + content
 
 

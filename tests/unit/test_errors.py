@@ -30,7 +30,7 @@ HTTP_STATUS = {
 
 
 def find_subclasses(root: type[IngestError]) -> Iterator[type[IngestError]]:
-    """The class and all that derive from it."""
+    """Yield the class and all that derive from it."""
     yield root
     for subclass in root.__subclasses__():
         yield from find_subclasses(subclass)
@@ -48,7 +48,7 @@ class Stranger:
 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    """The HTTP application of a service that was never started."""
+    """Return the HTTP application of a service that was never started."""
     service = IngestService(
         cast(Admission, Stranger()),
         cast(Ingestion, None),

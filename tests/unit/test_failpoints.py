@@ -16,7 +16,7 @@ REACH = "import sys; from server import failpoints; failpoints.reach(sys.argv[1]
 
 
 def start(point: str, settings: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-    """A process that reaches a point."""
+    """Return a process that reaches a point."""
     command = [sys.executable, "-c", REACH, point]
     return subprocess.Popen(command, env=clean_environment(settings))
 

@@ -64,7 +64,7 @@ CREATE TABLE api_keys (
 
 
 def upgrade() -> None:
-    """Creates both tables, and the partition for events of months that have none."""
+    """Create both tables, and the partition for events of months that have none."""
     op.execute(EVENTS)
     op.execute("CREATE TABLE events_default PARTITION OF events DEFAULT")
     op.execute(API_KEYS)

@@ -66,7 +66,7 @@ ALTER TABLE {table} SET (
 
 
 def upgrade() -> None:
-    """Creates the outbox, the dead letters and the lanes' state."""
+    """Create the outbox, the dead letters and the lanes' state."""
     for statement in (PAYLOADS, DELIVERIES, DEAD_EVENTS, LANES):
         op.execute(statement)
     op.execute("ALTER TABLE outbox_payloads ALTER COLUMN events SET STORAGE EXTERNAL")

@@ -20,7 +20,7 @@ CREATE TABLE rejected_events (
 
 
 def upgrade() -> None:
-    """Creates the table, and the indexes by which it is kept short."""
+    """Create the table, and the indexes by which it is kept short."""
     op.execute(REJECTED_EVENTS)
     op.execute("CREATE INDEX ON rejected_events (project_id, id)")
     op.execute("CREATE INDEX ON rejected_events (received_at)")

@@ -7,6 +7,6 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Adds the rates: null is the service's default, 0 none."""
+    """Add the rates: null is the service's default, 0 none."""
     for column in ("event_rate", "byte_rate"):
         op.execute(f"ALTER TABLE api_keys ADD COLUMN {column} bigint CHECK ({column} >= 0)")

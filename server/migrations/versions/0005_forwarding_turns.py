@@ -7,7 +7,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Adds the project to each delivery and what `forward status` shows to each lane.
+    """Add the project to each delivery and what `forward status` shows to each lane.
 
     Deliveries of a service of the version before have no project: they take turns as one.
     """

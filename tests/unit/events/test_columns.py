@@ -32,18 +32,18 @@ events = st.dictionaries(fields, values, max_size=12)
 
 
 def nest(levels: int) -> dict[str, Any]:
-    """An object of so many levels."""
+    """Return an object of this many levels."""
     return {"k": nest(levels - 1)} if levels > 1 else {}
 
 
 def read(**fields: Any) -> ParsedEvent | MalformedEvent:
-    """What is read off an event with these fields."""
+    """Return what is read off an event with these fields."""
     event = Event(**fields)
     return READER.read(event, event.SerializeToString())
 
 
 def describe(parsed: ParsedEvent | MalformedEvent) -> dict[str, Any]:
-    """The columns that are present, equal where PostgreSQL reads the same from them."""
+    """Return the columns that are present, equal if PostgreSQL reads the same from them."""
     assert isinstance(parsed, ParsedEvent)
     texts = dict(zip(NAMES, parsed.columns, strict=True))
     assert all(texts[name] == "" for name in parsed.empty)

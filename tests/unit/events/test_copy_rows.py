@@ -16,7 +16,7 @@ OPTIONAL_TEXTS = [
 
 
 def encode(**fields: Any) -> dict[str, str]:
-    """What each column of the row of an event with some further fields has, quotes included."""
+    """Return what each column of the row of an event with further fields has, with quotes."""
     line = make_row("p", "e", **fields).text.removesuffix("\n")
     values = re.findall(r"(\x01(?:[^\x01]|\x01\x01)*\x01|[^\t\x01]*)(?:\t|$)", line)
     return dict(zip(ENCODER.columns, values, strict=False))

@@ -32,7 +32,7 @@ values = st.recursive(
 
 
 def pass_through(source: dict[str, Any], depth: int = DEPTH) -> dict[str, Any]:
-    """What becomes of a parsed JSON object on its way to the table, by its protobuf encoding."""
+    """Return what becomes of a parsed JSON object on its way to the table, as protobuf."""
     struct = Struct()
     fill_struct(struct, source, depth + 1)
     return read_struct(Struct.FromString(struct.SerializeToString()), depth)
@@ -125,7 +125,7 @@ def test_empty_and_zero_values_are_not_null(value: Any) -> None:
 
 
 def nest(levels: int, pattern: str) -> dict[str, Any]:
-    """An object with so many levels of `{` and `[`, by turns as in the pattern, itself counted."""
+    """Return an object with this many levels of `{` and `[`, in turns as in the pattern."""
     value: Any = "bottom"
     for level in range(levels - 1, 0, -1):
         value = {"k": value} if pattern[level % len(pattern)] == "{" else [value]

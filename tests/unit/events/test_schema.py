@@ -161,7 +161,7 @@ def test_optional_fields_tell_zero_from_absence() -> None:
 
 
 def describe(**changes: object) -> Descriptor:
-    """A message with one field of this description."""
+    """Return a message with one field of this description."""
     file = descriptor_pb2.FileDescriptorProto(name="odd.proto", syntax="proto3")
     file.message_type.add(name="Odd").field.add(name="odd", number=1, label=1)
     file.dependency.append(wrappers_pb2.DESCRIPTOR.name)
@@ -193,7 +193,7 @@ def test_a_field_without_a_column_type_is_refused(change: dict[str, object]) -> 
 
 @pytest.fixture(scope="module")
 def extended_gen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The code generated from a copy of our protos in which Event has two more fields."""
+    """Return the code generated from a copy of our protos in which Event has two more fields."""
     directory = tmp_path_factory.mktemp("extended")
     protos, gen = directory / "protos", directory / "gen"
     shutil.copytree(ROOT / "protos", protos)

@@ -12,7 +12,7 @@ from tests.support.provider_servers import AmplitudeServer, MixpanelServer, Prov
 
 @pytest.fixture(scope="module")
 def url(create_migrated: Callable[[], str]) -> str:
-    """A database of this module's own."""
+    """Return a database of this module's own."""
     return create_migrated()
 
 
@@ -25,7 +25,7 @@ def servers() -> Iterator[dict[str, ProviderServer]]:
 
 @pytest.fixture
 def bench(url: str, servers: dict[str, ProviderServer]) -> Bench:
-    """A bench without events."""
+    """Return a bench without events."""
     bench = Bench(url, servers)
     tables = "events, outbox_payloads, outbox_deliveries, dead_events, forward_lanes"
     bench.query(f"TRUNCATE {tables}")

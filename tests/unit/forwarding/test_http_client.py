@@ -18,7 +18,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 
 @contextmanager
 def serving(answer: Callable[[socket.socket], object]) -> Iterator[tuple[str, list[bytes]]]:
-    """A server that answers each connection so; yields its URL and the requests' first bytes."""
+    """Provide a server that answers so; yield its URL and what requests begin with."""
     requests: list[bytes] = []
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -41,7 +41,7 @@ def serving(answer: Callable[[socket.socket], object]) -> Iterator[tuple[str, li
 
 
 def post(url: str) -> Answer | NoAnswer:
-    """What becomes of a request."""
+    """Return what becomes of a request."""
 
     async def send() -> Answer | NoAnswer:
         sender = Transport(1)

@@ -527,7 +527,7 @@ def test_forward_commands_manage_lanes_and_dead_events(bench: Bench) -> None:
 
 
 def run(bench: Bench, *arguments: str) -> str:
-    """What a command prints; fails where it does."""
+    """Return what a command prints; fail if it fails."""
     done = run_command(*arguments, settings=bench.settings)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -27,7 +27,7 @@ PAYLOAD = orjson.dumps({"page_title": "Grüße an Zoë Müller", "n": 12345678})
 
 
 def quote(text: str | bytes) -> str:
-    """What is shown of an answer to a request with this payload."""
+    """Return what is shown of an answer to a request with this payload."""
     body = text if isinstance(text, bytes) else text.encode()
     return quote_answer(body, [PAYLOAD, b'{"x":"y"}'], [SECRET])
 
@@ -87,7 +87,7 @@ class Clock:
     now = 1000.0
 
     def __call__(self) -> float:
-        """The time."""
+        """Return the time."""
         return self.now
 
 
@@ -95,7 +95,7 @@ FAILED, DONE = Decision(retry={0: 0.0}), Decision(done=frozenset({0}))
 
 
 def note(health: LaneHealth, decision: Decision, answer: Answer | NoAnswer) -> None:
-    """A round of one request."""
+    """Return a round of one request."""
     health.note_request([PAYLOAD], decision, answer)
     health.end_round()
 

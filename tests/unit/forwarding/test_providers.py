@@ -66,26 +66,26 @@ REQUIRED = {
 
 
 def make_event(**fields: Any) -> Event:
-    """An event as it is stored, from its documented names, where `__` stands for a dot."""
+    """Return an event as it is stored, from its documented names with `__` for a dot."""
     sent = {name.replace("__", "."): value for name, value in fields.items()}
     return parse({**REQUIRED, **sent})
 
 
 def parse(sent: dict[str, Any]) -> Event:
-    """An event as it is stored."""
+    """Return an event as it is stored."""
     [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [sent]}).encode()).events
     assert isinstance(parsed, ParsedEvent)
     return parsed.complete()
 
 
 def encode(provider: Provider, event: Event) -> dict[str, Any]:
-    """What a provider is sent for an event."""
+    """Return what a provider is sent for an event."""
     payload: dict[str, Any] = json.loads(provider.encode_event(event, CURRENT_MAPPING_VERSION))
     return payload
 
 
 def encode_properties(provider: Provider, event: Event) -> dict[str, Any]:
-    """The properties that a provider is sent for an event."""
+    """Return the properties that a provider is sent for an event."""
     payload = encode(provider, event)
     properties: dict[str, Any] = payload.get("event_properties") or payload["properties"]
     return properties
@@ -226,7 +226,7 @@ def test_event_names_avoid_the_providers_commands(name: str | None, expected: st
 
 
 def read_ids(event: Event) -> list[tuple[str | None, str]]:
-    """The user and the device that each provider is told."""
+    """Return the user and the device that each provider is told."""
     sent, properties = encode(AMPLITUDE, event), encode_properties(MIXPANEL, event)
     user, device = properties.get("$user_id"), properties["$device_id"]
     assert properties["distinct_id"] == (user or f"$device:{device}")
@@ -425,7 +425,7 @@ def test_insert_ids_depend_only_on_event_identity() -> None:
 
 
 def nest(levels: int) -> dict[str, Any]:
-    """An object of so many levels, itself counted."""
+    """Return an object of this many levels, itself counted."""
     return {"k": nest(levels - 1)} if levels > 1 else {}
 
 
@@ -468,7 +468,7 @@ def test_the_order_of_keys_changes_no_payload(provider: Provider) -> None:
 
 
 def turn(items: dict[str, Any]) -> dict[str, Any]:
-    """The same items the other way round."""
+    """Return the same items the other way round."""
     return dict(reversed(items.items()))
 
 
@@ -608,7 +608,7 @@ LATER = Decision(retry=dict.fromkeys(ALL, 0.0))
 
 
 def wait(seconds: float, *indexes: int, **more: Any) -> Decision:
-    """These events, or all, wait for so many seconds."""
+    """Return the outcome that these events, or all, wait for this many seconds."""
     return Decision(retry=dict.fromkeys(indexes or ALL, seconds), **more)
 
 
@@ -619,13 +619,13 @@ def decide(
     events: list[Event] = EVENTS,
     headers: dict[str, str] | None = None,
 ) -> Decision:
-    """What an answer means; a body other than bytes is sent as JSON with its `code`."""
+    """Return what an answer means; a body that is not bytes is sent as JSON with its `code`."""
     sent = body if isinstance(body, bytes) else json.dumps({"code": status} | body).encode()
     return provider.decide(encode_all(provider, events), Answer(status, headers or {}, sent))
 
 
 def encode_all(provider: Provider, events: list[Event]) -> list[bytes]:
-    """The payloads of these events."""
+    """Return the payloads of these events."""
     return [provider.encode_event(event, 1) for event in events]
 
 
@@ -694,7 +694,7 @@ def test_only_a_full_report_of_success_settles_events(
 
 
 def dead(reason: str, *indexes: int, **more: Any) -> Decision:
-    """These events are refused for one reason."""
+    """Return the outcome that these events are refused for one reason."""
     return Decision(dead=dict.fromkeys(indexes, reason), **more)
 
 
@@ -797,7 +797,7 @@ def test_amplitude_429_delays_only_the_throttled_events(body: Any, expected: Dec
 
 
 def over_quota(*indexes: int) -> Decision:
-    """These events wait for an hour, for their user or device is over its quota."""
+    """Return the outcome that these events wait for an hour: their user is over its quota."""
     return Decision(
         retry=dict.fromkeys(indexes, 3600.0), retry_reasons=dict.fromkeys(indexes, QUOTA_REASON)
     )
@@ -840,7 +840,7 @@ def test_amplitude_429_respects_the_requested_time() -> None:
 
 
 def fail(*indexes: Any, **more: Any) -> dict[str, Any]:
-    """A report of Mixpanel on refused events."""
+    """Return a report of Mixpanel on refused events."""
     keys = {"insert_id": "x", "field": "properties.time", "message": "'properties.time' is invalid"}
     return {"failed_records": [{"index": index, **keys} for index in indexes], **more}
 
@@ -977,7 +977,7 @@ def test_any_answer_gives_each_event_one_fate(
 
 
 def send(request: Request, timeout: float) -> Answer | None:
-    """Posts a request; None where no complete answer came, or nothing for so many seconds."""
+    """Post a request; return None if no complete answer came, or nothing for some seconds."""
     url = urlsplit(request.url)
     with closing(http.client.HTTPConnection(url.netloc, timeout=timeout)) as connection:
         try:
@@ -994,7 +994,7 @@ Pair = tuple[Provider, ProviderServer]
 
 @pytest.fixture(params=["amplitude", "mixpanel"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """A provider's server, and ours that sends to it."""
+    """Provide a provider's server, and ours that sends to it."""
     if request.param == "amplitude":
         with AmplitudeServer(SECRET) as amplitude:
             yield Amplitude(SECRET, amplitude.url), amplitude
@@ -1004,7 +1004,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 def exchange(provider: Provider, payloads: list[bytes], timeout: float = 20.0) -> Decision:
-    """What comes of sending these payloads."""
+    """Return what comes of sending these payloads."""
     return provider.decide(payloads, send(provider.build_request(payloads), timeout))
 
 

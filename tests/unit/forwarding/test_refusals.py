@@ -25,7 +25,7 @@ each = pytest.mark.parametrize("name", NAMES)
 
 
 def guard(status: int) -> Callable[[Sequence[Event]], Script | None]:
-    """A firewall that answers so to a request if one of its events holds an attack."""
+    """Return the behaviour of a firewall: it answers so if an event holds an attack."""
 
     def behave(events: Sequence[Event]) -> Script | None:
         found = any(ATTACK in json.dumps(event) for event in events)

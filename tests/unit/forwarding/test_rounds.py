@@ -16,7 +16,7 @@ from tests.support.services import wait_until
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mapping takes far longer than a round: all of 600 events six seconds, a round half of one."""
+    """Make mapping slow: six seconds for all of 600 events, of which a round takes half of one."""
     encode = Amplitude.encode_event
 
     def encode_slowly(provider: Amplitude, event: Event, version: int) -> bytes:

@@ -27,7 +27,7 @@ CA, CLIENT_CA = trustme.CA(), trustme.CA()
 
 
 def write_certificate(directory: Path, authority: trustme.CA = CA) -> TlsFiles:
-    """A new certificate for localhost, and its key, where those before may have been."""
+    """Write a new certificate for localhost, and its key, over those that may be there."""
     issued = authority.issue_cert("localhost")
     files = TlsFiles(directory / "chain.pem", directory / "key.pem", None)
     files.chain.write_bytes(b"".join(part.bytes() for part in issued.cert_chain_pems))
@@ -36,7 +36,7 @@ def write_certificate(directory: Path, authority: trustme.CA = CA) -> TlsFiles:
 
 
 def read_shown(service: Service) -> str:
-    """The certificate that a new connection is shown."""
+    """Return the certificate that a new connection is shown."""
     host, port = service.grpc_target.split(":")
     return ssl.get_server_certificate((host, int(port)), timeout=10)
 
@@ -51,7 +51,7 @@ class Secured:
 
     @contextmanager
     def connected(self, credentials: grpc.ChannelCredentials | None) -> Iterator[grpc.Channel]:
-        """A new connection; without credentials, in plain text."""
+        """Provide a new connection; without credentials, in plain text."""
         target = f"localhost:{self.service.grpc_target.rpartition(':')[2]}"
         # Of its own, or channels to one address would share a connection.
         options = [("grpc.use_local_subchannel_pool", 1)]
@@ -63,12 +63,12 @@ class Secured:
             yield channel
 
     def answer(self, credentials: grpc.ChannelCredentials | None) -> str:
-        """The code of a request over a new connection."""
+        """Return the code of a request over a new connection."""
         with self.connected(credentials) as channel:
             return self.send(channel)
 
     def send(self, channel: grpc.Channel) -> str:
-        """The code of an empty batch with a valid key."""
+        """Return the code of an empty batch with a valid key."""
         ingest = bind_ingest(channel)
         try:
             ingest(b"", timeout=10, metadata=(("x-pg-api-key", self.project.key),))
@@ -90,14 +90,14 @@ def trusting(
 
 @contextmanager
 def running_secured(database_url: str, files: TlsFiles) -> Iterator[Secured]:
-    """A service with these certificates."""
+    """Provide a service with these certificates."""
     settings = {"DATABASE_URL": database_url} | name_files(files)
     with running_service(settings) as service:
         yield Secured(service, files, create_project(service))
 
 
 def name_files(files: TlsFiles) -> dict[str, str]:
-    """The settings that name these files."""
+    """Return the settings that name these files."""
     settings = {"GRPC_TLS_CERT_FILE": str(files.chain), "GRPC_TLS_KEY_FILE": str(files.key)}
     if files.client_ca:
         settings["GRPC_TLS_CLIENT_CA_FILE"] = str(files.client_ca)
@@ -108,7 +108,7 @@ def name_files(files: TlsFiles) -> dict[str, str]:
 def secured(
     create_migrated: Callable[[], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Secured]:
-    """A service with TLS, to any client."""
+    """Provide a service with TLS, to any client."""
     files = write_certificate(tmp_path_factory.mktemp("tls"))
     with running_secured(create_migrated(), files) as running:
         yield running
@@ -118,7 +118,7 @@ def secured(
 def mutual(
     create_migrated: Callable[[], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Secured]:
-    """A service that asks for its clients' certificates."""
+    """Provide a service that asks for its clients' certificates."""
     files = write_certificate(tmp_path_factory.mktemp("mtls"))
     client_ca = files.chain.with_name("clients.pem")
     client_ca.write_bytes(CLIENT_CA.cert_pem.bytes())
@@ -210,7 +210,7 @@ class Clock:
         self.now = 0.0
 
     def __call__(self) -> float:
-        """The time."""
+        """Return the time."""
         return self.now
 
 
@@ -246,13 +246,13 @@ def test_a_relinked_certificate_is_a_change(tmp_path: Path) -> None:
 
 
 def put_directory(files: TlsFiles) -> None:
-    """Puts a directory in the place of the key."""
+    """Put a directory in the place of the key."""
     files.key.unlink()
     files.key.mkdir()
 
 
 def encrypt_key(files: TlsFiles) -> None:
-    """Puts a password on the key."""
+    """Put a password on the key."""
     key = load_pem_private_key(files.key.read_bytes(), None)
     encryption = BestAvailableEncryption(b"secret")
     encrypted = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)

@@ -29,7 +29,7 @@ class Upload:
 
 @pytest.fixture
 def budget() -> BodyBudget:
-    """A budget of 100 bytes."""
+    """Return a budget of 100 bytes."""
     return BodyBudget(100)
 
 

@@ -31,7 +31,7 @@ class HoldingApp:
         self.held: list[Future[None]] = []
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        """The application, as WSGI has it."""
+        """Return the application, as WSGI has it."""
         body, deferral = environ["PATH_INFO"], environ[ENVIRON_KEY]
         if deferral.failure is not None:
             body = f"failed: {deferral.failure}"
@@ -46,7 +46,7 @@ class HoldingApp:
         return future
 
     def wait_for(self, count: int) -> None:
-        """Returns once so many answers are held."""
+        """Return once this many answers are held."""
         wait_until(lambda: len(self.held) >= count)
 
     def release(self) -> None:
@@ -57,7 +57,7 @@ class HoldingApp:
 
 @pytest.fixture
 def app() -> HoldingApp:
-    """The application of `port`."""
+    """Return the application of `port`."""
     return HoldingApp()
 
 
@@ -72,7 +72,7 @@ def port(app: HoldingApp, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 @contextmanager
 def serving(app: Callable[..., Any], **options: Any) -> Iterator[int]:
-    """Serves an application on the port that it yields."""
+    """Serve an application on the port that it yields."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = HTTPServer(app, listener, max_body_bytes=1 << 20, **options)
     thread = threading.Thread(target=server.serve)
@@ -86,19 +86,19 @@ def serving(app: Callable[..., Any], **options: Any) -> Iterator[int]:
 
 
 def connect(port: int) -> socket.socket:
-    """A connection that gives up on an answer after a while."""
+    """Return a connection that gives up on an answer after a while."""
     return socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_SECONDS)
 
 
 def send_get(port: int, path: str) -> http.client.HTTPConnection:
-    """A connection on which a request has been sent."""
+    """Return a connection on which a request has been sent."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
     connection.request("GET", path)
     return connection
 
 
 def get(port: int, path: str) -> str:
-    """The body of the answer."""
+    """Return the body of the answer."""
     with closing(send_get(port, path)) as connection:
         return connection.getresponse().read().decode()
 
@@ -231,7 +231,7 @@ class Keepsake:
     found = closed = 0
 
     def close(self) -> None:
-        """The request is over."""
+        """Note that the request is over."""
         self.closed += 1
 
 
@@ -243,7 +243,7 @@ class KeepingApp(HoldingApp):
         self.kept: list[Keepsake] = []
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        """The application, as WSGI has it."""
+        """Return the application, as WSGI has it."""
         deferral = environ[ENVIRON_KEY]
         if deferral.pending:
             deferral.pending.found += 1
@@ -465,7 +465,7 @@ BAD_CHUNKS = {
 
 
 def exchange(port: int, request: bytes) -> list[int]:
-    """The statuses of all answers until the server closes the connection."""
+    """Return the statuses of all answers until the server closes the connection."""
     with connect(port) as connection:
         with suppress(ConnectionError):  # it may have closed it before it has read everything
             connection.sendall(request)
@@ -474,7 +474,7 @@ def exchange(port: int, request: bytes) -> list[int]:
 
 
 def post(head: bytes, body: bytes = b"") -> bytes:
-    """A request, malformed as wanted, with others behind it."""
+    """Return a request, malformed as wanted, with others behind it."""
     return b"POST /v1/events HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n" + body + SMUGGLED + LAST
 
 

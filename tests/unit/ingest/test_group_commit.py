@@ -31,7 +31,7 @@ BLOCKED = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'events'::reg
 
 @pytest.fixture(scope="module")
 def url(create_migrated: Callable[[], str]) -> str:
-    """A database of this module's own, which refuses one event name."""
+    """Return a database of this module's own, which refuses one event name."""
     url = create_migrated()
     with closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
         cursor.execute(f"ALTER TABLE events ADD CHECK (event_name <> '{POISON}')")
@@ -47,7 +47,7 @@ class Table:
 
     @contextmanager
     def transaction(self, statement: str) -> Iterator[psycopg2.extensions.cursor]:
-        """A transaction beside the writer's, which begins with this statement."""
+        """Provide a transaction beside the writer's, which begins with this statement."""
         with self._holder, self._holder.cursor() as cursor:
             cursor.execute(statement)
             yield cursor
@@ -57,49 +57,49 @@ class Table:
         return self.transaction("LOCK TABLE events IN SHARE MODE")
 
     def query(self, statement: str, *parameters: Any) -> list[Any]:
-        """The rows of a query."""
+        """Return the rows of a query."""
         with self._reader.cursor() as cursor:
             cursor.execute(statement, parameters)
             return cursor.fetchall()
 
     def find_events(self, project_id: str) -> set[str]:
-        """The ids of a project's events."""
+        """Return the ids of a project's events."""
         found = self.query("SELECT event_id FROM events WHERE project_id = %s", project_id)
         return {event_id for [event_id] in found}
 
     def wait_for_writer(self) -> None:
-        """Returns once somebody waits for the lock."""
+        """Return once somebody waits for the lock."""
         wait_until(lambda: self.query(BLOCKED))
 
     def close(self) -> None:
-        """Ends its connections."""
+        """End its connections."""
         self._holder.close()
         self._reader.close()
 
 
 @pytest.fixture(scope="module")
 def table(url: str) -> Iterator[Table]:
-    """The events table."""
+    """Provide the events table."""
     with closing(Table(url)) as table:
         yield table
 
 
 @pytest.fixture
 def writer(engine: Engine) -> Iterator[Writer]:
-    """A running writer with its watchdog."""
+    """Provide a running writer with its watchdog."""
     with running(make_writer(engine)) as writer:
         yield writer
 
 
 def make_writer(engine: Engine, **options: Any) -> Writer:
-    """A writer that was not started."""
+    """Return a writer that was not started."""
     options = {"max_waiting_bytes": 1 << 20} | options
     return Writer(GuardedConnection(engine), EventStore(ENCODER.columns), **options)
 
 
 @contextmanager
 def running(writer: Writer) -> Iterator[Writer]:
-    """The writer, started and watched."""
+    """Provide the writer, started and watched."""
     with Watchdog(writer.check), writer:
         yield writer
 

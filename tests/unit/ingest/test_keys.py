@@ -36,7 +36,7 @@ REFRESH_SECONDS = 10
 
 @pytest.fixture
 def queries(engine: Engine) -> Iterator[list[str]]:
-    """The statements about keys that ran during a test."""
+    """Provide the statements about keys that ran during a test."""
     seen: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -55,25 +55,25 @@ class Clock:
         self.now = 1000.0
 
     def __call__(self) -> float:
-        """The time."""
+        """Return the time."""
         return self.now
 
 
 @pytest.fixture
 def clock() -> Clock:
-    """The clock of the directory under test."""
+    """Return the clock of the directory under test."""
     return Clock()
 
 
 @pytest.fixture
 def directory(engine: Engine, clock: Clock) -> Iterator[KeyCache]:
-    """A running directory."""
+    """Provide a running directory."""
     with KeyCache(GuardedConnection(engine), clock) as directory:
         yield directory
 
 
 def add_key(engine: Engine, project: str = "proj") -> str:
-    """A new key."""
+    """Return a new key."""
     with connected(engine) as connection:
         return create_key(connection, project, "test")
 
@@ -85,14 +85,14 @@ def revoke(engine: Engine) -> None:
 
 
 def refresh(directory: KeyCache) -> None:
-    """Makes the directory do whatever it is time for: it does so after a look-up."""
+    """Make the directory do whatever it is time for: it does so after a look-up."""
     for _ in range(2):
         with pytest.raises(Unauthenticated):
             directory.look_up(generate_key()).result(60)
 
 
 def known_project(directory: KeyCache, key: str) -> str | None:
-    """The project of a key, where the directory knows it."""
+    """Return the project of a key, if the directory knows it."""
     caller = directory.known_caller(key)
     return caller and caller.project_id
 

@@ -76,7 +76,7 @@ class Clock:
     now = 100.0
 
     def __call__(self) -> float:
-        """The time, in seconds."""
+        """Return the time, in seconds."""
         return self.now
 
 
@@ -86,7 +86,7 @@ class Storage:
     needs_encoded = False
 
     def submit(self, *_: object) -> "Future[None]":
-        """A future that is done."""
+        """Return a future that is done."""
         stored: Future[None] = Future()
         stored.set_result(None)
         return stored
@@ -94,7 +94,7 @@ class Storage:
 
 @pytest.fixture
 def clock() -> Clock:
-    """The clock of a test."""
+    """Return the clock of a test."""
     return Clock()
 
 

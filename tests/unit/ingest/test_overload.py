@@ -26,7 +26,7 @@ class Clock:
     now = 100.0
 
     def __call__(self) -> float:
-        """The time, in seconds."""
+        """Return the time, in seconds."""
         return self.now
 
 
@@ -43,7 +43,7 @@ class SlowStore:
         self._clock = clock
 
     def save(self, _connection: object, rows: Sequence[Row], *_seconds: float) -> None:
-        """Stores rows nowhere."""
+        """Store rows nowhere."""
         self.begun.set()
         assert self.may_begin.wait(30)
         self.groups.append(sum(len(row.text) for row in rows))
@@ -51,7 +51,7 @@ class SlowStore:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """What is handed in meanwhile waits."""
+        """Keep what is handed in meanwhile waiting."""
         self.may_begin.clear()
         self.begun.clear()
         yield
@@ -71,19 +71,19 @@ class StandingLink:
 
 @pytest.fixture
 def clock() -> Clock:
-    """The clock of writer and store."""
+    """Return the clock of writer and store."""
     return Clock()
 
 
 @pytest.fixture
 def store(clock: Clock) -> SlowStore:
-    """The store of `writer`."""
+    """Return the store of `writer`."""
     return SlowStore(clock)
 
 
 @pytest.fixture
 def writer(clock: Clock, store: SlowStore) -> Iterator[Writer]:
-    """A running writer, which has learnt how slow its store is."""
+    """Provide a running writer, which has learnt how slow its store is."""
     link, slow = cast(GuardedConnection, StandingLink()), cast(EventStore, store)
     with Writer(link, slow, max_waiting_bytes=1 << 30, clock=clock) as writer:
         submit(writer, clock, 2 * BATCH_BYTES).result(60)

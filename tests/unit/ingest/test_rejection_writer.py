@@ -30,19 +30,19 @@ def engine(create_migrated: Callable[[], str]) -> Engine:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds follow each other faster than in a service."""
+    """Let rounds follow each other faster than in a service."""
     for name, value in (("_REST", 1), ("_TRIM_SECONDS", 0.05), ("_RETRY_SECONDS", 0.05)):
         monkeypatch.setattr(f"server.ingest.rejection_writer.{name}", value)
 
 
 def make_writer(engine: Engine, keep: RejectedKeep = KEEP) -> RejectionWriter:
-    """A writer that is not started yet."""
+    """Return a writer that is not started yet."""
     return RejectionWriter(GuardedConnection(engine), keep)
 
 
 @contextmanager
 def running(writer: RejectionWriter) -> Iterator[None]:
-    """The writer works while the context lasts."""
+    """Let the writer work while the context lasts."""
     with Watchdog(writer.check), writer:
         yield
 
@@ -55,7 +55,7 @@ def record(writer: RejectionWriter, project_id: str, count: int, first: int = 0)
 
 
 def insert(engine: Engine, project_id: str, count: int, age: timedelta = timedelta(0)) -> None:
-    """Adds rows of this age."""
+    """Add rows of this age."""
     moment = datetime.now(UTC) - age
     with connected(engine) as connection:
         rows = [Rejection(project_id, moment, "http", "wrong", 1, b"x")] * count

@@ -29,27 +29,27 @@ END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE dat
 
 @pytest.fixture
 def link(engine: Engine) -> Iterator[GuardedConnection]:
-    """A link that a watchdog cuts."""
+    """Provide a link that a watchdog cuts."""
     with watched_link(engine) as link:
         yield link
 
 
 @contextmanager
 def watched_link(engine: Engine) -> Iterator[GuardedConnection]:
-    """A link that a watchdog cuts, closed at the end."""
+    """Provide a link that a watchdog cuts, closed at the end."""
     with GuardedConnection(engine) as link, Watchdog(link.cut_if_overdue):
         yield link
 
 
 def run(link: GuardedConnection, statement: str, seconds: float = 5.0) -> object:
-    """The first value that a statement yields."""
+    """Return the first value that a statement yields."""
     with link.connected(seconds) as connection:
         result = connection.execute(text(statement))
         return result.scalar() if result.returns_rows else None
 
 
 def fail_with(sqlstate: str) -> str:
-    """A statement that PostgreSQL answers with this error."""
+    """Return a statement that PostgreSQL answers with this error."""
     return f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{sqlstate}'; END $$"
 
 
@@ -92,7 +92,7 @@ def test_an_overstaying_use_is_reported_once(engine: Engine) -> None:
 
 
 def to_message(kind: bytes, content: bytes) -> bytes:
-    """A message of PostgreSQL's protocol."""
+    """Return a message of PostgreSQL's protocol."""
     return kind + (len(content) + 4).to_bytes(4) + content
 
 
@@ -114,7 +114,7 @@ GREETING = b"".join(
 
 @contextmanager
 def silent_server(delay: float) -> Iterator[str]:
-    """The URL of a PostgreSQL that lets one in after a delay, and then is silent for a minute."""
+    """Provide the URL of a PostgreSQL that lets one in after a delay, then is silent."""
     done = threading.Event()
 
     def answer() -> None:
@@ -236,7 +236,7 @@ def test_a_failing_check_does_not_stop_the_watchdog(caplog: pytest.LogCaptureFix
 
 @contextmanager
 def watched_readiness(url: str) -> Iterator[Readiness]:
-    """A probe of this database that has found it ready."""
+    """Provide a probe of this database that has found it ready."""
     readiness = Readiness(GuardedConnection(open_engine(url)))
     with Watchdog(readiness.check), readiness:
         wait_until(readiness.is_ready)

@@ -43,7 +43,7 @@ StartUser = Callable[[], "subprocess.Popen[str]"]
 
 @pytest.fixture
 def parent() -> Iterator[Path]:
-    """A directory that root's PostgreSQL, which runs as another account, can get through."""
+    """Provide a directory that root's PostgreSQL, another account, can get through."""
     path = Path(tempfile.mkdtemp())
     path.chmod(0o711)
     yield path
@@ -55,20 +55,20 @@ def parent() -> Iterator[Path]:
 
 @pytest.fixture
 def directory(parent: Path) -> Path:
-    """A data directory that does not exist yet."""
+    """Return a data directory that does not exist yet."""
     return parent / "data"
 
 
 @pytest.fixture
 def server(directory: Path) -> Iterator[EmbeddedPostgres]:
-    """A PostgreSQL that this process uses."""
+    """Provide a PostgreSQL that this process uses."""
     with EmbeddedPostgres(directory, create=True) as server:
         yield server
 
 
 @pytest.fixture
 def start_user(directory: Path) -> Iterator[StartUser]:
-    """Starts another process that uses the data directory until its standard input ends."""
+    """Start another process that uses the data directory until its standard input ends."""
     with ExitStack() as stack:
 
         def start() -> "subprocess.Popen[str]":
@@ -127,7 +127,7 @@ def send(number: signal.Signals, processes: list[psutil.Process]) -> None:
 
 
 def find_postmaster(directory: Path) -> psutil.Process:
-    """The process whose number is in the cluster's pid file."""
+    """Return the process whose number is in the cluster's pid file."""
     lines = (directory / "postgres" / "postmaster.pid").read_text().splitlines()
     return psutil.Process(int(lines[0]))
 
@@ -148,7 +148,7 @@ def run_sql(server: EmbeddedPostgres, statement: str) -> Any:
 
 
 def connect(server: EmbeddedPostgres) -> psycopg2.extensions.connection:
-    """A connection through the URL that stays open."""
+    """Return a connection through the URL that stays open."""
     url = make_url(server.url)
     return psycopg2.connect(
         host=url.query["host"], port=url.query["port"], user=url.username, dbname=url.database

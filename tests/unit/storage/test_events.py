@@ -46,7 +46,7 @@ Name = Callable[[], str]
 
 @pytest.fixture(scope="module")
 def reader(url: str) -> Iterator[psycopg2.extensions.connection]:
-    """A connection beside the service's."""
+    """Provide a connection beside the service's."""
     with closing(psycopg2.connect(url)) as connection:
         connection.autocommit = True
         yield connection
@@ -54,7 +54,7 @@ def reader(url: str) -> Iterator[psycopg2.extensions.connection]:
 
 @pytest.fixture(scope="module")
 def query(reader: psycopg2.extensions.connection) -> Query:
-    """Runs a query beside the service and returns its rows."""
+    """Run a query beside the service and return its rows."""
 
     def run(statement: str, *parameters: Any) -> list[Any]:
         with reader.cursor() as cursor:
@@ -66,20 +66,20 @@ def query(reader: psycopg2.extensions.connection) -> Query:
 
 @pytest.fixture(scope="module")
 def new_project() -> Name:
-    """Makes names that no test has used."""
+    """Make names that no test has used."""
     numbers = iter(range(1_000_000))
     return lambda: f"project {next(numbers)}"
 
 
 @pytest.fixture
 def store() -> EventStore:
-    """A store that has seen no duplicates."""
+    """Return a store that has seen no duplicates."""
     return EventStore(ENCODER.columns)
 
 
 @pytest.fixture
 def connection(engine: Engine) -> Iterator[Connection]:
-    """A connection such as the service's."""
+    """Provide a connection such as the service's."""
     with connected(engine) as connection:
         yield connection
 
@@ -103,7 +103,7 @@ TEXTS = "SELECT event_name, ui_state_after, metadata->>'value', attributes FROM 
 
 
 def store_texts(texts: Sequence[str], save: Callable[[list[Row]], None], query: Query) -> None:
-    """Stores one event for each text, has it in several columns, and compares what is there."""
+    """Store one event for each text, with it in several columns, and compare what is there."""
     places = [{"value": text, text: [text]} for text in texts]
     save(
         [

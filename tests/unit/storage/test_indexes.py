@@ -29,7 +29,7 @@ TABLES = ["events", "events_2023_12", "events_2024_01", "events_2024_02", "event
 
 @pytest.fixture
 def url(create_migrated: Callable[[], str]) -> str:
-    """A database with three months."""
+    """Return a database with three months."""
     url = create_migrated()
     with connected(open_engine(for_sqlalchemy(url))) as connection:
         add_months(connection, date(2023, 12, 31))

@@ -57,7 +57,7 @@ Query = Callable[..., list[Any]]
 
 @pytest.fixture
 def query(url: str) -> Iterator[Query]:
-    """Runs statements beside the service, on an outbox that is empty at first."""
+    """Run statements beside the service, on an outbox that is empty at first."""
     with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
         connection.autocommit = True
 
@@ -71,14 +71,14 @@ def query(url: str) -> Iterator[Query]:
 
 @pytest.fixture
 def connection(engine: Engine) -> Iterator[Connection]:
-    """A connection such as a forwarder's."""
+    """Provide a connection such as a forwarder's."""
     with connected(engine) as connection:
         yield connection
 
 
 @pytest.fixture
 def save(query: Query, engine: Engine) -> Iterator[Callable[[Sequence[Row]], None]]:
-    """Stores a group of rows, and keeps what was new for the providers `a` and `b`."""
+    """Store a group of rows, and keep what was new for the providers `a` and `b`."""
     assert query(ORPHANS) == [(0, 0)]
     store = make_store("a", "b")
     with connected(engine) as connection:
@@ -89,7 +89,7 @@ Save = Callable[[Sequence[Row]], None]
 
 
 def make_store(*providers: str) -> EventStore:
-    """A store that keeps what is new for these providers."""
+    """Return a store that keeps what is new for these providers."""
     return EventStore(ENCODER.columns, Outbox(providers, 1).statements_for)
 
 
@@ -105,12 +105,12 @@ def read_queued(query: Query) -> list[list[tuple[str, str]]]:
 
 
 def read_frames(payload: bytes) -> list[Event]:
-    """The events of a payload."""
+    """Return the events of a payload."""
     return [Event.FromString(event) for event in EncodedEvents.FromString(bytes(payload)).events]
 
 
 def read_ids(letters: Sequence[DeadEvent]) -> list[str]:
-    """The ids of dead events."""
+    """Return the ids of dead events."""
     return [Event.FromString(letter.event).event_id for letter in letters]
 
 
@@ -121,7 +121,7 @@ def claim(
     size: int = 1 << 30,
     after: str | None = None,
 ) -> tuple[UUID, list[Delivery]]:
-    """A new lease of a minute, and what was claimed under it."""
+    """Return a new lease of a minute, and what was claimed under it."""
     lease = Lease(uuid4(), 60)
     return lease.id, claim_batch(connection, provider, lease, ClaimLimits(count, size), after)
 
@@ -129,7 +129,7 @@ def claim(
 def finish(
     connection: Connection, provider: str, lease: UUID, deliveries: Sequence[Delivery]
 ) -> None:
-    """Records that the provider has everything."""
+    """Record that the provider has everything."""
     outcomes = [Outcome(delivery, done=set(delivery.events)) for delivery in deliveries]
     record_outcomes(connection, provider, lease, outcomes)
 
@@ -488,14 +488,14 @@ def test_a_claim_reads_little_of_a_backlog(query: Query, connection: Connection)
 
 
 def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A node of a plan, and all below it."""
+    """Yield a node of a plan, and all below it."""
     yield node
     for below in node.get("Plans", []):
         yield from walk(below)
 
 
 def save_groups(save: Save, *groups: tuple[str, int]) -> None:
-    """Stores groups of so many events of a project, one after the other."""
+    """Store groups of this many events of a project, one after the other."""
     for number, (project, count) in enumerate(groups):
         save([make_row(project, f"{number} {event}") for event in range(count)])
 

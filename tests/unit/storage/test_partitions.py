@@ -33,7 +33,7 @@ def engine(create_migrated: Callable[[], str]) -> Engine:
 
 
 def add(engine: Engine, today: date = DECEMBER) -> None:
-    """Adds the months of this day."""
+    """Add the months of this day."""
     link = GuardedConnection(engine)
     try:
         with link.connected(30) as connection:
@@ -43,7 +43,7 @@ def add(engine: Engine, today: date = DECEMBER) -> None:
 
 
 def save(engine: Engine, *moments: str) -> None:
-    """Stores an event for each of these moments, under it as its id."""
+    """Store an event for each of these moments, under it as its id."""
     rows = [
         make_row("p", moment, seconds=int(datetime.fromisoformat(f"{moment}+00:00").timestamp()))
         for moment in moments
@@ -54,7 +54,7 @@ def save(engine: Engine, *moments: str) -> None:
 
 @contextmanager
 def transaction(engine: Engine, statement: str) -> Iterator[None]:
-    """A transaction of somebody else's that goes on meanwhile."""
+    """Provide a transaction of somebody else's that goes on meanwhile."""
     with connected(engine) as connection:
         connection.execute(text(statement))
         yield

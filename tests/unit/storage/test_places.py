@@ -39,14 +39,14 @@ exec "$@"
 
 @pytest.fixture
 def closed() -> Iterator[Path]:
-    """A directory that no other account may enter."""
+    """Provide a directory that no other account may enter."""
     with tempfile.TemporaryDirectory() as directory:
         yield Path(directory)
 
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch, open_directory: Path) -> Iterator[Path]:
-    """What stands for /var/lib/productgraph, and is empty."""
+    """Provide what stands for /var/lib/productgraph, and is empty."""
     with tempfile.TemporaryDirectory(dir=open_directory) as directory:
         home = Path(directory, "home")
         Path(directory).chmod(0o711)

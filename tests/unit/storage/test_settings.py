@@ -43,7 +43,7 @@ ODD = {
 
 @pytest.fixture
 def url(create_migrated: Callable[[], str]) -> str:
-    """A database of its own, with another table `events` in a schema `other`."""
+    """Return a database of its own, with another table `events` in a schema `other`."""
     url = create_migrated()
     execute(url, DECOY)
     return url
@@ -133,7 +133,7 @@ def test_a_role_that_may_only_read_gets_no_acknowledgement(url: str) -> None:
 
 @contextmanager
 def pgbouncer(url: str, directory: Path) -> Iterator[str]:
-    """A PgBouncer in transaction mode, whose clients share one connection to the database."""
+    """Provide a PgBouncer in transaction mode, whose clients share one connection."""
     program = shutil.which("pgbouncer") or shutil.which("/usr/sbin/pgbouncer")
     if program is None:
         pytest.skip("PgBouncer is not installed")

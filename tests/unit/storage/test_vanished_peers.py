@@ -28,14 +28,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def namespace() -> Iterator[Namespace]:
-    """A machine that can vanish."""
+    """Provide a machine that can vanish."""
     with opened_namespace() as namespace:
         yield namespace
 
 
 @pytest.fixture
 def engine(namespace: Namespace, open_directory: Path) -> Iterator[Engine]:
-    """A PostgreSQL of its own, which that machine reaches too."""
+    """Provide a PostgreSQL of its own, which that machine reaches too."""
     directory = open_directory / namespace.name
     with (
         patch.dict(cluster._SETTINGS, listen_addresses=namespace.host),
@@ -92,7 +92,7 @@ def test_a_vanished_peer_lets_go_of_its_events(
 
 
 def saver(engine: Engine, event: Event) -> Callable[[], None]:
-    """What stores the event, unless somebody else holds it."""
+    """Return what stores the event, unless somebody else holds it."""
 
     def save() -> None:
         with connected(engine) as connection:

@@ -16,7 +16,7 @@ SECONDS_LISTS = st.lists(st.floats(0, 3).map(lambda seconds: round(seconds, 2)))
 
 
 def read(totals: Totals) -> dict[str, dict[tuple[str, ...], list[float]]]:
-    """The numbers by the names of their metrics."""
+    """Return the numbers by the names of their metrics."""
     return {metric.name: sums for metric, sums in totals.read()}
 
 

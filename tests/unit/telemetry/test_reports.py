@@ -60,7 +60,7 @@ def totals() -> Totals:
 
 @pytest.fixture
 def receiver(totals: Totals) -> Iterator[ReportReceiver]:
-    """A running receiver."""
+    """Provide a running receiver."""
     receiver = ReportReceiver(totals)
     receiver.start()
     yield receiver
@@ -68,7 +68,7 @@ def receiver(totals: Totals) -> Iterator[ReportReceiver]:
 
 
 def read(totals: Totals) -> dict[str, float]:
-    """The numbers of the two metrics."""
+    """Return the numbers of the two metrics."""
     return {metric.name: sums[()][0] for metric, sums in totals.read()}
 
 
