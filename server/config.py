@@ -34,7 +34,7 @@ T = TypeVar("T")
 AMPLITUDE, MIXPANEL = "amplitude", "mixpanel"
 # Certificate, its key, and what clients' certificates are checked by.
 TLS_VARIABLES = ("GRPC_TLS_CERT_FILE", "GRPC_TLS_KEY_FILE", "GRPC_TLS_CLIENT_CA_FILE")
-# What scripts/ know better than the working directory: where the clone is that they belong to.
+# The variable by which scripts/ name a place in their clone, which the working directory is not.
 DEFAULT_DATA_DIR = "PRODUCTGRAPH_DEFAULT_DATA_DIR"
 # How alike two names are that mean the same, from 0 to 1; shorter names must be the same.
 _NEAR, _NEAR_LENGTH = 0.88, 6
@@ -96,7 +96,7 @@ class Settings:
     # What each API key may send a second, unless it has rates of its own; 0: any number.
     event_rate_limit: int
     byte_rate_limit: int
-    # By provider name; empty where analytics is off.
+    # By provider name; empty if analytics is off.
     destinations: Mapping[str, Destination]
     forward_max_age_seconds: float
     # How many `serve` runs; others may run beside it.

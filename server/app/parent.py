@@ -37,7 +37,7 @@ from server.telemetry.metrics_page import (
 from server.telemetry.reports import ReportReceiver
 
 DEMO_PROJECT = "proj_demo"
-# Settings of libraries, where the environment has none of its own.
+# Settings of libraries, unless the environment has its own.
 _WORKER_VARIABLES = {
     # gRPC's lines would be no JSON, and anybody could add some by a failed handshake.
     "GRPC_VERBOSITY": "NONE",

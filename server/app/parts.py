@@ -64,7 +64,7 @@ def open_json_codec(settings: Settings) -> JsonCodec:
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":
-    """Traces, or None where they are off: then nothing of OpenTelemetry is imported."""
+    """Return traces, or None if they are off: then nothing of OpenTelemetry is imported."""
     if not settings.tracing:
         return None
     try:

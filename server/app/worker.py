@@ -167,7 +167,7 @@ class Worker:
 def _open_rejection_writers(
     settings: Settings, engine: Engine, on_dropped: Callable[[int], None]
 ) -> list[RejectionWriter]:
-    """One, or none where rejected events are not to be kept."""
+    """Return one, or none if rejected events are not kept."""
     keep = settings.rejected_keep
     if keep is None:
         return []
@@ -175,7 +175,7 @@ def _open_rejection_writers(
 
 
 def _build_limiter(settings: Settings) -> RateLimiter:
-    """One for every worker: a key can have rates of its own where there is no default."""
+    """Return a limiter, even without a default rate: a key can have rates of its own."""
     return RateLimiter(
         BucketTable(int(os.environ[BUCKETS])),
         event_rate=settings.event_rate_limit,

@@ -1,1 +1,1 @@
-"""What is told of requests: log lines, metrics, traces."""
+"""What can be seen of the service: log lines, metrics, traces."""

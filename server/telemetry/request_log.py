@@ -41,7 +41,7 @@ class _Budget:
         self._omitted = 0
 
     def draw(self, now: float) -> int | None:
-        """How many lines were omitted since the last; None where this one is to be, too."""
+        """Return the number of lines omitted since the last one, or None to omit this one too."""
         with self._lock:
             if now - self._second_began >= 1.0:
                 self._second_began = now

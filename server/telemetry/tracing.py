@@ -1,6 +1,6 @@
 """Traces by OpenTelemetry, which its own environment variables set up: the extra `otel`.
 
-Only imported where traces are asked for. A request's spans are made once it is over, from what was
+Imported only if traces are on. A request's spans are made once it is over, from what was
 observed, so that its own path is the same with them and without.
 """
 

@@ -332,7 +332,7 @@ HEALTHY = [
     give("productgraph_lane_stopped", "0x60", **LANE),
     give("productgraph_worker_restarts_total", "0x20 1x40", command="worker", **HERE),
 ]
-# What is different where an alert has to fire, and the labels it then has.
+# What is different if an alert has to fire, and the labels that it then has.
 TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
     "ServiceDown": (
         [give("up", "0x60", job="productgraph", **HERE)],
