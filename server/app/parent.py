@@ -27,7 +27,7 @@ from server.storage.keys import create_key, list_keys
 from server.storage.migrate import check_migrated, migrate
 from server.storage.partitions import PartitionKeeper
 from server.telemetry.counting import Counts, Totals
-from server.telemetry.metrics import METRICS, RESTARTS
+from server.telemetry.metrics import METRICS, PARTITION_FAILURES, RESTARTS
 from server.telemetry.metrics_page import (
     CountsCollector,
     MetricsPage,
@@ -81,8 +81,8 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
             wanted["METRICS_PORT"] = settings.metrics_port
         ports = stack.enter_context(reserve_ports(settings.host, wanted))
         engine, tick, first_key = _prepare_database(settings, stack)
-        _keep_partitions(engine, stack)
         metrics = _serve_metrics(settings, ports, engine, stack)
+        _keep_partitions(engine, metrics, stack)
         buckets = BucketTable().descriptor
         numbers = {name: str(number) for name, number in (ports | {BUCKETS: buckets}).items()}
         environment = _WORKER_VARIABLES | os.environ | numbers
@@ -192,7 +192,8 @@ def _keep_running(embedded: EmbeddedPostgres) -> None:
         _log.error("PostgreSQL cannot be started: %s", error)
 
 
-def _keep_partitions(engine: Engine, stack: ExitStack) -> None:
-    keeper = PartitionKeeper(GuardedConnection(engine))
+def _keep_partitions(engine: Engine, metrics: _Metrics | None, stack: ExitStack) -> None:
+    on_failure = None if metrics is None else partial(metrics.counts.add, PARTITION_FAILURES, 1)
+    keeper = PartitionKeeper(GuardedConnection(engine), on_failure=on_failure)
     stack.enter_context(Watchdog(keeper.check))
     stack.enter_context(keeper)

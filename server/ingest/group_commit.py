@@ -278,6 +278,7 @@ class Writer(DatabaseThread):
             except RowLocked:  # which one request alone can wait for, until another one comes
                 if others_wait or len(group) > 1 or self._waiting or self._clock() >= until:
                     raise
+                self._stopping.wait(_SHORTEST_LOCK_SECONDS)
             except Conflict:  # with a table's lock, among others, for which all have to wait
                 lock_seconds *= 2
                 if self._clock() >= until:

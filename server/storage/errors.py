@@ -20,7 +20,7 @@ class Conflict(Exception):
 
 
 class RowLocked(Conflict):
-    """Another transaction holds a row of this one for longer than this one was to wait."""
+    """A row of the transaction is not to be had for a while: another transaction holds it."""
 
 
 class Refused(Exception):
@@ -50,6 +50,8 @@ _KINDS: dict[type[BaseException], str] = {
     Unavailable: "unavailable",
 }
 OTHER_ERROR = "other"
+# How the name of a constraint begins that keeps rows off a month whose partition is being made.
+AWAITED_MONTH = "awaits_"
 ERROR_KINDS = (*_KINDS.values(), OTHER_ERROR)
 
 # Takes the kind of a failed transaction. Must not block.
@@ -80,7 +82,7 @@ def translated_errors() -> Iterator[None]:
         yield
     except (psycopg2.Error, DBAPIError) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
-        if isinstance(cause, driver_errors.LockNotAvailable) and _waited_for_row(cause):
+        if _waited_for_row(cause) or _awaits_its_partition(cause):
             raise RowLocked from error
         if isinstance(cause, _CONFLICTS) or _lost_its_partition(cause):
             raise Conflict from error
@@ -106,14 +108,23 @@ def _lost_its_server(cause: BaseException | None) -> bool:
     return type(cause) is psycopg2.DatabaseError and cause.pgcode is None
 
 
-def _waited_for_row(cause: psycopg2.Error) -> bool:
+def _waited_for_row(cause: BaseException | None) -> bool:
     """Return whether a lock was waited for because of a row, rather than a table.
 
     Then the first line of the context, in whatever language, says where the row is, such as
     'while inserting index tuple (0,3) in relation "events_2024_01"'; no other line does so before
     its first quote.
     """
-    return bool(_PLACE_OF_ROW.match(cause.diag.context or ""))
+    return isinstance(cause, driver_errors.LockNotAvailable) and bool(
+        _PLACE_OF_ROW.match(cause.diag.context or "")
+    )
+
+
+def _awaits_its_partition(cause: BaseException | None) -> bool:
+    """Return whether a row is of a month whose partition is being made."""
+    return isinstance(cause, driver_errors.CheckViolation) and (
+        cause.diag.constraint_name or ""
+    ).startswith(AWAITED_MONTH)
 
 
 def _lost_its_partition(cause: BaseException | None) -> bool:

@@ -1,7 +1,15 @@
-"""The monthly partitions of the events table, made ahead of their time."""
+"""The monthly partitions of the events table, made ahead of their time.
+
+PostgreSQL attaches no partition while the default one has rows of its range, and reads the default
+one to be sure, under a lock that ingestion waits for. A row may never be outside of the table while
+it moves: a retry of its event would be stored beside it. So a month is made in one transaction, if
+that has little to read and to move; by a constraint that makes the reading unnecessary, if there is
+much to read and nothing to move; or else never: its events stay in the default partition.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
 from sqlalchemy import Connection, text
@@ -9,12 +17,16 @@ from sqlalchemy import Connection, text
 from server.errors import Unavailable
 from server.storage.connection import GuardedConnection
 from server.storage.database_thread import DatabaseThread
-from server.storage.errors import Conflict
+from server.storage.errors import AWAITED_MONTH, Conflict, RowLocked, translated_errors
 
 MONTHS_AHEAD = 2
 _DAY_SECONDS = 86_400.0
-_RETRY_SECONDS = 5.0
-_ROUND_SECONDS = 60.0
+_SHORTEST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 5.0, 300.0
+# Reading a large default partition takes minutes, and nobody waits for it.
+_ROUND_SECONDS = 1800.0
+# What is moved, and what is read, under the lock: each takes about a tenth of a second.
+_MOST_ROWS = 2000
+_MOST_BYTES = 128 << 20
 
 _log = logging.getLogger("productgraph.partitions")
 
@@ -22,22 +34,40 @@ _FIND_PARTITION = text("""
 SELECT 1 FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
  WHERE inhparent = 'events'::regclass AND relname = :name
 """)
+_FIND_CONSTRAINT = text("""
+SELECT 1 FROM pg_constraint WHERE conrelid = 'events_default'::regclass AND conname = :name
+""")
+_MEASURE_DEFAULT = text("SELECT pg_relation_size('events_default')")
+_COUNT_ROWS = """
+SELECT count(*) FROM (
+    SELECT FROM events_default
+     WHERE event_timestamp >= '{start}' AND event_timestamp < '{end}' LIMIT {limit}
+) AS found
+"""
 # Ingestion takes its lock on the parent before that on a partition; here the parent's is of a kind
 # that ingestion does not wait for, so the two cannot deadlock. A long reader makes this fail by its
 # lock timeout rather than stop ingestion behind it.
 _BEGIN = """
-SET LOCAL lock_timeout = '1s';
+SET LOCAL lock_timeout = '200ms';
 SELECT pg_advisory_xact_lock('events'::regclass::oid::bigint);
 """
-_ADD_MONTH = """
-LOCK TABLE events_default IN ACCESS EXCLUSIVE MODE;
-CREATE TABLE {name} (LIKE events INCLUDING ALL);
+_LOCK = "LOCK TABLE events_default IN ACCESS EXCLUSIVE MODE"
+# One statement for each call, which is all that some poolers and extensions take.
+_CREATE = "CREATE TABLE {name} (LIKE events INCLUDING ALL)"
+_MOVE = """
 WITH moved AS (
     DELETE FROM events_default
      WHERE event_timestamp >= '{start}' AND event_timestamp < '{end}' RETURNING *
-) INSERT INTO {name} SELECT * FROM moved;
-ALTER TABLE events ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}');
+) INSERT INTO {name} SELECT * FROM moved
 """
+_ATTACH = "ALTER TABLE events ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}')"
+# From when it is added, rows of the month are refused; validating it waits for nobody.
+_AWAIT = """
+ALTER TABLE events_default ADD CONSTRAINT {constraint}
+ CHECK (event_timestamp < '{start}' OR event_timestamp >= '{end}') NOT VALID
+"""
+_VALIDATE = "ALTER TABLE events_default VALIDATE CONSTRAINT {constraint}"
+_FORGET = "ALTER TABLE events_default DROP CONSTRAINT IF EXISTS {constraint}"
 
 
 def months_from(day: date, count: int) -> Iterator[tuple[date, date]]:
@@ -51,49 +81,146 @@ def _first_day(number: int) -> date:
     return date(number // 12, number % 12 + 1, 1)
 
 
+@dataclass(frozen=True)
+class _Month:
+    """A month that has no partition yet."""
+
+    connection: Connection
+    first_day: date
+    next_first_day: date
+
+    @property
+    def name(self) -> str:
+        return f"events_{self.first_day:%Y_%m}"
+
+    @property
+    def constraint(self) -> str:
+        return f"{AWAITED_MONTH}{self.name}"
+
+    def execute(self, statement: str) -> int:
+        """Run a statement about this month; return its first value, if it has one."""
+        filled = statement.format(
+            name=self.name,
+            constraint=self.constraint,
+            start=f"{self.first_day} 00:00+00",
+            end=f"{self.next_first_day} 00:00+00",
+            limit=_MOST_ROWS + 1,
+        )
+        result = self.connection.exec_driver_sql(filled)
+        return int(result.scalar() or 0) if result.returns_rows else 0
+
+    def exists(self) -> bool:
+        return self.connection.scalar(_FIND_PARTITION, {"name": self.name}) is not None
+
+    def is_awaited(self) -> bool:
+        """Whether the default partition has the constraint already."""
+        return self.connection.scalar(_FIND_CONSTRAINT, {"name": self.constraint}) is not None
+
+
 def add_months(connection: Connection, today: date) -> None:
     """Add the partitions of this month and the next ones that are missing.
 
-    Rows of such a month that wait in the default partition move over in the same transaction.
-    Raises Conflict where a lock could not be had in time: the months done so far stay.
+    Raises Conflict if a lock cannot be had in time: the months done so far stay.
     """
-    for start, end in months_from(today, MONTHS_AHEAD + 1):
-        with connection.begin():
-            _add_month(connection, f"events_{start:%Y_%m}", start, end)
+    with translated_errors():
+        for start, end in months_from(today, MONTHS_AHEAD + 1):
+            _add_month(_Month(connection, start, end))
 
 
-def _exists(connection: Connection, name: str) -> bool:
-    return connection.scalar(_FIND_PARTITION, {"name": name}) is not None
+def _add_month(month: _Month) -> None:
+    with month.connection.begin():
+        if month.exists():
+            return
+        rows = month.execute(_COUNT_ROWS)
+        is_small = _is_small(month.connection)
+    if rows > _MOST_ROWS:
+        added = False
+    elif is_small:
+        added = _move(month)
+    else:
+        added = rows == 0 and _await(month)
+    if added:
+        _log.info("partition added", extra={"partition": month.name})
+    else:
+        extra = {"partition": month.name, "rows_at_least": rows}
+        _log.warning("a month stays in the default partition, which has too much", extra=extra)
 
 
-def _add_month(connection: Connection, name: str, start: date, end: date) -> None:
-    if _exists(connection, name):
-        return
-    connection.exec_driver_sql(_BEGIN)
-    if not _exists(connection, name):  # nobody else has added it meanwhile
-        bounds = {"start": f"{start} 00:00+00", "end": f"{end} 00:00+00"}
-        connection.exec_driver_sql(_ADD_MONTH.format(name=name, **bounds))
-        _log.info("partition added", extra={"partition": name})
+def _is_small(connection: Connection) -> bool:
+    return int(connection.scalar(_MEASURE_DEFAULT) or 0) <= _MOST_BYTES
+
+
+def _move(month: _Month) -> bool:
+    """Make the partition, with the rows that wait for it; return False if they are too many."""
+    with month.connection.begin() as transaction:
+        month.execute(_BEGIN)
+        if month.exists():  # somebody else has added it meanwhile
+            return True
+        month.execute(_LOCK)
+        # Both were small a moment ago, and may be filled at thousands of rows a second.
+        if not _is_small(month.connection) or month.execute(_COUNT_ROWS) > _MOST_ROWS:
+            transaction.rollback()
+            return False
+        for statement in (_CREATE, _MOVE, _ATTACH, _FORGET):
+            month.execute(statement)
+    return True
+
+
+def _await(month: _Month) -> bool:
+    """Make the partition of a month that has no rows; return False if one comes before that."""
+    with month.connection.begin():
+        month.execute(_BEGIN)
+        if not (month.exists() or month.is_awaited()):
+            month.execute(_AWAIT)
+    try:
+        with translated_errors(), month.connection.begin():
+            month.execute(_VALIDATE)
+    except RowLocked:  # the rows of this month, were there any
+        with month.connection.begin():
+            month.execute(_BEGIN)
+            month.execute(_FORGET)
+        return False
+    with month.connection.begin():
+        month.execute(_BEGIN)
+        if not month.exists():
+            month.execute(_CREATE)
+            month.execute(_ATTACH)
+        month.execute(_FORGET)
+    return True
 
 
 class PartitionKeeper(DatabaseThread):
-    """Adds partitions when the service starts, and every day."""
+    """Adds partitions when the service starts, and every day; `on_failure` counts its failures."""
 
-    STOP_SECONDS = _ROUND_SECONDS
+    STOP_SECONDS = 5.0
 
     def __init__(
         self,
         connection: GuardedConnection,
         today: Callable[[], date] = lambda: datetime.now(UTC).date(),
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         super().__init__("partitions", connection)
         self._today = today
+        self._on_failure = on_failure
+        self._failures = 0
 
     def _run_round(self) -> float:
         try:
             with self._connection.connected(_ROUND_SECONDS) as connection:
                 add_months(connection, self._today())
-        except (Conflict, Unavailable):
-            _log.warning("partitions could not be added, trying again")
-            return _RETRY_SECONDS
-        return _DAY_SECONDS
+        except (Conflict, Unavailable) as error:
+            _log.warning("partitions could not be added, trying again", exc_info=error.__cause__)
+        except Exception:  # noqa: BLE001 - whatever it was may be over the next time
+            _log.exception("partitions could not be added, trying again")
+        else:
+            self._failures = 0
+            return _DAY_SECONDS
+        return self._note_failure()
+
+    def _note_failure(self) -> float:
+        if self._on_failure is not None:
+            self._on_failure()
+        self._failures += 1
+        pause = _SHORTEST_RETRY_SECONDS * 2.0 ** min(self._failures - 1, 16)
+        return min(_LONGEST_RETRY_SECONDS, pause)

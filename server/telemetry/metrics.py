@@ -108,6 +108,12 @@ RESTARTS = Metric(
     ("command",),
     known=tuple((command,) for command in _COMMANDS),
 )
+PARTITION_FAILURES = Metric(
+    Kind.COUNTER,
+    "partition_failures",
+    "Times that the partitions ahead could not be made; each is tried again within minutes.",
+    known=_ALONE,
+)
 PROVIDER_REQUESTS = Metric(
     Kind.COUNTER,
     "provider_requests",
@@ -121,7 +127,7 @@ METRICS = (
     *FORWARDER_METRICS,
     *(REQUESTS, REJECTED, ACCEPTED, EVENTS, SECONDS, SECONDS_DECODING, SECONDS_STORING),
     *(DUPLICATES, GROUP_ROWS, GROUP_BYTES, WAITING, WAITING_BYTES, CACHED, DROPPED, ERRORS),
-    *(LOOKUPS, EVICTIONS, WORKERS, RESTARTS),
+    *(LOOKUPS, EVICTIONS, WORKERS, RESTARTS, PARTITION_FAILURES),
 )
 
 

@@ -1,5 +1,6 @@
 """The months of the events table are there before their events are."""
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +10,17 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
+from server.events.copy_rows import Row
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
-from server.storage.errors import Conflict
+from server.storage.errors import Conflict, RowLocked
 from server.storage.events import EventStore
-from server.storage.partitions import PartitionKeeper, add_months, months_from
+from server.storage.partitions import (
+    _AWAIT,
+    PartitionKeeper,
+    _Month,
+    add_months,
+    months_from,
+)
 from tests.support.events import ENCODER, make_row
 from tests.support.services import for_sqlalchemy, query, wait_until
 
@@ -199,7 +207,7 @@ def test_the_partition_keeper_retries_after_a_long_reader(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round that met a long reader is repeated soon."""
-    monkeypatch.setattr("server.storage.partitions._RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("server.storage.partitions._SHORTEST_RETRY_SECONDS", 0.1)
     keeper = PartitionKeeper(GuardedConnection(engine), today=lambda: DECEMBER)
     with ExitStack() as stack:
         with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
@@ -209,3 +217,119 @@ def test_the_partition_keeper_retries_after_a_long_reader(
                 wait_until(lambda: query(engine, keeper_waits))
                 wait_until(lambda: not query(engine, keeper_waits))
         wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])
+
+
+def test_the_keeper_tries_again_after_a_lost_connection(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round whose connection is ended in its middle is counted, and repeated soon."""
+    monkeypatch.setattr("server.storage.partitions._SHORTEST_RETRY_SECONDS", 0.1)
+    failures: list[None] = []
+    keeper = PartitionKeeper(
+        GuardedConnection(engine), lambda: DECEMBER, on_failure=lambda: failures.append(None)
+    )
+    waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = 'events_default'::regclass"
+    with ExitStack() as stack:
+        with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
+            stack.enter_context(keeper)
+            ended = f"SELECT pg_terminate_backend(pid, 5000) FROM ({waiting}) AS keeper"
+            wait_until(lambda: query(engine, ended))
+        wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])
+    assert failures
+
+
+def store_month(engine: Engine, month: str, count: int) -> list[Row]:
+    """Store events of a month, and return their rows."""
+    start = int(datetime.fromisoformat(f"{month}-01T00:00:00+00:00").timestamp())
+    rows = [make_row("p", f"{month} {number}", seconds=start + number) for number in range(count)]
+    with connected(engine) as connection:
+        EventStore(ENCODER.columns).save(connection, rows, 60)
+    return rows
+
+
+def test_a_month_of_many_rows_stays_in_the_default(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A month with more rows than can be moved quickly is left where it is, and others are made."""
+    monkeypatch.setattr("server.storage.partitions._MOST_ROWS", 10)
+    january = store_month(engine, "2024-01", 11)
+    store_month(engine, "2024-02", 10)
+    add(engine)
+    assert query(engine, PARTITIONS) == [(NAMES[0],), (NAMES[2],)]
+    with connected(engine) as connection:
+        EventStore(ENCODER.columns).save(connection, january, 60)
+    assert query(engine, "SELECT count(*) FROM events_default") == [(11,)]
+    assert query(engine, "SELECT count(*) FROM events_2024_02") == [(10,)]
+
+
+CONSTRAINTS = """
+SELECT count(*) FROM pg_constraint
+ WHERE conrelid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = 'events'::regclass)
+   AND contype = 'c'
+"""
+
+
+def test_a_large_default_is_not_read_under_a_lock(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a large default partition, months without rows are made, and leave nothing behind."""
+    monkeypatch.setattr("server.storage.partitions._MOST_BYTES", 0)
+    store_month(engine, "2019-05", 5)
+    store_month(engine, "2024-01", 1)
+    add(engine)
+    assert query(engine, PARTITIONS) == [(NAMES[0],), (NAMES[2],)]
+    assert query(engine, CONSTRAINTS) == [(0,)]
+    store_month(engine, "2024-02", 3)
+    assert query(engine, "SELECT count(*) FROM events_2024_02") == [(3,)]
+    assert query(engine, "SELECT count(*) FROM events_default") == [(6,)]
+
+
+def test_only_rows_of_an_awaited_month_are_put_off(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a month's partition is being made beside a large default one, its rows have to wait."""
+    monkeypatch.setattr("server.storage.partitions._MOST_BYTES", 0)
+    with connected(engine) as connection:
+        month = _Month(connection, date(2024, 1, 1), date(2024, 2, 1))
+        month.execute(_AWAIT)
+    with pytest.raises(RowLocked):
+        store_month(engine, "2024-01", 1)
+    store_month(engine, "2024-02", 1)
+    add(engine)  # as a service does that finds what a dead one has begun
+    store_month(engine, "2024-01", 1)
+    assert query(engine, PLACES) == [
+        ("2024-01 0", "events_2024_01"),
+        ("2024-02 0", "events_default"),
+    ]
+
+
+def test_no_event_is_stored_twice_while_its_month_moves(engine: Engine) -> None:
+    """Events that are sent again while they move to their partition are there once, and stay."""
+    rows = store_month(engine, "2024-01", 1500)
+    stop = threading.Event()
+
+    def save_again(seed: int) -> None:
+        draw = random.Random(seed)
+        with connected(engine) as connection:
+            while not stop.is_set():
+                with suppress(Conflict):
+                    EventStore(ENCODER.columns).save(connection, draw.sample(rows, 300), 60)
+
+    with ThreadPoolExecutor(2) as threads:
+        savers = [threads.submit(save_again, seed) for seed in range(2)]
+        try:
+            wait_until(lambda: is_added(engine))
+        finally:
+            stop.set()
+        for saver in savers:
+            saver.result(60)
+    assert query(engine, "SELECT count(*), count(DISTINCT event_id) FROM events") == [(1500, 1500)]
+    assert query(engine, "SELECT count(*) FROM events_2024_01") == [(1500,)]
+
+
+def is_added(engine: Engine) -> bool:
+    """Add the months, unless a lock cannot be had at the moment."""
+    with suppress(Conflict):
+        add(engine)
+        return True
+    return False
