@@ -33,8 +33,8 @@ class Bug:
 
 ANSWERS_BEFORE_COMMIT = Bug(
     "ingest/group_commit.py",
-    "        try:\n            self._save(group)\n",
-    "        _settle(group)\n        try:\n            self._save(group)\n",
+    "        try:\n            self._save(group, others_wait=others_wait)\n",
+    "        _settle(group)\n        try:\n            self._save(group, others_wait=others_wait)\n",
     "kill-before-commit",
     "acknowledged and not stored",
 )
@@ -47,8 +47,7 @@ NO_UNIQUE_KEY = Bug(
 )
 COMMITS_WITHOUT_SYNC = Bug(
     "storage/events.py",
-    "SELECT set_config('synchronous_commit', 'on', true)\n"
-    " WHERE current_setting('synchronous_commit') = 'off';\n",
+    "SET LOCAL synchronous_commit = {{commit_level}};\n",
     "SET LOCAL synchronous_commit = off;\n",
     "database-kill",
     "acknowledged and not stored",
