@@ -182,8 +182,8 @@ _WORKERS = Setting(
 _CORS_ALLOWED_ORIGINS = Setting(
     "CORS_ALLOWED_ORIGINS",
     "*",
-    "origins of pages that may send events, separated by commas; `*` is any; a browser may go by the"
-    " old list for a day",
+    "origins of pages that may send events, separated by commas; `*` is any; a browser may go by"
+    " the old list for a day",
     parse_origins,
 )
 _GRPC_REFLECTION = Setting(

@@ -37,7 +37,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bench")
     chosen = [word for load in LOADS for word in ("--only", load)]
     words = ("--seconds=0.4", f"--output={directory}", *chosen)
-    finished = run_program("tests.bench", *words, timeout=120)
+    finished = run_program("tests.bench", *words, timeout=600)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return directory
 
@@ -104,7 +104,7 @@ def test_refused_requests_are_recorded_and_not_counted_as_throughput(service: Se
 def test_forwarding_is_measured_without_losing_an_event(tmp_path: Path) -> None:
     """Each part of it has its figures, and loses no event."""
     words = ("--forwarding", "--scale=0.01", f"--output={tmp_path}")
-    finished = run_program("tests.bench", *words, timeout=480)
+    finished = run_program("tests.bench", *words, timeout=1800)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     document = json.loads((tmp_path / "forwarding.json").read_text())
     assert document["cost"]["acknowledged"] == 7 * (20 + 2) + 7 * 5 * 20 + 20
@@ -167,7 +167,7 @@ def _post(port: int, key: str, body: object) -> tuple[int, Any]:
 
 def test_an_unknown_load_is_answered_with_known_ones() -> None:
     """A misspelt load ends the command with the names there are."""
-    finished = run_program("tests.bench", "--only", "htp-1-1", timeout=60)
+    finished = run_program("tests.bench", "--only", "htp-1-1", timeout=300)
     assert finished.returncode == 2
     assert "http-1-1" in finished.stderr
 

@@ -48,7 +48,7 @@ def finished() -> "subprocess.CompletedProcess[str]":
     """Run all that is not about time, quickly, and return what it found."""
     chosen = ["bodies", "messages", "port", "gzip", "depth", "positions", "database", "overload"]
     words = ("--quick", "--seed=7", *(f"--campaign={name}" for name in chosen))
-    return run_program("tests.hostile", *words, timeout=180)
+    return run_program("tests.hostile", *words, timeout=900)
 
 
 @pytest.mark.slow

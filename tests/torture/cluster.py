@@ -271,7 +271,7 @@ class Cluster:
             cwd=self._root,
             env=clean_environment(self.settings, self._root),
             check=True,
-            timeout=60,
+            timeout=60 * PATIENCE,
         )
 
     def _stop_processes(self) -> None:

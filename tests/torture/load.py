@@ -62,9 +62,9 @@ class Load:
 
     def wait_for_answers(self, count: int) -> None:
         """Return once this many requests have been acknowledged."""
-        wait_until(lambda: len(self.acknowledged) >= count, 30.0)
+        wait_until(lambda: len(self.acknowledged) >= count, 30.0 * PATIENCE)
 
-    def measure_recovery(self, since: float, seconds: float = 60.0) -> float:
+    def measure_recovery(self, since: float, seconds: float = 60.0 * PATIENCE) -> float:
         """Return the seconds from `since` to the first acknowledgement of what was sent later."""
         wait_until(lambda: self._find_stored(since), seconds)
         return self._find_stored(since)[0] - since

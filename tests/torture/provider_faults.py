@@ -40,7 +40,7 @@ def _misbehave(*scripts: Script) -> Inject:
         ill.behave = behave
         try:
             trial.warm_up()
-            wait_until(lambda: failures, 30.0)
+            wait_until(lambda: failures, 30.0 * PATIENCE)
             trial.load.stop()
             wait_until(lambda: not _find_missing(trial, well), _UNHINDERED_SECONDS)
         finally:
@@ -62,7 +62,9 @@ def _refuse_one(trial: Trial) -> float:
     batch = trial.load.source.make_batch(size=_THOUSAND, refused=1)
     trial.load.send_batch(trial.cluster.open_clients()[0], batch)
     seconds = _catch_up(trial, *trial.cluster.providers.values())
-    wait_until(lambda: _count_dead(trial, batch.refused) == len(trial.cluster.providers), 30.0)
+    wait_until(
+        lambda: _count_dead(trial, batch.refused) == len(trial.cluster.providers), 30.0 * PATIENCE
+    )
     return seconds
 
 

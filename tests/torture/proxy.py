@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Self
 
+from tests.support.patience import PATIENCE
 from tests.support.services import wait_until
 from tests.torture.wire import FrontendMessages
 
@@ -130,7 +131,7 @@ class Proxy:
         """End the next connection that commits what it has copied. Return when that is done."""
         cuts = self.cuts
         self._commit_cuts.append(moment)
-        wait_until(lambda: self.cuts > cuts, 15.0)
+        wait_until(lambda: self.cuts > cuts, 15.0 * PATIENCE)
 
     def _set_weather(self, weather: Weather) -> None:
         async def change() -> None:

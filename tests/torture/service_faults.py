@@ -58,7 +58,9 @@ def _die_at(point: str) -> Inject:
         if point == failpoints.AFTER_PROVIDER:
             # A forwarder that has just been started sends one event to begin with.
             now = trial.cluster.providers.values()
-            wait_until(lambda: sum(len(p.arrivals) for p in now) > sum(arrivals) + 10, 30.0)
+            wait_until(
+                lambda: sum(len(p.arrivals) for p in now) > sum(arrivals) + 10, 30.0 * PATIENCE
+            )
         armed = trial.cluster.failpoints / point
         armed.touch()
         wait_until(lambda: not armed.exists(), _REACH_SECONDS)
@@ -90,7 +92,7 @@ def _replace_workers(trial: Trial) -> float:
     before = set(trial.cluster.find_children("worker"))
     sent_at = time.monotonic()
     trial.cluster.service.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: not before & set(trial.cluster.find_children("worker")), 60.0)
+    wait_until(lambda: not before & set(trial.cluster.find_children("worker")), 60.0 * PATIENCE)
     trial.cluster.wait_until_serving(WORKERS)
     if ask(f"{trial.cluster.service.http_url}/health") != 200:
         trial.problems.append("/health is not 200 after SIGHUP")

@@ -80,7 +80,7 @@ class Session:
         while self.cluster.extra_forwarders:
             forwarder = self.cluster.extra_forwarders.pop()
             forwarder.terminate()
-            forwarder.wait(30)
+            forwarder.wait(30 * PATIENCE)
 
     def _run_round(self, fault: Fault, tally: Tally) -> None:
         seed = f"{self._seed}/{fault.name}/{tally.rounds}"

@@ -17,7 +17,7 @@ from tests.support.services import ROOT, break_build, run_program
 from tests.torture.cluster import Cluster, Setup
 from tests.torture.wire import FrontendMessages
 
-_RUN_SECONDS = 600.0
+_RUN_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Bug:
 ANSWERS_BEFORE_COMMIT = Bug(
     "ingest/group_commit.py",
     "        try:\n            self._save(group, others_wait=others_wait)\n",
-    "        _settle(group)\n        try:\n            self._save(group, others_wait=others_wait)\n",
+    "        _settle(group)\n"
+    "        try:\n            self._save(group, others_wait=others_wait)\n",
     "kill-before-commit",
     "acknowledged and not stored",
 )
