@@ -368,7 +368,7 @@ def test_large_requests_run_in_the_thread(path: str, size: int, places: list[str
     assert app.calls == [(path, place) for place in places]
 
 
-def test_requests_waiting_for_the_thread_are_refused_at_their_deadline() -> None:
+def test_requests_waiting_for_a_thread_expire_in_time() -> None:
     """A large request that waits too long for another one is refused before that is through."""
     app = ThreadApp()
     with (
