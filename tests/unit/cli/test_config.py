@@ -45,7 +45,9 @@ def test_config_as_json_has_every_setting(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
-def test_the_config_command_masks_secrets(form: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_config_command_masks_secrets(
+    form: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """No password, key or token is printed, only that there is one."""
     assert main(["config", *form]) == 0
     printed = capsys.readouterr().out
