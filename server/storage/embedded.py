@@ -116,6 +116,7 @@ class EmbeddedPostgres:
             if not self._cluster.directory.exists():
                 _log.info("creating a database", extra={"directory": str(self._directory)})
                 self._cluster.create(changes)
+                _log.info("database created")
             self._cluster.prepare_socket_directory()
 
     def _wait_until_answering(self) -> None:
