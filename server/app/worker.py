@@ -39,7 +39,7 @@ from server.storage.health import Readiness, Watchdog
 from server.telemetry.counting import Counts
 from server.telemetry.metrics import RequestMetrics, StorageMetrics
 from server.telemetry.reports import Reporter, find_socket
-from server.telemetry.request_log import RequestLog
+from server.telemetry.request_log import RejectionLog, RequestLog
 
 # So long may what has been accepted take to be answered, before the parent's patience ends.
 _DRAIN_SECONDS = 20.0
@@ -51,7 +51,7 @@ class Worker:
     def __init__(self, settings: Settings, database_url: str) -> None:
         engine = open_engine(database_url)
         counts = Counts()
-        self._storage_metrics = metrics = StorageMetrics(counts)
+        self._storage_metrics = metrics = StorageMetrics(counts, settings.max_waiting_bytes)
         self._request_metrics = RequestMetrics(counts)
         self._readiness = Readiness(GuardedConnection(engine))
         self._keys = KeyCache(
@@ -87,7 +87,7 @@ class Worker:
             timeout_seconds=settings.request_timeout_seconds,
         )
         self._tracing = open_tracing(settings)
-        sinks: list[Sink] = [RequestLog()]
+        sinks: list[Sink] = [RequestLog(), RejectionLog()]
         self._reporter = None
         if connection := find_socket():
             self._reporter = Reporter(connection, counts, self._refresh_metrics)

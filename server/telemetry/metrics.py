@@ -100,6 +100,12 @@ EVICTIONS = Metric(
     "Connections closed to make room for others, because none was left.",
     known=_ALONE,
 )
+WAITING_LIMIT = Metric(
+    Kind.GAUGE,
+    "writer_waiting_limit_bytes",
+    "Bytes of COPY that may wait before requests are refused, of all workers.",
+    known=_ALONE,
+)
 WORKERS = Metric(Kind.GAUGE, "workers", "Workers that are running.", known=_ALONE)
 RESTARTS = Metric(
     Kind.COUNTER,
@@ -127,7 +133,7 @@ METRICS = (
     *FORWARDER_METRICS,
     *(REQUESTS, REJECTED, ACCEPTED, EVENTS, SECONDS, SECONDS_DECODING, SECONDS_STORING),
     *(DUPLICATES, GROUP_ROWS, GROUP_BYTES, WAITING, WAITING_BYTES, CACHED, DROPPED, ERRORS),
-    *(LOOKUPS, EVICTIONS, WORKERS, RESTARTS, PARTITION_FAILURES),
+    *(LOOKUPS, EVICTIONS, WAITING_LIMIT, WORKERS, RESTARTS, PARTITION_FAILURES),
 )
 
 
@@ -177,9 +183,10 @@ def _present(amounts: Iterable[float | None]) -> list[float]:
 class StorageMetrics:
     """Counts what a worker does with its database; the methods are callbacks of its parts."""
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: Counts, max_waiting_bytes: int) -> None:
         self._counts = counts
         counts.set(WORKERS, 1)
+        counts.set(WAITING_LIMIT, max_waiting_bytes)
 
     def count_group(self, rows: int, size: int) -> None:
         """Count a committed group of `rows` rows and `size` bytes."""

@@ -1,11 +1,15 @@
-"""A line in the log for each ingest request, as far as there is room for it."""
+"""Log lines about ingest requests: one for each, and one for what a project keeps doing wrong."""
 
 import logging
 import threading
+from collections import Counter
 
 from server.ingest.request_record import RequestRecord
 
 _LINES_A_SECOND = 100
+_REJECTION_SECONDS = 600.0
+# Of projects, fields and reasons together; beyond, the line that was written first is forgotten.
+_MAX_REJECTIONS = 1_000
 
 _log = logging.getLogger("productgraph.request")
 
@@ -30,6 +34,40 @@ class RequestLog:
         omitted = self._budgets[level].draw(request.ended)
         if omitted is not None:
             _log.log(level, "request", extra=_describe(request, omitted))
+
+
+class RejectionLog:
+    """Warns of rejected events: of each project, field and reason once in `seconds`.
+
+    The client of a 202 may not read it, and nobody else would see that all of its events are
+    rejected. What came in between is counted in the next line, as `rejected`.
+    """
+
+    def __init__(self, seconds: float = _REJECTION_SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        # By project, field and reason: when a line was written, and events rejected since.
+        self._seen: dict[tuple[str | None, str, str], tuple[float, int]] = {}
+
+    def record(self, request: RequestRecord) -> None:
+        """Count a request's rejected events, and log those whose turn it is."""
+        if not request.problems:
+            return
+        kinds = Counter((field, reason) for field, reason, _ in request.problems)
+        for (field, reason), count in kinds.items():
+            rejected = self._draw((request.project_id, field, reason), count, request.ended)
+            if rejected is not None:
+                fields = {"project": request.project_id, "field": field, "reason": reason}
+                _log.warning("events rejected", extra={**fields, "rejected": rejected})
+
+    def _draw(self, key: tuple[str | None, str, str], count: int, now: float) -> int | None:
+        with self._lock:
+            written, before = self._seen.pop(key, (float("-inf"), 0))
+            is_due = now - written >= self._seconds
+            if len(self._seen) >= _MAX_REJECTIONS:
+                del self._seen[next(iter(self._seen))]
+            self._seen[key] = (now, 0) if is_due else (written, before + count)
+            return before + count if is_due else None
 
 
 class _Budget:

@@ -331,6 +331,16 @@ HEALTHY = [
     give("productgraph_outbox_dead", "7x60", **LANE),
     give("productgraph_lane_stopped", "0x60", **LANE),
     give("productgraph_worker_restarts_total", "0x20 1x40", command="worker", **HERE),
+    give("productgraph_events_accepted_total", "0+6000x60", protocol="http"),
+    give("productgraph_events_rejected_total", "0+60x60", field="event_id", reason="required"),
+    give("productgraph_requests_total", "0+60x60", protocol="http", status="429"),
+    give("productgraph_rejected_events_dropped_total", "5x60", **HERE),
+    give("productgraph_partition_failures_total", "0x20 1x40", **HERE),
+    give("productgraph_writer_waiting_bytes", "1000x60", **HERE),
+    give("productgraph_writer_waiting_limit_bytes", "64000000x60", **HERE),
+    give("productgraph_provider_requests_total", "0+60x60", outcome="accepted", **LANE),
+    give("productgraph_provider_requests_total", "0+6x60", outcome="throttled", **LANE),
+    give("productgraph_provider_requests_total", "0+60x60", outcome="refused", **LANE),
 ]
 # What is different if an alert has to fire, and the labels that it then has.
 TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
@@ -369,6 +379,37 @@ TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
     "WorkersRestarting": (
         [give("productgraph_worker_restarts_total", "0x45 3+1x15", command="worker", **HERE)],
         {"severity": "warning"} | HERE,
+    ),
+    "EventsRejected": (
+        [
+            give(
+                "productgraph_events_rejected_total",
+                "0+600x60",
+                field="event_id",
+                reason="required",
+            )
+        ],
+        {"severity": "warning"},
+    ),
+    "RequestsLimited": (
+        [give("productgraph_requests_total", "0+600x60", protocol="http", status="429")],
+        {"severity": "warning"},
+    ),
+    "RejectedEventsDropped": (
+        [give("productgraph_rejected_events_dropped_total", "5x50 6x10", **HERE)],
+        {"severity": "warning"} | HERE,
+    ),
+    "WaitingNearLimit": (
+        [give("productgraph_writer_waiting_bytes", "1000x40 60000000x20", **HERE)],
+        {"severity": "warning"} | HERE,
+    ),
+    "PartitionsFailing": (
+        [give("productgraph_partition_failures_total", "0x5 0+1x55", **HERE)],
+        {"severity": "warning"} | HERE,
+    ),
+    "ProviderFailing": (
+        [give("productgraph_provider_requests_total", "0+200x60", outcome="throttled", **LANE)],
+        {"severity": "warning"} | LANE,
     ),
 }
 
