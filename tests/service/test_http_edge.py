@@ -124,7 +124,7 @@ def test_an_expected_body_is_taken(service: Service, project: Project) -> None:
 # Bodies
 
 
-def test_a_large_body_without_a_key_is_answered_without_a_reset(service: Service) -> None:
+def test_a_large_body_without_a_key_reads_its_answer(service: Service) -> None:
     """A client without a key that sends a large body can send it all, and reads its 401."""
     head = post_head("nobody", "Connection: close", length=8 * MEGABYTE)
     assert statuses(talk(service, head, b"x" * 8 * MEGABYTE)) == [401]
