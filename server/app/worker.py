@@ -1,5 +1,6 @@
 """One worker process, and what replays rejected events as a worker would have stored them."""
 
+import gc
 import os
 import resource
 import signal
@@ -192,6 +193,8 @@ def run_worker(settings: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop())
         lifeline.on_parent_exit(worker.stop)
+        # What is loaded stays, and looking it through took a tenth of an event's instructions.
+        gc.freeze()
         worker.run(lifeline.report_ready)
 
 

@@ -93,12 +93,18 @@ def _quote(text: str) -> str:
 def join_quoted(cells: Sequence[str]) -> str:
     """Join the cells of a row into a line without its end, the texts that need it quoted."""
     line = "\t".join(cells)
-    special = [character for character in "\n\r\x01" if character in line]
-    if line.count("\t") >= len(cells) or len(special) > 1:
+    if line.count("\t") >= len(cells):
         return "\t".join(map(_quote_special, cells))
-    if special:  # mostly newlines alone: one look at each cell instead of four
-        return "\t".join([_quote_special(cell) if special[0] in cell else cell for cell in cells])
-    return line
+    quoted: list[str] | None = None
+    for character in "\n\r\x01":
+        position = line.find(character)
+        while position >= 0:
+            quoted = quoted or list(cells)
+            place = line.count("\t", 0, position)
+            quoted[place] = _quote_special(cells[place])
+            end = line.find("\t", position)
+            position = line.find(character, end) if end >= 0 else -1
+    return line if quoted is None else "\t".join(quoted)
 
 
 def _quote_special(cell: str) -> str:

@@ -211,8 +211,12 @@ class _Items:
         self._body = body
         self._deadline = deadline
         self._max_bytes = max_bytes
-        self.values = count_values(body)
         self.quick = _read_items(parse_document(body, deadline))
+
+    @cached_property
+    def values(self) -> int:
+        """Return how many values the body has at most."""
+        return count_values(self._body)
 
     @cached_property
     def exact(self) -> list[Any]:
