@@ -90,14 +90,17 @@ def _quote(text: str) -> str:
     return _QUOTE + text.replace(_QUOTE, 2 * _QUOTE) + _QUOTE
 
 
-def join_quoted(cells: Sequence[str]) -> str:
-    """Join the cells of a row into a line without its end, the texts that need it quoted."""
+def join_quoted(cells: Sequence[str], special: str) -> str:
+    """Join the cells of a row into a line without its end, the texts that need it quoted.
+
+    `special` has the characters that need quotes and may be in a text.
+    """
     line = "\t".join(cells)
-    if line.count("\t") >= len(cells):
+    if "\t" in special and line.count("\t") >= len(cells):
         return "\t".join(map(_quote_special, cells))
     quoted: list[str] | None = None
-    for character in "\n\r\x01":
-        position = line.find(character)
+    for character in special:
+        position = -1 if character == "\t" else line.find(character)
         while position >= 0:
             quoted = quoted or list(cells)
             place = line.count("\t", 0, position)

@@ -31,7 +31,6 @@ _DIRT: dict[str, Any] = {
     "user.anonymous_id": "anon-5f2b6c0e",
     "ui.viewport": "1440x900",
     "ui.scroll.position": 1280,
-    "error.type": None,
 }
 
 EncodeTime = Callable[[datetime], bytes]
