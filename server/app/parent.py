@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from server.app.parts import BUCKETS, find_data
 from server.app.probes import Probes
-from server.config import Settings
+from server.config import AMPLITUDE, MIXPANEL, Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
 from server.grpc.certificates import read_certificates
 from server.http.server import HTTPServer
@@ -22,6 +22,7 @@ from server.processes.supervisor import Supervisor
 from server.storage.accounts import EmbeddedPostgresError
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
+from server.storage.forward_history import ProviderNotes
 from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key, list_keys
 from server.storage.migrate import check_migrated, migrate
@@ -82,7 +83,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         ports = stack.enter_context(reserve_ports(settings.host, wanted))
         engine, tick, first_key = _prepare_database(settings, stack)
         metrics = _serve_metrics(settings, ports, engine, stack)
-        _keep_partitions(engine, metrics, stack)
+        _keep_tables(settings, engine, metrics, stack)
         buckets = BucketTable().descriptor
         numbers = {name: str(number) for name, number in (ports | {BUCKETS: buckets}).items()}
         environment = _WORKER_VARIABLES | os.environ | numbers
@@ -192,8 +193,15 @@ def _keep_running(embedded: EmbeddedPostgres) -> None:
         _log.error("PostgreSQL cannot be started: %s", error)
 
 
-def _keep_partitions(engine: Engine, metrics: _Metrics | None, stack: ExitStack) -> None:
+def _keep_tables(
+    settings: Settings, engine: Engine, metrics: _Metrics | None, stack: ExitStack
+) -> None:
+    """Keep the partitions made, and note for which providers events are kept."""
     on_failure = None if metrics is None else partial(metrics.counts.add, PARTITION_FAILURES, 1)
     keeper = PartitionKeeper(GuardedConnection(engine), on_failure=on_failure)
-    stack.enter_context(Watchdog(keeper.check))
+    enabled = set(settings.destinations)
+    disabled = {AMPLITUDE, MIXPANEL} - enabled
+    notes = ProviderNotes(GuardedConnection(engine), enabled, disabled)
+    stack.enter_context(Watchdog(keeper.check, notes.check))
     stack.enter_context(keeper)
+    stack.enter_context(notes)

@@ -12,7 +12,8 @@ from typing import Any
 import click
 import orjson
 
-from server.cli.command import json_option, make_printable, opened_engine, with_settings
+from server.cli.command import Failure, json_option, make_printable, opened_engine, with_settings
+from server.cli.rejected import rejection_to_json
 from server.config import Settings
 from server.events.schema import EVENT_SCHEMA
 from server.storage.connection import connected
@@ -23,6 +24,8 @@ from server.storage.event_queries import (
     EventQueries,
     StoredEvent,
 )
+from server.storage.fates import DEAD, UNKNOWN, WAITING, ProviderFate, find_fates
+from server.storage.rejected_events import find_oldest_rejection, find_rejections
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _POLL_SECONDS = 1.0
@@ -183,6 +186,105 @@ def describe_event(event: StoredEvent) -> str:
     about = [f"{name}={fields[name]}" for name in names if fields.get(name)]
     line = [arrival, *(fields[name] for name in ("project_id", "event.type", "event_id")), *about]
     return make_printable("  ".join(line)).replace("\n", "\\n")
+
+
+@events.command()
+@click.argument("event_id", metavar="ID")
+@project_option
+@_since_option
+@_timeout_option
+@json_option
+@with_settings
+def show(
+    settings: Settings,
+    event_id: str,
+    project: str | None,
+    since: datetime,
+    timeout: int,
+    as_json: bool,
+) -> None:
+    """Show an event and its fate.
+
+    It was stored, rejected, or is not among what is kept. If it was stored: whether each provider
+    has it, will get it, or refused it.
+    """
+    with opened_queries(settings, timeout) as queries:
+        found = queries.find_by_id(event_id, project, since)
+        with queries.transaction() as connection:
+            fates = [find_fates(connection, event) for event in found]
+            rejections = find_rejections(connection, event_id, project)
+        missing = "" if found or rejections else _explain_absence(queries, event_id, project, since)
+    if missing:
+        raise Failure(missing)
+    for event, providers in zip(found, fates, strict=True):
+        click.echo(_to_json(event, providers) if as_json else _describe_fate(event, providers))
+    for rejection in rejections:
+        click.echo(
+            orjson.dumps({"rejected": rejection_to_json(rejection)}, option=orjson.OPT_UTC_Z)
+            if as_json
+            else make_printable(
+                f"rejected   number {rejection.id} in `rejected`, received"
+                f" {_format_time(rejection.received_at)}: {rejection.reason}"
+            )
+        )
+
+
+def _explain_absence(
+    queries: EventQueries, event_id: str, project: str | None, since: datetime
+) -> str:
+    stored = queries.find_oldest_time(project)
+    with queries.transaction() as connection:
+        rejected = find_oldest_rejection(connection)
+    kept = f"there are events since {_format_time(stored)}" if stored else "there are no events"
+    kept += f", and rejections since {_format_time(rejected)}" if rejected else ", nor rejections"
+    return make_printable(
+        f"no event {event_id!r} of {_format_time(since)} or later (--since), and none that was"
+        f" rejected: {kept}"
+    )
+
+
+def _to_json(event: StoredEvent, fates: Sequence[ProviderFate]) -> bytes:
+    shown = {
+        "event": event.fields,
+        "received_at": event.received_at,
+        "partition": event.partition,
+        "forwarding": [
+            {"provider": fate.provider, "state": fate.state, **fate.details} for fate in fates
+        ],
+    }
+    return orjson.dumps(shown, option=orjson.OPT_UTC_Z)
+
+
+def _describe_fate(event: StoredEvent, fates: Sequence[ProviderFate]) -> str:
+    lines = [f"stored     received {_format_time(event.received_at)}, in {event.partition}"]
+    lines += [f"{fate.provider:9}  {_explain(fate)}" for fate in fates]
+    if not fates:
+        lines.append("forwarded  no: no provider is enabled")
+    spelled = orjson.dumps(orjson.loads(_encode(event)), option=orjson.OPT_INDENT_2).decode()
+    return make_printable("\n".join([*lines, spelled]))
+
+
+def _explain(fate: ProviderFate) -> str:
+    details = fate.details
+    if fate.state == WAITING:
+        error = f"; the provider's last error: {details['last_error']}"
+        tries = f"{details['tries']} tries, next {_format_time(details['next_try_at'])}"
+        return f"waiting: {tries}{error if details['last_error'] else ''}"
+    if fate.state == DEAD:
+        answer = f"; its answer: {details['answer']}" if details["answer"] else ""
+        return f"dead: number {details['id']} in `forward dead`: {details['reason']}{answer}"
+    if fate.state == UNKNOWN:
+        known = (
+            f"known for events received since {_format_time(details['since'])}"
+            if "since" in details
+            else f"known for events received after {_format_time(details['until'])}"
+        )
+        return f"delivered, or {details['why']}: {known}"
+    return "delivered"
+
+
+def _format_time(moment: datetime) -> str:
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 @events.command()

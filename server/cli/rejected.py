@@ -46,13 +46,14 @@ def list_(settings: Settings, project: str | None, limit: int, as_json: bool) ->
     with opened_tables(settings) as connection:
         found = list_rejections(connection, project, limit)
     if as_json:
-        print_json(map(_to_json, found))
+        print_json(map(rejection_to_json, found))
         return
     for rejection in found:
         click.echo(_describe(rejection))
 
 
-def _to_json(rejection: StoredRejection) -> dict[str, object]:
+def rejection_to_json(rejection: StoredRejection) -> dict[str, object]:
+    """Return what a list says of a rejected event."""
     names = ("id", "received_at", "protocol", "project_id", "size", "reason")
     return {name: getattr(rejection, name) for name in names}
 

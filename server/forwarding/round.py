@@ -289,7 +289,7 @@ class Round:
 
     def _postpone(self, item: Item, seconds: float, reason: str, answer: str) -> None:
         outcome = item.outcome
-        if datetime.now(UTC) - outcome.delivery.received_at > self._max_age:
+        if datetime.now(UTC) - outcome.delivery.queued_at > self._max_age:
             self._give_up(item, explain_age(self._max_age, reason), answer)
         else:
             outcome.delays[item.position] = max(seconds, item.backoff)

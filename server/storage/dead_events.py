@@ -4,7 +4,7 @@ A dead event keeps its encoded bytes, the reason and the provider's last answer.
 into the outbox, or purged.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 from sqlalchemy import Connection, CursorResult, text
 
 from server.events.encoded_events_pb2 import EncodedEvents
+from server.events.event_ids import read_event_id
+from server.protocols import GRPC
 
 _DELETED_AT_ONCE = 1000
 
 _BURY = text("""
 INSERT INTO dead_events
-       (provider, project_id, reason, answer, mapping_version, event, received_at)
-VALUES (:provider, :project_id, :reason, :answer, :mapping_version, :event, :received_at)
+       (provider, project_id, reason, answer, mapping_version, event, received_at, event_id)
+VALUES (:provider, :project_id, :reason, :answer, :mapping_version, :event, :received_at, :event_id)
 """)
 _LIST = text("""
 SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
@@ -28,27 +30,44 @@ _FIND = text("""
 SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
  WHERE id = ANY(:ids) AND (CAST(:provider AS text) IS NULL OR provider = :provider)
 """)
+_FIND_BY_EVENT = text("""
+SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
+ WHERE event_id = :event_id AND project_id = :project_id ORDER BY id
+""")
 _DELETE = """
 DELETE FROM dead_events
  WHERE (CAST(:provider AS text) IS NULL OR provider = :provider)
    AND (cardinality(CAST(:ids AS bigint[])) = 0 OR id = ANY(:ids))
 """
-_PURGE = text(_DELETE)
-_TAKE = text(f"{_DELETE} RETURNING provider, project_id, mapping_version, event")
+# Notes that what was received until then may have been purged.
+_NOTE_PURGED = """
+INSERT INTO forward_history AS known (provider, purged_until)
+SELECT provider, max(received_at) FROM purged GROUP BY provider
+    ON CONFLICT (provider) DO UPDATE
+   SET purged_until = greatest(known.purged_until, excluded.purged_until)
+"""
+_PURGE = text(f"""
+WITH purged AS ({_DELETE} RETURNING provider, received_at), noted AS ({_NOTE_PURGED})
+SELECT count(*) FROM purged
+""")  # noqa: S608 - both are constants
+_TAKE = text(f"{_DELETE} RETURNING provider, project_id, mapping_version, event, received_at")
 _REVIVE = text("""
 WITH kept AS (
-    INSERT INTO outbox_payloads (project_id, mapping_version, event_count, events)
-    VALUES (:project_id, :mapping_version, 1, :events) RETURNING id
-) INSERT INTO outbox_deliveries (payload_id, provider, event_count)
-  SELECT id, :provider, 1 FROM kept
+    INSERT INTO outbox_payloads
+           (project_id, mapping_version, event_count, events, received_at, retried_at)
+    VALUES (:project_id, :mapping_version, 1, :events, :received_at, now()) RETURNING id
+) INSERT INTO outbox_deliveries (payload_id, provider, project_id, event_count)
+  SELECT id, :provider, :project_id, 1 FROM kept
 """)
 _COUNT_OLD = text("SELECT count(*) FROM dead_events WHERE received_at < :cut")
-_DELETE_OLD = text("""
-DELETE FROM dead_events WHERE id = ANY (ARRAY(
-    SELECT id FROM dead_events WHERE received_at < :cut
-     ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
-))
-""")
+_DELETE_OLD = text(f"""
+WITH purged AS (
+    DELETE FROM dead_events WHERE id = ANY (ARRAY(
+        SELECT id FROM dead_events WHERE received_at < :cut
+         ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+    )) RETURNING provider, received_at
+), noted AS ({_NOTE_PURGED}) SELECT count(*) FROM purged
+""")  # noqa: S608 - as above
 
 
 @dataclass(frozen=True)
@@ -64,10 +83,14 @@ class DeadEvent:
     died_at: datetime
 
 
-def bury_events(connection: Connection, rows: Sequence[Mapping[str, object]]) -> None:
+def bury_events(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     """Add dead events, given by the names of their columns, in the connection's transaction."""
     if rows:
-        connection.execute(_BURY, rows)
+        connection.execute(_BURY, [row | {"event_id": _read_id(row["event"])} for row in rows])
+
+
+def _read_id(event: bytes) -> str | None:
+    return read_event_id(GRPC, event)  # whichever way it came, it is kept as protobuf
 
 
 def list_dead(connection: Connection, provider: str | None, limit: int) -> list[DeadEvent]:
@@ -80,6 +103,12 @@ def find_dead(
 ) -> list[DeadEvent]:
     """Return the dead events with these ids, only a provider's if one is given."""
     return _read_dead(connection.execute(_FIND, {"provider": provider, "ids": list(ids)}))
+
+
+def find_dead_event(connection: Connection, project_id: str, event_id: str) -> list[DeadEvent]:
+    """Return the dead events of a project with this id."""
+    wanted = {"project_id": project_id, "event_id": event_id}
+    return _read_dead(connection.execute(_FIND_BY_EVENT, wanted))
 
 
 def _read_dead(rows: CursorResult[Any]) -> list[DeadEvent]:
@@ -101,7 +130,7 @@ def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int])
 
 def purge_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
     """Delete dead events, all if `ids` is empty, and return their number."""
-    return connection.execute(_PURGE, {"provider": provider, "ids": list(ids)}).rowcount
+    return int(connection.scalar(_PURGE, {"provider": provider, "ids": list(ids)}) or 0)
 
 
 def count_old_dead(connection: Connection, cut: datetime) -> int:
@@ -115,4 +144,4 @@ def delete_old_dead(connection: Connection, cut: datetime) -> int:
     0 means that none are left.
     """
     with connection.begin():
-        return connection.execute(_DELETE_OLD, {"cut": cut, "limit": _DELETED_AT_ONCE}).rowcount
+        return int(connection.scalar(_DELETE_OLD, {"cut": cut, "limit": _DELETED_AT_ONCE}) or 0)

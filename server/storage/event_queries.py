@@ -6,6 +6,7 @@ long.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -34,6 +35,7 @@ _MATCHES = """
    AND (CAST(:session AS text) IS NULL OR session_id = :session)
    AND (CAST(:user AS text) IS NULL OR user_id = :user)
 """
+_ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 _SET_TIMEOUT = text("SELECT set_config('statement_timeout', :milliseconds, true)")
 _NOW = text("SELECT now()")
 _FIND_ARRIVED = text(f"""
@@ -210,11 +212,18 @@ class EventQueries:
     def _query(
         self, statement: TextClause, values: Mapping[str, object] | None = None
     ) -> Sequence[RowMapping]:
+        with self.transaction() as connection:
+            return connection.execute(statement, values or {}).mappings().all()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Begin a transaction of one snapshot, each query of which is ended in time."""
         timeout = str(int(self._seconds * 1000))
         try:
             with self._connection.begin():
+                self._connection.execute(_ONE_SNAPSHOT)
                 self._connection.execute(_SET_TIMEOUT, {"milliseconds": timeout})
-                return self._connection.execute(statement, values or {}).mappings().all()
+                yield self._connection
         except DBAPIError as error:
             if not isinstance(error.orig, QueryCanceled):
                 raise

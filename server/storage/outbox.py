@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from heapq import heapify, heappop, heappush
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 from psycopg2.extensions import cursor as Cursor
@@ -81,7 +81,7 @@ SELECT d.id, d.project_id, d.event_count,
 _FIND_EXPIRED = text("""
 SELECT d.id, d.project_id, d.event_count, octet_length(p.events) AS size
   FROM outbox_payloads p JOIN outbox_deliveries d ON d.payload_id = p.id
- WHERE d.provider = :provider AND d.due_at <= now() AND p.received_at < :cut
+ WHERE d.provider = :provider AND d.due_at <= now() AND coalesce(p.retried_at, p.received_at) < :cut
  ORDER BY p.id, d.id LIMIT :limit
 """)
 _LEASE = text("""
@@ -92,7 +92,8 @@ UPDATE outbox_deliveries SET lease = :lease, due_at = now() + make_interval(secs
  )) RETURNING id, payload_id, attempts, positions
 """)
 _READ_PAYLOADS = text("""
-SELECT id, project_id, received_at, mapping_version, events FROM outbox_payloads
+SELECT id, project_id, received_at, coalesce(retried_at, received_at) AS queued_at,
+       mapping_version, events FROM outbox_payloads
  WHERE id = ANY(:ids)
 """)
 _LOCK_OWNED = text("""
@@ -140,7 +141,8 @@ INSERT INTO forward_lanes AS lane (
 """)
 _READ_STATUS = text("""
 WITH pending AS (
-    SELECT d.provider, sum(d.event_count) AS events, min(p.received_at) AS oldest_at
+    SELECT d.provider, sum(d.event_count) AS events,
+           min(coalesce(p.retried_at, p.received_at)) AS oldest_at
       FROM outbox_deliveries d JOIN outbox_payloads p ON p.id = d.payload_id GROUP BY 1
 ), dead AS (SELECT provider, count(*) AS events FROM dead_events GROUP BY 1)
 SELECT provider, coalesce(pending.events, 0) AS pending, pending.oldest_at,
@@ -170,6 +172,12 @@ _PURGE = text("""
 DELETE FROM outbox_deliveries WHERE id = ANY (ARRAY(
     SELECT id FROM outbox_deliveries WHERE provider = :provider ORDER BY id LIMIT :limit FOR UPDATE
 )) RETURNING payload_id, event_count
+""")
+_NOTE_PURGED = text("""
+INSERT INTO forward_history AS known (provider, purged_until)
+SELECT :provider, max(received_at) FROM outbox_payloads WHERE id = ANY(:ids)
+    ON CONFLICT (provider) DO UPDATE
+   SET purged_until = greatest(known.purged_until, excluded.purged_until)
 """)
 
 
@@ -220,6 +228,8 @@ class Delivery:
     attempts: int
     project_id: str
     received_at: datetime
+    # Later than that if it was dead and is retried.
+    queued_at: datetime
     mapping_version: int
     events: Mapping[int, bytes]
 
@@ -363,6 +373,7 @@ def _make_delivery(row: RowMapping, payload: RowMapping) -> Delivery:
         attempts=row["attempts"],
         project_id=payload["project_id"],
         received_at=payload["received_at"],
+        queued_at=payload["queued_at"],
         mapping_version=payload["mapping_version"],
         events={position: events[position] for position in positions},
     )
@@ -430,7 +441,7 @@ def _requeued(outcome: Outcome, provider: str) -> Iterator[dict[str, object]]:
         }
 
 
-def _buried(outcome: Outcome, provider: str) -> Iterator[dict[str, object]]:
+def _buried(outcome: Outcome, provider: str) -> Iterator[dict[str, Any]]:
     for position, death in outcome.dead.items():
         yield {
             "provider": provider,
@@ -494,6 +505,7 @@ def purge_waiting(connection: Connection, provider: str) -> int | None:
         purged = connection.execute(_PURGE, wanted).mappings().all()
         payload_ids = sorted({row["payload_id"] for row in purged})
         connection.execute(_LOCK_PAYLOADS, {"ids": payload_ids})
+        connection.execute(_NOTE_PURGED, {"provider": provider, "ids": payload_ids})
         connection.execute(_DELETE_PAYLOADS, {"ids": payload_ids})
     return sum(row["event_count"] for row in purged) if purged else None
 

@@ -10,6 +10,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, TextClause, text
 
+from server.events.event_ids import read_event_id
 from server.events.schema import EVENT_SCHEMA
 
 MAX_EVENT_BYTES = EVENT_SCHEMA.max_bytes
@@ -21,10 +22,11 @@ _READ_AT_ONCE = 200
 # needs.
 _BEGIN_LIGHTLY = text("SET LOCAL synchronous_commit = off")
 _INSERT = text("""
-INSERT INTO rejected_events (project_id, received_at, protocol, reason, size, event)
+INSERT INTO rejected_events (project_id, received_at, protocol, reason, size, event, event_id)
 SELECT * FROM unnest(
     CAST(:project_ids AS text[]), CAST(:received_at AS timestamptz[]), CAST(:protocols AS text[]),
-    CAST(:reasons AS text[]), CAST(:sizes AS integer[]), CAST(:events AS bytea[])
+    CAST(:reasons AS text[]), CAST(:sizes AS integer[]), CAST(:events AS bytea[]),
+    CAST(:event_ids AS text[])
 )
 """)
 _FIND_CROWDED = text("""
@@ -52,6 +54,12 @@ SELECT {_COLUMNS}, ''::bytea AS event FROM rejected_events
  ORDER BY id DESC LIMIT :limit
 """)  # noqa: S608 - the columns are a constant
 _READ = text(f"SELECT {_COLUMNS}, event FROM rejected_events WHERE id = :id")  # noqa: S608 - as above
+_FIND_BY_EVENT = text(f"""
+SELECT {_COLUMNS}, event FROM rejected_events
+ WHERE event_id = :event_id AND (CAST(:project_id AS text) IS NULL OR project_id = :project_id)
+ ORDER BY id LIMIT :limit
+""")  # noqa: S608 - as above
+_FIND_OLDEST = text("SELECT min(received_at) FROM rejected_events")
 _FIND_NEWEST = text("SELECT coalesce(max(id), 0) FROM rejected_events")
 _READ_PAGE = text(f"""
 SELECT {_COLUMNS}, event FROM rejected_events
@@ -105,6 +113,7 @@ def insert_rejections(connection: Connection, rejections: Sequence[Rejection]) -
         "reasons": [rejection.reason for rejection in rejections],
         "sizes": [rejection.size for rejection in rejections],
         "events": [rejection.event for rejection in rejections],
+        "event_ids": [read_event_id(each.protocol, each.event) for each in rejections],
     }
     with connection.begin():
         connection.execute(_BEGIN_LIGHTLY)
@@ -152,6 +161,21 @@ def read_rejection(connection: Connection, rejection_id: int) -> StoredRejection
     """One row, or None where there is none of this id."""
     found = _make_rejections(connection, _READ, {"id": rejection_id})
     return found[0] if found else None
+
+
+def find_rejections(
+    connection: Connection, event_id: str, project_id: str | None, limit: int = 100
+) -> list[StoredRejection]:
+    """Return the rows of events with this id, only a project's if one is given."""
+    values = {"event_id": event_id, "project_id": project_id, "limit": limit}
+    return _make_rejections(connection, _FIND_BY_EVENT, values)
+
+
+def find_oldest_rejection(connection: Connection) -> datetime | None:
+    """Return when the oldest row was received, or None if there is none."""
+    oldest = connection.scalar(_FIND_OLDEST)
+    assert oldest is None or isinstance(oldest, datetime)
+    return oldest
 
 
 def read_pages(

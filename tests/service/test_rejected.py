@@ -292,7 +292,7 @@ def test_a_replayed_event_goes_to_the_providers(tenant: Tenant) -> None:
     with tenant.database.cursor() as cursor:
         cursor.execute(
             "DELETE FROM outbox_payloads p USING outbox_deliveries d WHERE d.payload_id = p.id"
-            " AND project_id = %s RETURNING d.provider, p.event_count",
+            " AND p.project_id = %s RETURNING d.provider, p.event_count",
             [tenant.project.id],
         )
         assert cursor.fetchall() == [("mixpanel", 1)]

@@ -87,7 +87,7 @@ class Mapper(Amplitude):
 def test_requests_are_cut_in_order_within_limits(sizes: list[int], count: int) -> None:
     """Requests keep order and limits, a payload too large goes alone, and none could be joined."""
     events = {n: Event(event_name="x" * size).SerializeToString() for n, size in enumerate(sizes)}
-    outcome = Outcome(Delivery(1, 1, 0, "p", datetime.now(UTC), 1, events))
+    outcome = Outcome(Delivery(1, 1, 0, "p", datetime.now(UTC), datetime.now(UTC), 1, events))
     items = [Item(outcome, position, "s", (0, 0), 1.0) for position in events]
     queue = RequestQueue(items, Mapper("", ""), count)
     requests = list(iter(queue.take_request, []))

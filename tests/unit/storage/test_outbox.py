@@ -587,3 +587,22 @@ def test_a_provider_without_a_forwarder_is_found(
     query("DELETE FROM outbox_deliveries WHERE provider = 'a'")
     assert [*find_abandoned(connection, ["b"], 60)] == ["a"]
     assert [*find_abandoned(connection, ["a", "b"], 60)] == []
+
+
+def test_a_retried_event_keeps_its_arrival_but_not_its_age(
+    save: Save, query: Query, connection: Connection
+) -> None:
+    """A retried event was received when it first was, but is given up only after the retry."""
+    save(make_rows("p", 1))
+    query("UPDATE outbox_payloads SET received_at = '2024-01-15T10:30Z'")
+    lease, [delivery] = claim(connection, "a")
+    record_outcomes(connection, "a", lease, [Outcome(delivery, dead={0: Death("no", "")})])
+    with connection.begin():
+        assert retry_dead(connection, "a", []) == 1
+    cut = datetime(2024, 1, 16, tzinfo=UTC)
+    limits = ClaimLimits(1000, 1 << 20)
+    assert bury_expired(connection, "a", limits, cut, Death("given up", "")) == 0
+    _, [again] = claim(connection, "a")
+    assert again.project_id == "p"
+    assert again.received_at == delivery.received_at
+    assert again.queued_at > cut
