@@ -17,14 +17,14 @@ NOW = datetime.now(UTC)
 
 @pytest.fixture(scope="module")
 def amplitude() -> Iterator[AmplitudeServer]:
-    """The stand-in for Amplitude."""
+    """Serve the stand-in for Amplitude."""
     with AmplitudeServer(SECRET) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def tenant(create_migrated: Callable[[], str], amplitude: AmplitudeServer) -> Iterator[Tenant]:
-    """A tenant of a service that forwards to both providers."""
+    """Yield a tenant of a service that forwards to both providers."""
     with MixpanelServer(SECRET) as mixpanel:
         settings = {
             "DATABASE_URL": create_migrated(),

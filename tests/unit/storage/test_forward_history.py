@@ -12,7 +12,7 @@ from server.storage.forward_history import note_providers, read_history
 
 @pytest.fixture
 def connection(engine: Engine) -> Iterator[Connection]:
-    """A connection to a database without history."""
+    """Open a connection to a database without history."""
     with connected(engine) as connection:
         connection.execute(text("TRUNCATE forward_history"))
         connection.commit()
