@@ -24,7 +24,14 @@ class RowLocked(Conflict):
 
 
 class Refused(Exception):
-    """PostgreSQL refuses the data itself; running the transaction again cannot help."""
+    """PostgreSQL refuses the data itself; running the transaction again cannot help.
+
+    `code` names the driver's error.
+    """
+
+    def __init__(self, code: str, constraint: str = "") -> None:
+        super().__init__(f"{code} {constraint}".strip())
+        self.code = code
 
 
 class Fault(Exception):
@@ -90,7 +97,7 @@ def translated_errors() -> Iterator[None]:
             raise Unavailable("storage is unavailable") from error
         if isinstance(cause, psycopg2.DataError | psycopg2.IntegrityError):
             # The driver's text may repeat the data.
-            raise Refused(f"{type(cause).__name__} {cause.diag.constraint_name or ''}") from None
+            raise Refused(type(cause).__name__, cause.diag.constraint_name or "") from None
         if isinstance(cause, psycopg2.Error) and cause.pgcode:
             # As above, this is the driver's context; the message itself is fixed, or an operator's.
             raise Fault(cause.pgcode, cause.diag.message_primary or "") from None
