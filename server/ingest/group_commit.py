@@ -36,10 +36,10 @@ _TELLING_BYTES, _TELLING_SECONDS = 32 << 10, 0.25
 # for its own group, and for a database that gets slower meanwhile.
 _WAITING_SHARE = 0.7
 # How long a group waits for a row that another transaction holds, before the one request with that
-# row is found: several times what a commit usually takes, within these bounds. That one request
-# waits longer, since all others have to wait with it only once.
-_LOCK_COMMITS, _SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS = 4.0, 0.05, 1.0
-_ALONE_FACTOR = 3.0
+# row is found: twice what a commit usually takes, within these bounds. That one waits longer, and
+# the others with it: both together stay below half a second.
+_LOCK_COMMITS, _SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS = 2.0, 0.05, 0.15
+_ALONE_FACTOR = 2.0
 # Each kind of failure that is a single request's is logged once in this time.
 _LOG_SECONDS = 60.0
 

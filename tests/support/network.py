@@ -26,6 +26,10 @@ class Namespace:
         """Take the link away: no packet arrives or leaves any more, and no connection ends."""
         _run("ip", "-n", self.name, "link", "set", _inner(self.name), "down")
 
+    def restore(self) -> None:
+        """Bring the link back."""
+        _run("ip", "-n", self.name, "link", "set", _inner(self.name), "up")
+
 
 def _inner(name: str) -> str:
     return f"{name}-b"

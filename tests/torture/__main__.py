@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.support.choice import choose_matching
+from tests.support.network import find_namespace_problem
 from tests.support.services import ROOT
-from tests.torture import database_faults, provider_faults, service_faults
+from tests.torture import database_faults, neighbour_faults, provider_faults, service_faults
 from tests.torture.machine import find_mount_problem
 from tests.torture.report import HEADINGS, format_record, format_row, join_row
 from tests.torture.session import Plan, Tally, run
@@ -19,7 +20,12 @@ from tests.torture.trial import Fault
 # As wide as the table, even if the output is a file.
 _console = Console(width=200, highlight=False, soft_wrap=True)
 
-FAULTS = (*service_faults.FAULTS, *database_faults.FAULTS, *provider_faults.FAULTS)
+FAULTS = (
+    *service_faults.FAULTS,
+    *database_faults.FAULTS,
+    *neighbour_faults.FAULTS,
+    *provider_faults.FAULTS,
+)
 
 
 def main() -> int:
@@ -45,6 +51,8 @@ def main() -> int:
     def show(tally: Tally) -> None:
         tallies.append(tally)
         _console.print(join_row(format_row(tally)), markup=False)
+        for text in tally.evidence:
+            _console.print(f"  {text}", markup=False)
         for text in tally.violations:
             _console.print(f"  VIOLATION {text}", markup=False)
 
@@ -64,13 +72,15 @@ def choose_faults(patterns: list[str]) -> list[Fault]:
 
 
 def _leave_out_impossible(faults: list[Fault]) -> list[Fault]:
-    needing = [fault for fault in faults if fault.setup.disk_megabytes]
-    problem = find_mount_problem() if needing else None
-    if problem is None:
-        return faults
-    for fault in needing:
-        _console.print(f"{fault.name} is skipped: {problem}", markup=False)
-    return [fault for fault in faults if fault not in needing]
+    disk, network = find_mount_problem(), find_namespace_problem()
+    possible = []
+    for fault in faults:
+        problem = (fault.setup.disk_megabytes and disk) or (fault.setup.has_network and network)
+        if problem:
+            _console.print(f"{fault.name} is skipped: {problem}", markup=False)
+        else:
+            possible.append(fault)
+    return possible
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """All that a fault may hit: service, database, forwarders, providers, and the proxies between."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,16 +10,19 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import psutil  # type: ignore[import-untyped]
 import psycopg2
 from psycopg2.extensions import connection as Connection
 
+import server.storage.cluster
 from server.storage.connection import connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.keys import create_key
+from tests.support.network import Namespace, opened_namespace
 from tests.support.patience import PATIENCE
-from tests.support.services import Service, ask, clean_environment, for_sqlalchemy, wait_until
+from tests.support.services import ROOT, Service, ask, clean_environment, for_sqlalchemy, wait_until
 from tests.torture.clients import Client, GrpcClient, HttpClient
 from tests.torture.events import PROJECT
 from tests.torture.machine import find_ports, is_listening, mounted
@@ -41,10 +45,12 @@ class Setup:
 
     `has_proxied_database`: the harness runs the PostgreSQL, behind a proxy, and not the service.
     `disk_megabytes`: the data directory is a file system of its own, of this size.
+    `has_network`: a namespace, from which that PostgreSQL can be reached, is a peer's machine.
     """
 
     has_proxied_database: bool = False
     disk_megabytes: int = 0
+    has_network: bool = False
 
 
 class Cluster:
@@ -63,6 +69,7 @@ class Cluster:
         self._root = root
         self._seed = seed
         self._proxy: Proxy | None = None
+        self._namespace: Namespace | None = None
         self._ports = find_ports(2)
         self._service: Service | None = None
 
@@ -90,7 +97,15 @@ class Cluster:
             self._stop_processes()
 
     def _open_database(self, stack: ExitStack) -> None:
+        if self._setup.has_network:
+            self._namespace = stack.enter_context(opened_namespace())
+            address = {"listen_addresses": self._namespace.host}
+            stack.enter_context(patch.dict(server.storage.cluster._SETTINGS, address))
         embedded = stack.enter_context(EmbeddedPostgres(self.data, create=True))
+        if self._namespace is not None:
+            with (self.data / "postgres/pg_hba.conf").open("a") as file:
+                file.write(f"host all all {self._namespace.host}/30 trust\n")
+            self.query("SELECT pg_reload_conf()")
         path = Path(embedded.url.partition("host=")[2].partition("&")[0].replace("%2F", "/"))
         proxy = Proxy(
             to_socket(path / ".s.PGSQL.5432"), seed=f"{self._seed}/database", is_database=True
@@ -109,6 +124,24 @@ class Cluster:
         """The proxy between service and database, if the setup has one."""
         assert self._proxy is not None
         return self._proxy
+
+    @property
+    def namespace(self) -> Namespace:
+        """The machine of a peer, if the setup has one."""
+        assert self._namespace is not None
+        return self._namespace
+
+    def spawn_peer(self, program: list[str], *arguments: str) -> "subprocess.Popen[bytes]":
+        """Start a program of the tests' on the peer's machine, with the database's URL first."""
+        url = f"postgresql+psycopg2://productgraph@{self.namespace.host}/productgraph"
+        environment = clean_environment({}, self._root)
+        environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
+        return subprocess.Popen(
+            self.namespace.wrap([*program, url, *arguments]),
+            cwd=self._root,
+            env=environment,
+            stdout=subprocess.PIPE,
+        )
 
     @property
     def settings(self) -> dict[str, str]:

@@ -41,6 +41,7 @@ class Load:
         self.acknowledged: list[Batch] = []
         self.answers: list[Answer] = []
         self.given_up: list[Batch] = []
+        self.open_client = clients[0]
         self._stopping = threading.Event()
         self._give_up_at = float("inf")
         self._threads = [
@@ -81,6 +82,11 @@ class Load:
         """Return how long the slowest answer took, in seconds."""
         return max((a.answered_at - a.sent_at for a in tuple(self.answers)), default=0.0)
 
+    def measure_p99(self, since: float) -> float:
+        """Return the 99th percentile of the answers to what was sent since then, in seconds."""
+        times = sorted(a.answered_at - a.sent_at for a in tuple(self.answers) if a.sent_at >= since)
+        return times[len(times) * 99 // 100] if times else 0.0
+
     def _run(self, open_client: Callable[[], Client], draw: random.Random) -> None:
         with closing(open_client()) as client:
             while not self._stopping.is_set():
@@ -97,6 +103,11 @@ class Load:
     def send_batch(self, open_client: Callable[[], Client], batch: Batch) -> None:
         """Send one more batch until it is acknowledged."""
         self.sent.append(batch)
+        self.resend(batch, open_client)
+
+    def resend(self, batch: Batch, open_client: Callable[[], Client] | None = None) -> None:
+        """Send a batch that has been sent before until it is acknowledged."""
+        open_client = open_client or self.open_client
         with closing(open_client()) as client:
             stored = self._send_until_stored(client, batch)
         (self.acknowledged if stored else self.given_up).append(batch)

@@ -40,4 +40,6 @@ def format_record(command: str, tallies: Sequence[Tally]) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     found = [f"* {tally.name}, {text}" for tally in tallies for text in tally.violations]
     violations = "\n".join(found) if found else "No violation."
-    return f"{datetime.now(UTC):%Y-%m-%d}, `{command}`:\n\n{table}\n\n{violations}\n\n"
+    shown = "".join(f"* {tally.name}, {text}\n" for tally in tallies for text in tally.evidence)
+    evidence = f"\n\n{shown.rstrip()}" if shown else ""
+    return f"{datetime.now(UTC):%Y-%m-%d}, `{command}`:\n\n{table}\n\n{violations}{evidence}\n\n"

@@ -1,5 +1,6 @@
 """Rounds of faults on one cluster, and what was found."""
 
+import math
 import random
 import tempfile
 import time
@@ -42,6 +43,7 @@ class Tally:
     duplicated: int = 0
     recoveries: list[float] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
+    evidence: list[str] = field(default_factory=list)
 
     def add(self, load: Load, findings: Findings) -> None:
         """Enter a round."""
@@ -103,6 +105,7 @@ class Session:
         findings = check(self.cluster, ledger, load.source.begin, load.source.end)
         tally.add(load, findings)
         tally.note(trial.problems)
+        tally.evidence += [f"round {tally.rounds}: {text}" for text in trial.evidence]
         unexpected = load.count_statuses().keys() - fault.statuses
         tally.note([f"answered {status}" for status in sorted(unexpected)])
         if fault.has_deadline and (longest := load.measure_longest()) > ANSWER_SECONDS:
@@ -131,10 +134,14 @@ class Session:
             self._is_drained(_DRAIN_SECONDS)
 
     def _is_drained(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
+        """Wait until nothing is pending, for as long as it gets less within `seconds`."""
+        least, deadline = math.inf, time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if self.cluster.query(_COUNT_PENDING) == [(0,)]:
+            [(pending,)] = self.cluster.query(_COUNT_PENDING)
+            if not pending:
                 return True
+            if pending < least:
+                least, deadline = pending, time.monotonic() + seconds
             time.sleep(0.1)
         return False
 

@@ -74,6 +74,21 @@ LOGS_EVENTS = Bug(
     "database-stop",
     "holds a secret",
 )
+NO_LOCK_TIMEOUT = Bug(
+    "storage/events.py",
+    "SET LOCAL lock_timeout = {{lock_ms}};\n",
+    "",
+    "held-row",
+    "answered 503",
+)
+NO_KEEPALIVES = Bug(
+    "storage/connection.py",
+    "SET LOCAL tcp_keepalives_idle = 5;\nSET LOCAL tcp_keepalives_interval = 1;\n"
+    "SET LOCAL tcp_keepalives_count = 3;\nSET LOCAL tcp_user_timeout = 8000;\n",
+    "",
+    "vanish-in-copy",
+    "after the peer vanished",
+)
 BUGS = {name: bug for name, bug in globals().items() if isinstance(bug, Bug)}
 
 

@@ -26,6 +26,8 @@ class Trial:
     load: Load
     draw: random.Random
     problems: list[str] = field(default_factory=list)
+    # What shows that the fault was in force, for faults that one cannot see otherwise.
+    evidence: list[str] = field(default_factory=list)
 
     def wait(self, least: float, most: float) -> None:
         """Wait for a random time, in seconds."""
