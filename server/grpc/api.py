@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NoReturn
 
 import grpc
@@ -13,7 +15,9 @@ from google.rpc.status_pb2 import Status
 from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEventsResponse
 from server.caller import Caller
 from server.deadline import Deadline
-from server.errors import IngestError, Internal, Unavailable
+from server.errors import IngestError, Internal, InvalidArgument, Unavailable
+from server.grpc.receiving import ReceivingSlots, Slot
+from server.ingest.ingestion import Answer
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
 from server.protocols import GRPC
@@ -23,6 +27,10 @@ _METHOD = _DESCRIPTOR.methods_by_name["IngestEvents"].name
 SERVICE = _DESCRIPTOR.full_name
 _ROUTE = f"{SERVICE}/{_METHOD}"
 
+# Each can hold a message of the largest size.
+_RECEIVING_CALLS = 12
+# Up to this size a message is read by the loop: handing it to the thread costs more.
+_SMALL_MESSAGE_BYTES = 64 * 1024
 _API_KEY = "x-pg-api-key"
 _REQUEST_ID = "x-request-id"
 
@@ -33,35 +41,42 @@ Metadata = dict[str, str]
 
 
 class IngestServicer:
-    """Answers IngestEvents. Takes the request's bytes, so that each event is parsed by itself."""
+    """Answers IngestEvents. Takes the request's bytes, so that each event is parsed by itself.
+
+    To gRPC a request is a stream of one message: so the key is known before that is received, and
+    who has none cannot make the service keep anything. Large messages are read in a thread.
+    """
 
     def __init__(self, service: IngestService, recorder: RequestRecorder) -> None:
         self._service = service
         self._recorder = recorder
+        self._slots = ReceivingSlots(_RECEIVING_CALLS)
+        self._thread = ThreadPoolExecutor(1, "grpc-large")
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, IngestEventsResponse]":
         """Return what a server needs to serve this method."""
-        method = grpc.unary_unary_rpc_method_handler(
+        method = grpc.stream_unary_rpc_method_handler(
             self.ingest_events, response_serializer=IngestEventsResponse.SerializeToString
         )
         return grpc.method_handlers_generic_handler(SERVICE, {_METHOD: method})
 
-    async def ingest_events(self, request: bytes, context: Context) -> IngestEventsResponse:
+    async def ingest_events(self, _messages: object, context: Context) -> IngestEventsResponse:
         """Store an encoded IngestEventsRequest; return once it is committed."""
         metadata = dict(context.invocation_metadata() or ())
         record = self._begin_record(context, metadata)
         status = "CANCELLED"
         try:
-            deadline = self._service.find_deadline(seconds=context.time_remaining())
-            caller = await self._authenticate(str(metadata.get(_API_KEY, "")), deadline)
-            record.authenticated(caller.project_id)
-            answer = self._service.ingest(caller, request, record, deadline)
+            caller = await self._authenticate(str(metadata.get(_API_KEY, "")), context)
+            answer = await self._receive(caller, context, record)
             await asyncio.wrap_future(answer.stored)
             status = "OK"
             return answer.response
         except IngestError as error:
             status = error.code
             return await _abort(context, record, error)
+        except grpc.aio.AbortError:  # the call was ended to make room for others
+            status = Unavailable.code
+            raise
         except Exception:  # noqa: BLE001 - a fault is told without details
             status = Internal.code
             _log.exception("a request failed", extra={"request_id": record.request_id})
@@ -69,21 +84,58 @@ class IngestServicer:
         finally:
             record.finish(status)
 
+    def stop(self) -> None:
+        """End the thread, once no call needs it any more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def _begin_record(self, context: Context, metadata: Metadata) -> RequestRecord:
         request_id, traceparent = map(metadata.get, (_REQUEST_ID, "traceparent"))
         record = self._recorder.begin(GRPC, _ROUTE, request_id, traceparent)
         context.set_trailing_metadata(_trailers_of(record))
         return record
 
-    async def _authenticate(self, key: str, deadline: Deadline) -> Caller:
+    async def _authenticate(self, key: str, context: Context) -> Caller:
         admission = self._service.admission
         caller = admission.identify(key)
         if caller is not None:
             return caller
+        deadline = self._service.find_deadline(seconds=context.time_remaining())
         # Others may wait for the same look-up: the end of this call must not cancel it.
         found = asyncio.shield(asyncio.wrap_future(admission.look_up(key)))
         try:
             return await asyncio.wait_for(found, deadline.left())
+        except TimeoutError:
+            raise Unavailable("not answered in time") from None
+
+    async def _receive(self, caller: Caller, context: Context, record: RequestRecord) -> Answer:
+        """Receive a caller's message and take in what it holds."""
+
+        async def end_call() -> None:
+            with suppress(grpc.aio.AbortError):
+                await _abort(context, record, Unavailable("not received in time"))
+
+        slot = Slot(caller.key_id, end_call)
+        try:
+            await self._slots.take(slot)
+            message = await context.read()
+            slot.is_receiving = False
+            record.received()
+            if not isinstance(message, bytes):
+                raise InvalidArgument("request: missing")
+            record.authenticated(caller.project_id)
+            deadline = self._service.find_deadline(seconds=context.time_remaining())
+            if len(message) <= _SMALL_MESSAGE_BYTES:
+                return self._service.ingest(caller, message, record, deadline)
+            return await self._read_in_thread(caller, message, record, deadline)
+        finally:
+            self._slots.release(slot)
+
+    async def _read_in_thread(
+        self, caller: Caller, message: bytes, record: RequestRecord, deadline: Deadline
+    ) -> Answer:
+        reading = self._thread.submit(self._service.ingest, caller, message, record, deadline)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(reading), deadline.left())
         except TimeoutError:
             raise Unavailable("not answered in time") from None
 

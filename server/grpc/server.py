@@ -1,19 +1,25 @@
 """The gRPC server: the methods of api.py, the standard health service, reflection."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from server.events.schema import MAX_REQUEST_BYTES
 from server.grpc.api import SERVICE, IngestServicer
 from server.grpc.certificates import Certificates, CertificateSource
+from server.grpc.keyless import KeylessHandlers
 
 _HEALTH_SECONDS = 0.5
+# Calls wait for their commits: thousands can, and all that a connection may have are cheap.
+_CALLS, _STREAMS_OF_CONNECTION = 4096, 256
+# Clients are commonly set to a ping every 10 s. Those that send more are sent away.
+_PING_INTERVAL_MS = 5000
 # Connections, not calls, are spread over the workers: renewed now and then, they spread again.
 _MAX_CONNECTION_AGE_MS = 5 * 60 * 1000
 _CONNECTION_GRACE_MS = 30 * 1000
@@ -39,6 +45,11 @@ def _configure(certificates: Certificates) -> grpc.ServerCertificateConfiguratio
     return grpc.ssl_server_certificate_configuration(
         [(certificates.key, certificates.chain)], certificates.client_ca
     )
+
+
+def _is_fit_to_log(entry: logging.LogRecord) -> bool:
+    """Return False for what gRPC logs of metadata that is no UTF-8: all of it, keys included."""
+    return not str(entry.msg).startswith("Invalid encoding")
 
 
 class GrpcServer:
@@ -79,19 +90,29 @@ class GrpcServer:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _start(self) -> tuple[grpc.aio.Server, asyncio.Task[None]]:
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_fit_to_log)
         server = grpc.aio.server(
+            maximum_concurrent_rpcs=_CALLS,
             options=[
+                ("grpc.max_concurrent_streams", _STREAMS_OF_CONNECTION),
+                # It would let each stream send megabytes ahead of a call that asks for them. A call
+                # that asks is sent a whole message without it.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS),
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_connection_age_ms", _MAX_CONNECTION_AGE_MS),
                 ("grpc.max_connection_age_grace_ms", _CONNECTION_GRACE_MS),
-            ]
+            ],
         )
-        server.add_generic_rpc_handlers((self._servicer.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        keyless = KeylessHandlers()
+        server.add_generic_rpc_handlers((self._servicer.handler(), keyless))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, keyless)
         if self._offer_reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+            servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, keyless)
         if self._certificates is None:
             server.add_insecure_port(self._address)
         else:
@@ -111,3 +132,4 @@ class GrpcServer:
         self._refreshing.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_seconds)
+        self._servicer.stop()

@@ -75,6 +75,11 @@ class RequestRecord:
         self.started_at = time.time_ns()
         self._started = recorder.clock()
 
+    def received(self) -> None:
+        """Note that the whole request is there, if it was begun earlier: its time begins now."""
+        self.started_at = time.time_ns()
+        self._started = self._recorder.clock()
+
     def authenticated(self, project_id: str) -> None:
         """Note that the key is known; from now on, the request is read and decoded."""
         self.project_id = project_id

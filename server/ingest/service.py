@@ -1,15 +1,21 @@
 """The one door for events: what both protocols call, once they have a request's bytes."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from server.caller import Caller
 from server.deadline import Deadline
+from server.errors import Unavailable
 from server.events.batch import ParsedBatch
 from server.ingest.admission import Admission
 from server.ingest.ingestion import Answer, Ingestion
 from server.ingest.request_record import RequestRecord
+
+# Larger requests are read one at a time, over both protocols: decoded, one can take thirty times
+# its size, and what does not fit into the processor's cache is slow.
+_LARGE_BYTES = 64 * 1024
 
 
 class Codec(Protocol):
@@ -36,6 +42,7 @@ class IngestService:
         self._codecs = codecs
         self._timeout_seconds = timeout_seconds
         self._clock = clock
+        self._large = threading.Lock()
 
     def find_deadline(
         self, *, arrived_at: float | None = None, seconds: float | None = None
@@ -54,8 +61,21 @@ class IngestService:
         """Read a caller's request, validate its events and hand the valid ones over to be stored.
 
         Raises ResourceExhausted if it exceeds the caller's limits, InvalidArgument if it is
-        malformed as a whole, and Unavailable if it cannot be read in time or stored now.
+        malformed as a whole, and Unavailable if it cannot be read in time or stored now. Blocks
+        while another large request is read, if this one is large, too.
         """
+        if len(body) <= _LARGE_BYTES:
+            return self._read(caller, body, record, deadline)
+        if not self._large.acquire(timeout=max(0.0, deadline.left())):
+            raise Unavailable("not answered in time")
+        try:
+            return self._read(caller, body, record, deadline)
+        finally:
+            self._large.release()
+
+    def _read(
+        self, caller: Caller, body: bytes, record: RequestRecord, deadline: Deadline
+    ) -> Answer:
         record.size_bytes = len(body)
         self.admission.take_bytes(caller, len(body))
         batch = self._codecs[record.protocol].parse_batch(body, deadline, caller.project_id)
