@@ -6,8 +6,8 @@ import httpx
 
 from server.forwarding.providers.provider import MAX_ANSWER_BYTES, Answer, NoAnswer, Request
 
-_CONNECT_SECONDS = 5.0
-# For the request as a whole: a server that drips a byte a second keeps every smaller timeout.
+# For the request as a whole: a server that drips a byte a second keeps every smaller timeout. None
+# is shorter for connecting: a starved process needs long for that too, and would never get through.
 TOTAL_SECONDS = 20.0
 
 
@@ -16,7 +16,7 @@ class Transport:
 
     def __init__(self, connections: int) -> None:
         self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(TOTAL_SECONDS, connect=_CONNECT_SECONDS),
+            timeout=httpx.Timeout(TOTAL_SECONDS),
             trust_env=False,
             limits=httpx.Limits(max_connections=connections),
             # A compressed answer could be far larger than it looks.

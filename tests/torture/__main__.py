@@ -11,7 +11,13 @@ from rich.console import Console
 from tests.support.choice import choose_matching
 from tests.support.network import find_namespace_problem
 from tests.support.services import ROOT
-from tests.torture import database_faults, neighbour_faults, provider_faults, service_faults
+from tests.torture import (
+    database_faults,
+    forwarding_faults,
+    neighbour_faults,
+    provider_faults,
+    service_faults,
+)
 from tests.torture.machine import find_mount_problem
 from tests.torture.report import HEADINGS, format_record, format_row, join_row
 from tests.torture.session import Plan, Tally, run
@@ -25,6 +31,7 @@ FAULTS = (
     *database_faults.FAULTS,
     *neighbour_faults.FAULTS,
     *provider_faults.FAULTS,
+    *forwarding_faults.FAULTS,
 )
 
 

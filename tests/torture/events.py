@@ -4,9 +4,12 @@ import itertools
 import json
 import random
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from google.protobuf.json_format import MessageToDict
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsRequest
 from productgraph.v1.event_pb2 import Event
@@ -46,12 +49,23 @@ class EventSource:
         self._count = itertools.count()
         self._lock = threading.Lock()
 
-    def make_batch(self, *, size: int | None = None, refused: int = 0) -> Batch:
-        """Make a batch of `size` events, or of a few; the providers refuse this many of them."""
+    def make_batch(
+        self,
+        *,
+        size: int | None = None,
+        refused: int = 0,
+        change: Callable[[int, Event], None] = lambda _index, _event: None,
+    ) -> Batch:
+        """Make a batch of `size` events, or of a few; the providers refuse the first `refused`.
+
+        `change` is given each event with its index, before they are mixed.
+        """
         with self._lock:
             count = size or self._random.randint(1, _MOST_EVENTS)
             has_rejected = size is None and self._random.random() < _REJECTED_SHARE
-            events = [self._make_event(at < refused) for at in range(count)]
+            events = [self._make_event() for _ in range(count)]
+            for index, event in enumerate(events):
+                change(index, event)
             bad = [self._make_rejected()] if has_rejected else []
             mixed = self._random.sample(events + bad, len(events + bad))
         return Batch(
@@ -62,7 +76,7 @@ class EventSource:
             request=IngestEventsRequest(events=mixed).SerializeToString(),
         )
 
-    def _make_event(self, is_refused: bool) -> Event:
+    def _make_event(self) -> Event:
         number = next(self._count)
         event = Event(
             event_id=f"evt-{self._number}-{number}",
@@ -74,13 +88,11 @@ class EventSource:
         )
         offset = timedelta(microseconds=self._random.randrange(1_000_000))
         event.event_timestamp.FromDatetime(self.begin + offset)
-        if is_refused:
-            event.user_id = REFUSED_USER
         event.metadata.update({"note": MARKER, "number": number})
         return event
 
     def _make_rejected(self) -> Event:
-        event = self._make_event(False)
+        event = self._make_event()
         event.event_type = "no.such.type"
         event.event_id = f"rejected-{event.event_id}"
         return event
@@ -88,7 +100,7 @@ class EventSource:
 
 def _to_json(event: Event) -> dict[str, Any]:
     moment = event.event_timestamp.ToDatetime(UTC).isoformat(timespec="microseconds")
-    user = {"user.id": event.user_id} if event.user_id else {}
+    rare = {"user.id": event.user_id, "page.url": event.page_url}
     return {
         "event_id": event.event_id,
         "project_id": event.project_id,
@@ -97,5 +109,5 @@ def _to_json(event: Event) -> dict[str, Any]:
         "event.timestamp": moment,
         "page.title": event.page_title,
         "event.sequence": event.event_sequence,
-        "metadata": {"note": MARKER, "number": event.event_sequence},
-    } | user
+        "metadata": MessageToDict(event.metadata),
+    } | {name: value for name, value in rare.items() if value}

@@ -3,23 +3,26 @@
 import time
 from collections.abc import Sequence
 
+from productgraph.v1.event_pb2 import Event as Message
 from tests.support.patience import PATIENCE
 from tests.support.provider_servers import HTML, Event, Script
 from tests.support.provider_servers import Fault as Failure
 from tests.support.services import wait_until
 from tests.torture.clients import STORED
+from tests.torture.events import REFUSED_USER
 from tests.torture.providers import Remembering, answer
 from tests.torture.proxy import Weather
 from tests.torture.trial import Fault, Inject, Trial
 
 # In which the provider that is well must have everything, while the other one is not.
-_UNHINDERED_SECONDS = 15.0 * PATIENCE
+UNHINDERED_SECONDS = 15.0 * PATIENCE
 # A request is given up after 20 s, and the next one comes within a few more.
 _CATCH_UP_SECONDS = 60.0 * PATIENCE
 _THOUSAND = 1000
 
 
-def _find_missing(trial: Trial, provider: Remembering) -> set[str]:
+def find_missing(trial: Trial, provider: Remembering) -> set[str]:
+    """Return the insert ids of acknowledged events that a provider takes and does not have."""
     batches = tuple(trial.load.acknowledged)
     kept = {i: name for b in batches for i, name in b.insert_ids.items() if i not in b.refused}
     return provider.find_missing(list(kept.values()))
@@ -42,33 +45,39 @@ def _misbehave(*scripts: Script) -> Inject:
             trial.warm_up()
             wait_until(lambda: failures, 30.0 * PATIENCE)
             trial.load.stop()
-            wait_until(lambda: not _find_missing(trial, well), _UNHINDERED_SECONDS)
+            wait_until(lambda: not find_missing(trial, well), UNHINDERED_SECONDS)
         finally:
             ill.behave = lambda _: None
-        return _catch_up(trial, ill)
+        return catch_up(trial, ill)
 
     return inject
 
 
-def _catch_up(trial: Trial, *providers: Remembering) -> float:
+def catch_up(trial: Trial, *providers: Remembering) -> float:
+    """Wait until the providers have everything; return how long that took, in seconds."""
     since = time.monotonic()
     trial.load.stop()
-    wait_until(lambda: not any(_find_missing(trial, p) for p in providers), _CATCH_UP_SECONDS)
+    wait_until(lambda: not any(find_missing(trial, p) for p in providers), _CATCH_UP_SECONDS)
     return time.monotonic() - since
 
 
 def _refuse_one(trial: Trial) -> float:
     trial.warm_up()
-    batch = trial.load.source.make_batch(size=_THOUSAND, refused=1)
+    batch = trial.load.source.make_batch(size=_THOUSAND, refused=1, change=_refuse_first)
     trial.load.send_batch(trial.cluster.open_clients()[0], batch)
-    seconds = _catch_up(trial, *trial.cluster.providers.values())
-    wait_until(
-        lambda: _count_dead(trial, batch.refused) == len(trial.cluster.providers), 30.0 * PATIENCE
-    )
+    seconds = catch_up(trial, *trial.cluster.providers.values())
+    dead = len(trial.cluster.providers)
+    wait_until(lambda: count_dead(trial, batch.refused) == dead, 30.0 * PATIENCE)
     return seconds
 
 
-def _count_dead(trial: Trial, refused: frozenset[str]) -> int:
+def _refuse_first(index: int, event: Message) -> None:
+    if index == 0:
+        event.user_id = REFUSED_USER
+
+
+def count_dead(trial: Trial, refused: frozenset[str]) -> int:
+    """Count the dead events with the one id of a batch that was refused."""
     [word] = (name.encode() for name in refused)
     found = trial.cluster.query("SELECT event FROM dead_events")
     return sum(word in bytes(event) for (event,) in found)
@@ -80,7 +89,7 @@ def _weather(weather: Weather) -> Inject:
         with trial.cluster.provider_proxies[name].weather(weather):
             trial.warm_up()
             trial.wait(0.5, 1.5)
-        return _catch_up(trial, *trial.cluster.providers.values())
+        return catch_up(trial, *trial.cluster.providers.values())
 
     return inject
 
@@ -92,7 +101,7 @@ def _cut(*, reset: bool) -> Inject:
             proxies = list(trial.cluster.provider_proxies.values())
             trial.draw.choice(proxies).cut(reset=reset)
             trial.wait(0.0, 0.2)
-        return _catch_up(trial, *trial.cluster.providers.values())
+        return catch_up(trial, *trial.cluster.providers.values())
 
     return inject
 

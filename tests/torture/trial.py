@@ -29,6 +29,12 @@ class Trial:
     # What shows that the fault was in force, for faults that one cannot see otherwise.
     evidence: list[str] = field(default_factory=list)
 
+    def show(self, count: int, what: str) -> None:
+        """Note how often the fault showed; if it never did, that is a problem."""
+        self.evidence.append(f"{count} {what}")
+        if not count:
+            self.problems.append(f"the fault was not in force: 0 {what}")
+
     def wait(self, least: float, most: float) -> None:
         """Wait for a random time, in seconds."""
         time.sleep(self.draw.uniform(least, most))
