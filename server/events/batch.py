@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from server.events.copy_rows import Row
-from server.events.parsed import ParsedEvent
-from server.events.validation import MalformedEvent
+from server.events.parsed import MalformedEvent, ParsedEvent
 
 # An event that was found valid while it was read comes as its row.
 ReadEvent = Row | ParsedEvent | MalformedEvent
@@ -15,8 +14,8 @@ ReadEvent = Row | ParsedEvent | MalformedEvent
 class ParsedBatch:
     """The events of one request in order, each parsed when it is asked for.
 
-    `count` is how many there are in all, `size` that of the whole request in bytes; `received`
-    gives the bytes of one that was parsed, by its index, in the form of `protocol`.
+    `count` is their number, `size` the bytes of the whole request. `received` returns the bytes of
+    one that was parsed, by its index, in the form of `protocol`.
     """
 
     protocol: str

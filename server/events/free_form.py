@@ -12,6 +12,8 @@ from typing import Any
 
 from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
 
+from server.events.problems import NOT_UTF8, InvalidValue
+
 # From here on a float may stand for an integer whose digits the fast JSON parser has dropped, and
 # the fast JSON writer takes no integers.
 _INTEGERS_END = 2.0**63
@@ -36,9 +38,9 @@ class TooDeep(Exception):
 
 
 def is_plain(source: Mapping[str, Any], depth: int) -> bool:
-    """Whether the parsed JSON object `source` is, written as JSON, what a Struct would give back.
+    """Tell whether a Struct would give back what `source`, a parsed JSON object, is as JSON.
 
-    That takes at most `depth` levels, `source` counted.
+    `source` must have at most `depth` levels, counting itself.
     """
     return depth > 0 and are_plain(source.values(), depth)
 
@@ -66,23 +68,11 @@ def are_plain(items: Iterable[Any], depth: int) -> bool:
     return True
 
 
-def has_more_values(item: Mapping[str, Any], limit: int) -> bool:
-    """Whether a parsed object holds so many values, at any depth; null for a field is none."""
-    count = sum(value is not None for value in item.values())
-    pending = [value for value in item.values() if type(value) is dict or type(value) is list]
-    while pending and count <= limit:
-        container = pending.pop()
-        count += len(container)
-        values = container.values() if type(container) is dict else container
-        pending += [value for value in values if type(value) is dict or type(value) is list]
-    return count > limit
-
-
 def fill_struct(struct: Struct, source: Mapping[str, Any], depth: float = math.inf) -> None:
     """Add the parsed JSON object `source` to `struct`, which is then present.
 
-    What is nested deeper than `depth` levels, `source` counted, is left out as null. Raises
-    LostDigits for a float that may have been an integer.
+    What is nested deeper than `depth` levels, counting `source`, becomes null. Raises LostDigits
+    for a float that may have been an integer, and InvalidValue for a text that is not UTF-8.
     """
     struct.SetInParent()
     fields = struct.fields
@@ -127,6 +117,8 @@ def _set_float(value: Value, item: float) -> None:
 
 def _set_odd(value: Value, item: Any) -> None:
     """Set what only the exact parser finds, or what is nested too deep."""
+    if item is NOT_UTF8:
+        raise InvalidValue(NOT_UTF8)
     if type(item) is ExactFloat and math.isfinite(item):
         value.number_value = item
     elif type(item) is Decimal:

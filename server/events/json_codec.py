@@ -1,10 +1,12 @@
 """JSON bytes to Events, by the documented field names, and results back to JSON.
 
-Most events are built by a few calls in C. Whatever these refuse is read again with care: to name
-the first field that is wrong, or to accept what only looked wrong.
+Most events are built by a few calls in C. What these refuse is read again with care: to name the
+first field that is wrong, or to accept what only looked wrong.
 """
 
+import math
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property
@@ -19,21 +21,22 @@ from productgraph.v1.event_pb2 import Event
 from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
 from server.events.batch import ParsedBatch, ReadEvent
-from server.events.free_form import LostDigits, fill_struct, has_more_values, is_plain
+from server.events.free_form import LostDigits, fill_struct, is_plain
 from server.events.json_parser import (
-    count_values,
+    Document,
+    check_values,
     encode_document,
-    estimate_seconds,
     parse_document,
     parse_exactly,
 )
-from server.events.parsed import ColumnReader, ParsedEvent
+from server.events.parsed import ColumnReader, MalformedEvent, ParsedEvent
 from server.events.problems import (
     NOT_A_STRING,
     NOT_A_TIMESTAMP,
     NOT_AN_EVENT,
     NOT_AN_INTEGER,
     NOT_AN_OBJECT,
+    NOT_UTF8,
     Fault,
     InvalidValue,
     Problem,
@@ -43,11 +46,12 @@ from server.events.problems import (
 from server.events.quick_json import QuickReader, Traits
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.events.timestamps import parse_timestamp
-from server.events.validation import MalformedEvent
 from server.protocols import HTTP
 
 # A number as JSON writes it, no longer than any double is written.
 _NUMBER = re.compile(r"-?\d{1,40}(\.\d{1,40})?([eE][+-]?\d{1,3})?", re.ASCII)
+# What no usual timestamp exceeds; the size of an event with a longer one is counted.
+_LONGEST_TIMESTAMP = 40
 # How orjson writes a float that may have been an integer with more digits.
 _LONG_NUMBER = re.compile(rb"\de\+(1[89]|[2-9]\d|\d{3})")
 
@@ -67,8 +71,6 @@ class JsonCodec:
         self._columns = ColumnReader(schema)
         self._max_depth = schema.max_depth
         self._max_bytes = schema.max_bytes
-        # In protobuf, a value within another takes four bytes at least.
-        self._max_values = schema.max_bytes // 4
 
     def parse_batch(
         self, body: bytes, deadline: Deadline = NEVER, project_id: str | None = None
@@ -78,76 +80,80 @@ class JsonCodec:
         So one event at a time is in memory, and in the processor's cache, beside the document.
         An event that is plainly valid for the project comes as its row, if a project is given.
         Raises InvalidArgument if the body is not JSON, not of the documented shape, or holds too
-        many events, and Unavailable if it takes longer to read than is left.
+        many events or values, and Unavailable if it takes longer to read than is left.
         """
-        deadline.check(estimate_seconds(body, deadline.left()))
-        items = _Items(body, self._max_bytes, deadline)
-        count, events = len(items.quick), self._parse_items(items)
+        body = body.removeprefix(BOM_UTF8)
+        check_values(body, deadline)
+        received = _ReceivedEvents(body, deadline)
+        count, events = len(received.items), self._parse_items(received)
         if self._quick is not None and project_id is not None:
-            events = self._parse_quickly(self._quick, items, project_id, Traits.of(body))
-        return ParsedBatch(HTTP, count, len(body), events, items.encode)
+            events = self._parse_quickly(self._quick, received, project_id, Traits.of(body))
+        return ParsedBatch(HTTP, count, len(body), events, received.encode)
 
     def _parse_quickly(
-        self, quick: QuickReader, items: "_Items", project_id: str, traits: Traits
+        self, quick: QuickReader, received: "_ReceivedEvents", project_id: str, traits: Traits
     ) -> Iterator[ReadEvent]:
-        for index, item in enumerate(items.quick):
+        for index, item in enumerate(received.items):
             row = quick.read(item, project_id, traits)
-            yield row if row is not None else self._parse_item(items, index)
+            yield row if row is not None else self._parse_item(received, index)
 
-    def _parse_items(self, items: "_Items") -> Iterator[ReadEvent]:
-        return (self._parse_item(items, index) for index in range(len(items.quick)))
+    def _parse_items(self, received: "_ReceivedEvents") -> Iterator[ReadEvent]:
+        return (self._parse_item(received, index) for index in range(len(received.items)))
 
-    def _parse_item(self, items: "_Items", index: int) -> ParsedEvent | MalformedEvent:
-        parse = self._parse_dear_event if items.values > self._max_values else self._parse_event
+    def _parse_item(self, received: "_ReceivedEvents", index: int) -> ParsedEvent | MalformedEvent:
         try:
-            return parse(items.quick[index])
+            return self._parse_event(received.items[index], index, received)
         except LostDigits:
-            return self._parse_event(items.exact[index])
+            return self._parse_event(received.exact_items[index], index, received)
 
-    def _parse_dear_event(self, item: Any) -> ParsedEvent | MalformedEvent:
-        """Look only at an event's texts and numbers if it has more values than allowed."""
-        if type(item) is not dict or not has_more_values(item, self._max_values):
-            return self._parse_event(item)
-        fields = self._collect_fields(item)
-        for name in self._objects:
-            fields.pop(name, None)
-        parsed = self._parse_carefully(fields)
+    def _parse_event(
+        self, item: Any, index: int, received: "_ReceivedEvents"
+    ) -> ParsedEvent | MalformedEvent:
+        if type(item) is not dict:
+            problem = Problem("event", *item) if item is NOT_UTF8 else NOT_AN_EVENT
+            return MalformedEvent(Event(), 0, problem)
+        fields, is_whole = self._collect_fields(item)
+        try:
+            parsed = self._build_event(fields)
+        except (TypeError, ValueError):
+            return self._parse_with_care(item, len(received.encode(index)))
+        return parsed if is_whole else parsed._replace(size=len(received.encode(index)))
+
+    def _parse_with_care(self, item: dict[str, Any], size: int) -> ParsedEvent | MalformedEvent:
+        """Find the first field that is wrong, or accept what only looked wrong."""
+        fields, _ = self._collect_fields(item)
+        if size <= self._max_bytes:
+            parsed = self._set_fields(fields)
+            return parsed if isinstance(parsed, MalformedEvent) else parsed._replace(size=size)
+        # Objects are not unfolded: that could take seconds.
+        parsed = self._set_fields({n: v for n, v in fields.items() if type(v) is not dict})
         if isinstance(parsed, MalformedEvent):
             return parsed
         return MalformedEvent(parsed.event, len(self._fields), report_excess(self._max_bytes))
 
-    def _parse_event(self, item: Any) -> ParsedEvent | MalformedEvent:
-        if type(item) is not dict:
-            return MalformedEvent(Event(), 0, NOT_AN_EVENT)
-        try:
-            return self._build_event(self._collect_fields(item))
-        except LostDigits:
-            raise
-        except Exception:  # noqa: BLE001 - whatever it was, the careful reading asks for types
-            return self._parse_carefully(self._collect_fields(item))
+    def _collect_fields(self, item: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Return the fields that are present, by proto name; those that the schema lacks in one.
 
-    def _collect_fields(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields present, by proto name, and in one those that the schema lacks."""
+        Return also whether no other field was sent, not even as null.
+        """
         name_of = self._name_of
         fields = {name_of(name, ""): value for name, value in item.items() if value is not None}
         if "" in fields or type(fields.get(self._catch_all.name, fields)) is not dict:
             fields.pop("", None)
-            self._merge_unnamed(fields, item)
-        return fields
+            return fields, self._merge_unnamed(fields, item)
+        return fields, True  # nulls for named fields are few
 
-    def _merge_unnamed(self, fields: dict[str, Any], item: dict[str, Any]) -> None:
-        unnamed = {
-            name: value
-            for name, value in item.items()
-            if value is not None and not self._name_of(name)
-        }
+    def _merge_unnamed(self, fields: dict[str, Any], item: dict[str, Any]) -> bool:
+        unnamed = {name: value for name, value in item.items() if not self._name_of(name)}
+        kept = {name: value for name, value in unnamed.items() if value is not None}
         sent = fields.get(self._catch_all.name, {})
         is_object = type(sent) is dict
-        merged = sent | unnamed if is_object else unnamed | {self._catch_all.wire_name: sent}
+        merged = sent | kept if is_object else kept | {self._catch_all.wire_name: sent}
         fields[self._catch_all.name] = merged
+        return is_object and len(merged) == len(sent) + len(unnamed)
 
-    def _build_event(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
-        """Build an event of values of the right types; any others raise whatever they raise."""
+    def _build_event(self, fields: dict[str, Any]) -> ParsedEvent:
+        """Take what is of the right types; raises TypeError or ValueError otherwise."""
         times = [(name, fields.pop(name)) for name in self._timestamps if name in fields]
         objects = {name: fields.pop(name) for name in self._objects if name in fields}
         integers = [name for name in self._integers if name in fields]
@@ -156,25 +162,20 @@ class JsonCodec:
                 fields[name] = _read_integer(fields[name], self._integers[name])
         event = Event(**fields)
         for name, time in times:
-            _set_timestamp(getattr(event, name), time)
+            _set_timestamp(getattr(event, name), time, _LONGEST_TIMESTAMP)
         for name, value in objects.items():
             if type(value) is not dict or not is_plain(value, self._max_depth):
-                return self._read_back(event, objects)
+                raise ValueError(name)
             fields[name] = orjson.dumps(value).decode()
         # The event has taken the rest, so it is what the columns hold, once integers are texts.
         for name in integers:
             fields[name] = str(fields[name])
         return self._columns.arrange(event, fields, objects)
 
-    def _read_back(self, event: Event, objects: dict[str, Any]) -> ParsedEvent | MalformedEvent:
-        """Replace its objects by what the event makes of them."""
-        for name, value in objects.items():
-            self._set_object(getattr(event, name), value)
-        return self._columns.read(event, event.SerializeToString())
-
-    def _parse_carefully(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
-        """Set the fields in the order of the schema, up to the first that is malformed."""
+    def _set_fields(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
+        """Set field by field in the order of the schema, up to the first that is malformed."""
         event = Event()
+        unnamed = tuple(fields.get(self._catch_all.name, ()))
         for field in self._fields:
             if field.name not in fields:
                 continue
@@ -182,10 +183,12 @@ class JsonCodec:
                 self._set_field(event, field, fields[field.name])
             except InvalidValue as error:
                 problem = Problem(field.wire_name, *error.fault)
-                return MalformedEvent(event, field.position, problem)
+                return MalformedEvent(event, field.position, problem, unnamed)
         return self._columns.read(event, event.SerializeToString())
 
     def _set_field(self, event: Event, field: Field, value: Any) -> None:
+        if value is NOT_UTF8:
+            raise InvalidValue(NOT_UTF8)
         if field.kind is Kind.TEXT:
             if type(value) is not str:
                 raise InvalidValue(NOT_A_STRING)
@@ -204,36 +207,38 @@ class JsonCodec:
         fill_struct(target, value, self._max_depth + 1)
 
 
-class _Items:
-    """The events of a body as values, by the quick parser and, where it is needed, the exact."""
+class _ReceivedEvents:
+    """The events of a body as values, by the quick parser and, if it is needed, the exact one."""
 
-    def __init__(self, body: bytes, max_bytes: int, deadline: Deadline) -> None:
+    def __init__(self, body: bytes, deadline: Deadline) -> None:
         self._body = body
         self._deadline = deadline
-        self._max_bytes = max_bytes
-        self.quick = _read_items(parse_document(body, deadline))
+        self._quick = parse_document(body, deadline)
+        self.items = _read_items(self._quick)
 
     @cached_property
-    def values(self) -> int:
-        """Return how many values the body has at most."""
-        return count_values(self._body)
+    def _exact(self) -> Document:
+        return parse_exactly(self._body, self._deadline)
 
-    @cached_property
-    def exact(self) -> list[Any]:
-        return _read_items(parse_exactly(self._body, self._deadline))
+    @property
+    def exact_items(self) -> list[Any]:
+        return _read_items(self._exact)
 
     def encode(self, index: int) -> bytes:
-        """Return one event's JSON, with all digits that it had unless it is too large."""
-        encoded = encode_document(self.quick[index])
-        if len(encoded) > self._max_bytes or not _LONG_NUMBER.search(encoded):
+        """Return the JSON of one, as orjson writes it, with all digits that it had."""
+        encoded = encode_document(self._quick.raw["events"][index])
+        if not _LONG_NUMBER.search(encoded):
             return encoded
-        return encode_document(self.exact[index])
+        return encode_document(self._exact.raw["events"][index])
 
 
-def _read_items(document: Any) -> list[Any]:
-    if type(document) is not dict:
-        raise InvalidArgument("body: must be an object")
-    items = document.get("events")
+def _read_items(document: Document) -> list[Any]:
+    root = document.value
+    if type(root) is not dict:
+        raise InvalidArgument(document.damage or "body: must be an object")
+    items = root.get("events")
+    if document.damage and (items is NOT_UTF8 or _holds_damage(root)):
+        raise InvalidArgument(document.damage)
     if type(items) is not list:
         raise InvalidArgument("events: must be an array")
     if len(items) > MAX_BATCH_SIZE:
@@ -241,10 +246,22 @@ def _read_items(document: Any) -> list[Any]:
     return items
 
 
-def _set_timestamp(target: Timestamp, value: Any) -> None:
+def _holds_damage(root: dict[str, Any]) -> bool:
+    """Tell whether anything beside the events is not UTF-8."""
+    pending: list[Any] = [value for name, value in root.items() if name != "events"]
+    while pending:
+        value = pending.pop()
+        if value is NOT_UTF8:
+            return True
+        if isinstance(value, dict | list):
+            pending += value.values() if isinstance(value, dict) else value
+    return False
+
+
+def _set_timestamp(target: Timestamp, value: Any, longest: float = math.inf) -> None:
     if value == "":
         return
-    if type(value) is not str:  # a list or an object need not be refused by what follows
+    if type(value) is not str or len(value) > longest:
         raise InvalidValue(NOT_A_TIMESTAMP)
     try:
         target.seconds, target.nanos = parse_timestamp(value)
@@ -253,7 +270,7 @@ def _set_timestamp(target: Timestamp, value: Any) -> None:
 
 
 def _read_integer(value: Any, field: Field) -> int:
-    """Return an integer as proto3's JSON mapping has it, rounded if the field's rules say so."""
+    """Read an integer as proto3's JSON mapping does, rounded if the field's rules say so."""
     is_number = isinstance(value, str | int | float | Decimal) and type(value) is not bool
     if not is_number or not _NUMBER.fullmatch(str(value)):
         raise InvalidValue(NOT_AN_INTEGER)
@@ -268,7 +285,7 @@ def _read_integer(value: Any, field: Field) -> int:
 
 
 def encode_response(response: IngestEventsResponse) -> bytes:
-    """Return a result as the documented JSON object."""
+    """Write a result as the documented JSON object."""
     errors = [{"index": error.index, "error": error.error} for error in response.errors]
     return orjson.dumps(
         {"accepted": response.accepted, "rejected": response.rejected, "errors": errors}

@@ -1,24 +1,27 @@
 """JSON text to Python values, with one odd value never failing the whole document.
 
-orjson reads nearly all of them. It refuses a document for a lone surrogate, a number beyond a
-double or too much nesting, and drops digits of long integers: such documents are read by the
-standard library, pruned of what is nested too deep for any event.
+orjson reads nearly all documents. It refuses one for a lone surrogate, a number beyond a double,
+too much nesting or bytes that are not UTF-8, and drops digits of long integers: such documents are
+read by the standard library, pruned of what is nested too deep for any event.
 
 Both make an object of each value, so that a body of 10 MB could take seconds and hundreds of
-megabytes: how many values there are is counted first, which takes neither.
+megabytes: a body of too many values is refused before, which takes neither.
 """
 
 import json
 import math
 import re
+from collections.abc import Iterator
 from decimal import Decimal
-from typing import Any, NoReturn
+from itertools import islice
+from typing import Any, AnyStr, NamedTuple, NoReturn
 
 import orjson
 
 from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
-from server.events.free_form import ExactFloat
+from server.events.free_form import REPLACEMENT, ExactFloat
+from server.events.problems import NOT_UTF8
 
 # Five times as many as in a full batch of large events.
 MAX_VALUES = 500_000
@@ -26,123 +29,216 @@ MAX_VALUES = 500_000
 # looked at for it.
 _SECONDS_PER_BYTE, _SECONDS_PER_VALUE = 2e-8, 5e-6
 _QUICK_BYTES = 64 * 1024
-# A body can have millions of texts: whether there is time left is asked now and then.
-_MATCHES_PER_CHECK = 4096
+# How many steps of a search through a body are taken between looks at the clock.
+_STEPS_PER_CHECK = 4096
 # Deeper than any valid event reaches, so that what is cut stays recognisable as too deep.
 _PRUNED_DEPTH = 64
-# A string, closed or not, or a bracket. Possessive, so that no input makes it backtrack.
-_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+# A text, closed or not. Possessive, so that no input makes it backtrack.
+_TEXT = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
+# Up to the next bracket, or the next sign that a value follows, outside texts; or to the end.
+_BRACKET = re.compile(rf'[^"\[\]{{}}]*+(?:{_TEXT}[^"\[\]{{}}]*+)*+(?:([\[\]{{}}])|\Z)', re.DOTALL)
+_VALUE = re.compile(rf'[^",\[{{]*+(?:{_TEXT}[^",\[{{]*+)*+(?:([,\[{{])|\Z)'.encode(), re.DOTALL)
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# What orjson refuses although it is JSON: surrogates, long integers and large exponents.
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_LONG_DIGITS = re.compile(r"\d{300,}+(?![.eE])", re.ASCII)
+_LARGE_EXPONENT = re.compile(r"(?<=[eE])[+-]?\d{3,}", re.ASCII)
+_SPACES = re.compile(r"\s*")
+_NO_NUMBER = re.compile(r"NaN|Infinity")
+# The place of an error whose place is not known.
+_NOWHERE = -1
 # int() takes time quadratic in the number of digits, Decimal() does not.
 _LONGEST_INT = 40
 
 
-def estimate_seconds(body: bytes, left: float) -> float:
-    """How long it takes at the worst until a body is parsed, on a machine that is busy.
+class Document(NamedTuple):
+    """A parsed document.
 
-    Its values are counted only where it might be more than what is `left`.
+    In `value`, what PostgreSQL cannot store is U+FFFD, and a text that is not UTF-8 is the fault of
+    that; `raw` has every text as it was sent. `damage` says where the first byte is that is not
+    UTF-8.
+    """
+
+    value: Any
+    raw: Any
+    damage: str = ""
+
+
+def check_values(body: bytes, deadline: Deadline) -> None:
+    """Raise InvalidArgument for a body of too many values, Unavailable for one that takes too long.
+
+    Values are counted only if there might be too many, or too many for the time that is left.
     """
     if len(body) <= _QUICK_BYTES:
-        return 0.0
-    longest = _estimate(body, len(body) // 2)  # a value takes two characters at least
-    return longest if longest < left else _estimate(body, count_values(body))
+        deadline.check()
+        return
+    most = len(body) // 2  # a value takes two characters, counting the one before or behind it
+    if most > MAX_VALUES or _estimate_seconds(body, most) >= deadline.left():
+        most = body.count(b",") + body.count(b"[") + body.count(b"{")
+    deadline.check(_estimate_seconds(body, most))
+    if most > MAX_VALUES and _count_outside_texts(body, deadline) > MAX_VALUES:
+        raise InvalidArgument(f"body: more than {MAX_VALUES} values")
 
 
-def _estimate(body: bytes, values: int) -> float:
+def _estimate_seconds(body: bytes, values: int) -> float:
     return len(body) * _SECONDS_PER_BYTE + min(values, MAX_VALUES) * _SECONDS_PER_VALUE
 
 
-def parse_document(body: bytes, deadline: Deadline = NEVER) -> Any:
+def _count_outside_texts(body: bytes, deadline: Deadline) -> int:
+    """Count values up to one more than allowed."""
+    found = _search(_VALUE, body, deadline)
+    return sum(1 for each in islice(found, MAX_VALUES + 1) if each.lastindex)
+
+
+def _search(
+    pattern: re.Pattern[AnyStr], text: AnyStr, deadline: Deadline
+) -> Iterator[re.Match[AnyStr]]:
+    """Find all matches, while there is time."""
+    for number, match in enumerate(pattern.finditer(text)):
+        if number % _STEPS_PER_CHECK == 0:
+            deadline.check()
+        yield match
+
+
+def parse_document(body: bytes, deadline: Deadline = NEVER) -> Document:
     """Return the document in `body`, at the speed of orjson if possible.
 
-    Integers of more than 64 bits come as floats. Raises InvalidArgument for invalid JSON, and for
-    too many values, and Unavailable where it takes too long to tell.
+    Integers of more than 64 bits come as floats. Raises InvalidArgument for invalid JSON, and
+    Unavailable if it takes too long to tell.
     """
-    if _has_too_many_values(body, deadline):
-        raise InvalidArgument(f"body: more than {MAX_VALUES} values")
     if b"\\" in body and rb"\u0000" in body:  # finding one byte is what takes no time
         return parse_exactly(body, deadline)
     try:
-        return orjson.loads(body)
+        value = orjson.loads(body)
     except orjson.JSONDecodeError:
         return parse_exactly(body, deadline)
+    return Document(value, value)
 
 
-def parse_exactly(body: bytes, deadline: Deadline = NEVER) -> Any:
+def parse_exactly(body: bytes, deadline: Deadline = NEVER) -> Document:
     """Return the document in `body` with the digits of every integer.
 
-    Integers come as int or Decimal, other numbers as ExactFloat, infinite ones included. U+0000 and
-    lone surrogates come as U+FFFD. Raises InvalidArgument for invalid JSON.
+    Integers come as int or Decimal, other numbers as ExactFloat, infinite ones included.
     """
     try:
-        text = body.decode()
-        try:
-            document = _load(text)
-        except RecursionError:
-            # Only now: this takes long, and what is no JSON has been refused.
-            document = _load(_prune(text, deadline))
-    except ValueError:
-        raise InvalidArgument("body: invalid JSON") from None
-    return _make_storable(document)
+        raw = _load(body.decode(), deadline)
+    except UnicodeDecodeError:
+        return _parse_damaged(body, deadline)
+    return Document(_make_storable(raw), raw)
 
 
-def _load(text: str) -> Any:
-    return json.loads(
-        text,
-        parse_int=lambda digits: (int if len(digits) <= _LONGEST_INT else Decimal)(digits),
-        parse_float=ExactFloat,
-        parse_constant=_refuse_constant,
-    )
+def _parse_damaged(body: bytes, deadline: Deadline) -> Document:
+    """Read a body with bytes that are not UTF-8, each of which is a surrogate or a question mark.
+
+    A client can have sent either, but what differs between the two is not UTF-8.
+    """
+    text = body.decode("utf-8", "surrogateescape")
+    raw = _load(text, deadline)
+    other = _load(text.encode("utf-8", "replace").decode(), deadline)
+    first = next(_SURROGATE.finditer(text))
+    damage = _describe_place(text, first.start(), _describe_byte(first[0]))
+    return Document(_make_storable(_mark_differences(raw, other)), raw, damage)
 
 
-def _has_too_many_values(body: bytes, deadline: Deadline) -> bool:
-    # A value takes two characters at least, the one before or behind it counted.
-    if len(body) <= 2 * MAX_VALUES or count_values(body) <= MAX_VALUES:
-        return False
-    # Those within texts are none. One gap between texts after the other, to hold nothing.
-    count = position = 0
-    for number, text in enumerate(_STRING.finditer(body)):
-        if number % _MATCHES_PER_CHECK == 0:
-            deadline.check()
-        count += count_values(body[position : text.start()])
-        if count > MAX_VALUES:
-            return True
-        position = text.end()
-    return count + count_values(body[position:]) > MAX_VALUES
+def _mark_differences(one: Any, other: Any) -> Any:
+    if isinstance(one, dict) and isinstance(other, dict) and len(one) == len(other):
+        pairs = zip(one.items(), other.items(), strict=True)
+        return {
+            name: _mark_differences(value, second) if name == other_name else NOT_UTF8
+            for (name, value), (other_name, second) in pairs
+        }
+    if isinstance(one, list) and isinstance(other, list):
+        return [_mark_differences(*pair) for pair in zip(one, other, strict=True)]
+    return one if one == other else NOT_UTF8
 
 
-def count_values(text: bytes) -> int:
-    """How many values there are at the most: one where anything opens, one behind each comma."""
-    return text.count(b",") + text.count(b"[") + text.count(b"{")
+def _load(text: str, deadline: Deadline) -> Any:
+    pruned = _prune(text, deadline)
+    try:
+        return json.loads(
+            pruned,
+            parse_int=lambda digits: (int if len(digits) <= _LONGEST_INT else Decimal)(digits),
+            parse_float=ExactFloat,
+            parse_constant=_refuse_constant,
+        )
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(_explain_invalid(text, pruned, error)) from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
+    raise json.JSONDecodeError(name, "", _NOWHERE)
+
+
+def _explain_invalid(text: str, pruned: str, error: json.JSONDecodeError) -> str:
+    """Say where the text is not JSON, and why, by orjson: its places are the same on any Python."""
+    # What comes behind the error does not matter, but a text without an end has it at the end.
+    is_open = error.pos == _NOWHERE or error.msg.startswith("Unterminated")
+    behind = None if is_open else _SPACES.match(pruned, error.pos + 1)
+    end = behind.end() + 10 if behind else None
+    try:
+        orjson.loads(_make_usual(pruned[:end]).encode("utf-8", "replace"))
+    except orjson.JSONDecodeError as refused:
+        place, what = refused.pos, refused.msg
+        if name := _NO_NUMBER.match(text, place):
+            what = f"{name[0]} is not a JSON value"
+        elif _SURROGATE.match(text, place):
+            what = _describe_byte(text[place])
+        return _describe_place(text, place, what)
+    return "body: invalid JSON"
+
+
+def _make_usual(text: str) -> str:
+    """Replace what orjson refuses although it is JSON by something as long that it takes."""
+    text = _SURROGATE_ESCAPE.sub(r"\\u0020", text)
+    text = _LARGE_EXPONENT.sub(lambda found: "0" * len(found[0]), text)
+    return _LONG_DIGITS.sub(_shorten_digits, text)
+
+
+def _shorten_digits(digits: re.Match[str]) -> str:
+    follows_point = digits.string[digits.start() - 1 : digits.start()] == "."
+    return ("0" if follows_point else "0.").ljust(len(digits[0]), "0")
+
+
+def _describe_place(text: str, position: int, what: str) -> str:
+    line = text.count("\n", 0, position) + 1
+    column = position - text.rfind("\n", 0, position)
+    return f"body: invalid JSON at line {line}, column {column}: {what}"
+
+
+def _describe_byte(surrogate: str) -> str:
+    return f"byte 0x{ord(surrogate) & 0xFF:02x} is not UTF-8"
 
 
 def _prune(text: str, deadline: Deadline) -> str:
-    """Return the text with each array or object nested too deep replaced by null."""
-    kept: list[str] = []
-    depth = resume = 0
-    for number, match in enumerate(_TOKEN.finditer(text)):
-        if number % _MATCHES_PER_CHECK == 0:
-            deadline.check()
-        bracket = text[match.start()]
+    """Return the text with each array or object nested too deep replaced by null, equally long."""
+    if text.count("[") + text.count("{") < _PRUNED_DEPTH:
+        return text
+    return "".join(_prune_parts(text, deadline))
+
+
+def _prune_parts(text: str, deadline: Deadline) -> Iterator[str]:
+    depth = kept_to = 0
+    for match in _search(_BRACKET, text, deadline):
+        bracket, end = match[1], match.end()
+        if depth < 0 or not bracket:
+            break
         if bracket in "[{":
             depth += 1
             if depth == _PRUNED_DEPTH:
-                kept += text[resume : match.start()], "null"
-                resume = len(text)
-        elif bracket in "]}":
+                yield text[kept_to : end - 1]
+                kept_to = end - 1
+        else:
             if depth == _PRUNED_DEPTH:
-                resume = match.end()
+                cut = text[kept_to:end]
+                yield "null".ljust(len(cut)) if len(cut) > len("null") else cut
+                kept_to = end
             depth -= 1
-    return "".join(kept) + text[resume:] if kept else text
+    yield text[kept_to:] if depth < _PRUNED_DEPTH else " " * (len(text) - kept_to)
 
 
 def encode_document(document: Any) -> bytes:
-    """Return a parsed document as JSON, with the digits that it had when parsed.
+    """Write a parsed document as JSON, with the digits and surrogates that it had when parsed.
 
     What is nested deeper than any valid event reaches becomes null.
     """
@@ -153,27 +249,41 @@ def encode_document(document: Any) -> bytes:
 
 
 def _spell_out(value: Any, depth: int) -> Any:
-    """Return the value with every number in the digits that orjson would refuse to write."""
+    """Return the value with everything written out that orjson would refuse to write."""
     if isinstance(value, dict | list) and depth == 0:
         return None
     if isinstance(value, dict):
-        return {key: _spell_out(item, depth - 1) for key, item in value.items()}
+        return {_spell_text(name): _spell_out(item, depth - 1) for name, item in value.items()}
     if isinstance(value, list):
         return [_spell_out(item, depth - 1) for item in value]
-    if isinstance(value, float) and math.isinf(value):
-        return orjson.Fragment("1e999" if value > 0 else "-1e999")
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+    if isinstance(value, str):
+        return _spell_text(value)
+    if isinstance(value, float):
+        return _spell_float(value)
+    if isinstance(value, int | Decimal) and not isinstance(value, bool):
         return orjson.Fragment(str(value))
     return value
 
 
+def _spell_text(text: str) -> str:
+    """Replace each lone surrogate by U+0000, whose escape is as long as that of the surrogate."""
+    return _SURROGATE.sub("\0", text)
+
+
+def _spell_float(number: float) -> orjson.Fragment:
+    if math.isinf(number):
+        return orjson.Fragment("1e999" if number > 0 else "-1e999")
+    return orjson.Fragment(orjson.dumps(float(number)))
+
+
 def _make_storable(value: Any, depth: int = _PRUNED_DEPTH) -> Any:
     if isinstance(value, str):
-        return _UNSTORABLE.sub("\ufffd", value)
+        return _UNSTORABLE.sub(REPLACEMENT, value)
     if isinstance(value, list | dict) and depth == 1:
         return None
     if isinstance(value, list):
         return [_make_storable(element, depth - 1) for element in value]
     if isinstance(value, dict):
-        return {_make_storable(key): _make_storable(item, depth - 1) for key, item in value.items()}
+        pairs = value.items()
+        return {_make_storable(name): _make_storable(item, depth - 1) for name, item in pairs}
     return value

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -12,27 +13,40 @@ from productgraph.v1.event_pb2 import Event
 from server.events.free_form import TooDeep, fill_struct, read_struct
 from server.events.problems import Problem, report_nesting
 from server.events.schema import Kind, Schema
-from server.events.validation import MalformedEvent
 
 # Where most NUL bytes are found, in free-form fields: zeros behind a double's tag, and `false`, by
 # a tag that no field of an event has.
 _DOUBLE, _FALSE = re.compile(rb"\x11\0+"), b"\x20\0"
 
 
+@dataclass(frozen=True)
+class MalformedEvent:
+    """What could be read of an event before a field whose value is unreadable.
+
+    `position` is that field's place in the schema; 0 if the whole cannot be read, with an empty
+    `event`. `unnamed` are the fields that the schema does not name.
+    """
+
+    event: Event
+    position: int
+    problem: Problem
+    unnamed: Sequence[str] = ()
+
+
 class ParsedEvent(NamedTuple):
-    """An event as an edge has read it.
+    """An event as its codec has read it.
 
     `columns` has the texts of its scalars and objects, as `Schema.columns` orders them: "" for what
     is absent, and for the texts named in `empty`, which are present. `objects` are those that the
-    event does not have yet, as most of them are never needed there. `size` is what the event took
-    as protobuf, in bytes, or 0 where it was no protobuf.
+    event does not have yet, as most of them are never needed there. `size` counts its bytes as it
+    was sent; if it is None, they are no more than its columns allow for.
     """
 
     event: Event
     columns: Sequence[str]
     empty: Sequence[str] = ()
     objects: Mapping[str, dict[str, Any]] = {}
-    size: int = 0
+    size: int | None = None
 
     def complete(self) -> Event:
         """Return the event with all of its objects."""
@@ -64,9 +78,9 @@ class ColumnReader:
         return ParsedEvent(event, self._in_order(self._absent | texts), empty, objects)
 
     def read(self, event: Event, encoded: bytes) -> ParsedEvent | MalformedEvent:
-        """Return the event with its columns; malformed if free-form fields nest too deep.
+        """Return the event with its columns; malformed if its free-form fields nest too deep.
 
-        `encoded` is any encoding of the event.
+        `encoded` is any encoding of the event, which gives its size.
         """
         objects = []
         for field in self._objects:
@@ -93,7 +107,7 @@ class ColumnReader:
 
 
 def _may_hold_empty(encoded: bytes) -> bool:
-    """Whether a field may be present and empty, or 0: that puts a NUL byte behind its tag."""
+    """Tell whether a field may be present and empty, or 0, with a NUL byte behind its tag."""
     first = encoded.find(b"\0")
     if first < 0:
         return False

@@ -11,7 +11,7 @@ from server.errors import InvalidArgument
 from server.events.batch import ParsedBatch
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.free_form import REPLACEMENT, replace_nul
-from server.events.parsed import ColumnReader, ParsedEvent
+from server.events.parsed import ColumnReader, MalformedEvent, ParsedEvent
 from server.events.problems import (
     NOT_A_TIMESTAMP,
     NOT_AN_EVENT,
@@ -23,7 +23,6 @@ from server.events.problems import (
     report_nesting,
 )
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
-from server.events.validation import MalformedEvent
 from server.protocols import GRPC
 
 _READABLE_SHARE = 8
@@ -38,15 +37,15 @@ class ProtobufCodec:
         self._objects = schema.of_kind(Kind.OBJECT)
         self._columns = ColumnReader(schema)
         self._loose_type = _loosen(Event)
-        # An event's own encoding is shorter than what was sent where fields in that are repeated or
-        # unknown; from this size on that is not looked at.
+        # An event with repeated or unknown fields is smaller than what was sent; from this size on,
+        # that is not looked at.
         self._readable_bytes = _READABLE_SHARE * schema.max_bytes
         self._too_large = report_excess(schema.max_bytes)
 
     def parse_batch(
         self, request: bytes, deadline: Deadline = NEVER, _project_id: str | None = None
     ) -> ParsedBatch:
-        """Return the events of an encoded IngestEventsRequest in order, each parsed when asked for.
+        """Return the events of an encoded IngestEventsRequest, each parsed when it is asked for.
 
         Raises InvalidArgument if the request is not readable or holds too many events, and
         Unavailable if its time is over.
@@ -68,11 +67,16 @@ class ProtobufCodec:
             event = Event.FromString(encoded)
         except DecodeError:
             return self._find_malformed(encoded)
-        if len(encoded) > self._schema.max_bytes and event.ByteSize() > self._schema.max_bytes:
+        size = len(encoded)
+        if size > self._schema.max_bytes:
+            size = event.ByteSize()
+        if size > self._schema.max_bytes:
             # Its free-form fields would take seconds to read.
             return MalformedEvent(event, len(self._schema.fields), self._too_large)
         parsed = self._columns.read(event, encoded)
-        return parsed if _is_storable(parsed) else self._repair(event)
+        if isinstance(parsed, MalformedEvent):
+            return parsed
+        return parsed._replace(size=size) if _is_storable(parsed) else self._repair(event)
 
     def _repair(self, event: Event) -> ParsedEvent | MalformedEvent:
         self._replace_nul(event)
@@ -123,16 +127,14 @@ class ProtobufCodec:
         return NOT_AN_OBJECT
 
 
-def _is_storable(parsed: ParsedEvent | MalformedEvent) -> bool:
-    """Whether no text has U+0000, nor any object's JSON what may be its escape."""
-    if isinstance(parsed, MalformedEvent):
-        return False
+def _is_storable(parsed: ParsedEvent) -> bool:
+    """Tell whether no text has U+0000, nor any object's JSON what may be its escape."""
     joined = "".join(parsed.columns)
     return "\0" not in joined and r"\u0000" not in joined
 
 
 def _loosen(message_type: type[Message]) -> type[Message]:
-    """Return the message with bytes for texts and messages: any bytes can be read as these."""
+    """Return the same message with bytes for texts and messages, which any bytes can be read as."""
     file = descriptor_pb2.FileDescriptorProto(name="loose.proto", package="loose", syntax="proto3")
     message_type.DESCRIPTOR.CopyToProto(file.message_type.add())
     [message] = file.message_type

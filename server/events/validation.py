@@ -1,13 +1,14 @@
 """The rules of the schema, applied to one event in the order of its fields."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import islice
 from operator import itemgetter
 
 from google.protobuf.message import Message
 
-from productgraph.v1 import rules_pb2
 from productgraph.v1.event_pb2 import Event
+from server.events.parsed import MalformedEvent, ParsedEvent
 from server.events.problems import (
     NOT_A_TIMESTAMP,
     REQUIRED,
@@ -22,22 +23,12 @@ from server.events.schema import Field, Kind, Schema
 from server.events.timestamps import is_storable
 
 MAX_QUOTED_CHARACTERS = 64
-# An event's protobuf takes at most this many bytes for each character of its line of COPY. Arrays
-# of digits grow most, two characters to eleven bytes; a character of a text takes up to four.
-MAX_BYTES_PER_CHARACTER = 8
-
-
-@dataclass(frozen=True)
-class MalformedEvent:
-    """What could be read of an event before a field whose value is unreadable.
-
-    `position` is that field's place in the schema; 0 if the whole cannot be read, with an empty
-    `event`.
-    """
-
-    event: Event
-    position: int
-    problem: Problem
+# How many names are looked through for one that is misspelt.
+_MAX_NAMES = 100
+# An event's JSON takes at most six bytes for each character of its line of COPY, as \u0000 does.
+# Beyond that it has names and signs, and at most these bytes of what a column shortens: zeros of
+# integers and timestamps.
+_BYTES_PER_CHARACTER, _BYTES_PER_FIELD = 6, 100
 
 
 class Validator:
@@ -46,10 +37,9 @@ class Validator:
     def __init__(self, schema: Schema) -> None:
         self._fields = schema.fields
         self._max_bytes = schema.max_bytes
-        texts = schema.of_kind(Kind.TEXT)
-        # Texts with rules, all read at once: required ones first, the project before all others.
-        ruled = [field for field in texts if field.rules != rules_pb2.FieldRules()]
-        ruled.sort(key=lambda field: (not field.rules.matches_api_key, not field.rules.required))
+        self._other_bytes = sum(len(f.wire_name) + _BYTES_PER_FIELD for f in schema.fields)
+        self._catch_all = schema.catch_all
+        ruled = schema.ruled_texts  # all read at once
         self._ruled = itemgetter(*map(schema.columns.index, ruled))
         self._required_count = sum(field.rules.required for field in ruled)
         # A text of so few characters keeps every limit in bytes of UTF-8.
@@ -61,29 +51,35 @@ class Validator:
         ]
         self._timestamps = [field.name for field in schema.of_kind(Kind.TIMESTAMP)]
 
-    def check_event(self, event: Event, columns: Sequence[str], project_id: str) -> None:
-        """Raise InvalidEvent for the first rule that a field of the event breaks.
-
-        `columns` has its texts too, in the order of `Schema.columns`.
-        """
-        if not self._looks_valid(event, columns, project_id):
-            problem = self._find_problem(event, project_id, len(self._fields))
+    def check_event(self, parsed: ParsedEvent, project_id: str) -> None:
+        """Raise InvalidEvent for the first rule that a field of the event breaks."""
+        if not self._looks_valid(parsed.event, parsed.columns, project_id):
+            problem = self._find_problem(parsed.event, project_id, self._fields)
             if problem is not None:
-                raise InvalidEvent(problem)
-
-    def surely_fits(self, size: int, line_length: int) -> bool:
-        """Tell whether an event is small enough, by its size as protobuf or as a line of COPY."""
-        return (size or line_length * MAX_BYTES_PER_CHARACTER) <= self._max_bytes
-
-    def check_size(self, size: int) -> None:
-        """Raise InvalidEvent for an encoded event of too many bytes."""
-        if size > self._max_bytes:
-            raise InvalidEvent(report_excess(self._max_bytes))
+                raise InvalidEvent(_explain(problem, self._find_unnamed(parsed)))
 
     def explain_malformed(self, malformed: MalformedEvent, project_id: str) -> Problem:
         """Return the first problem of an event that could not be read in full."""
-        before = self._find_problem(malformed.event, project_id, malformed.position)
-        return before or malformed.problem
+        before = self._fields[: malformed.position]
+        problem = self._find_problem(malformed.event, project_id, before)
+        return _explain(problem, malformed.unnamed) if problem else malformed.problem
+
+    def surely_fits(self, size: int | None, line_length: int) -> bool:
+        """Tell whether an event is small enough, by its size or, if None, its line of COPY."""
+        return (self.bound_size(line_length) if size is None else size) <= self._max_bytes
+
+    def bound_size(self, line_length: int) -> int:
+        """Return the most bytes that the JSON of an event has whose line of COPY is this long."""
+        return _BYTES_PER_CHARACTER * line_length + self._other_bytes
+
+    def check_size(self, size: int) -> None:
+        """Raise InvalidEvent for an event of too many bytes."""
+        if size > self._max_bytes:
+            raise InvalidEvent(report_excess(self._max_bytes))
+
+    def _find_unnamed(self, parsed: ParsedEvent) -> Iterable[str]:
+        name = self._catch_all.name
+        return parsed.objects.get(name) or getattr(parsed.event, name).fields
 
     def _looks_valid(self, event: Message, columns: Sequence[str], project_id: str) -> bool:
         """Check all rules at once, by a few operations in C; a valid event may still fail."""
@@ -100,8 +96,10 @@ class Validator:
                 return False
         return True
 
-    def _find_problem(self, event: Event, project_id: str, end: int) -> Problem | None:
-        for field in self._fields[:end]:
+    def _find_problem(
+        self, event: Event, project_id: str, fields: Iterable[Field]
+    ) -> Problem | None:
+        for field in fields:
             if fault := _check_field(event, field, project_id):
                 return Problem(field.wire_name, *fault)
         return None
@@ -129,8 +127,55 @@ def _check_text(value: str, field: Field, project_id: str) -> Fault | None:
         return WRONG_PROJECT
     if rules.allowed_values and value not in rules.allowed_values:
         noun = field.wire_name.rpartition(".")[2]
-        return Fault(Reason.UNKNOWN_VALUE, f"unknown {noun} {quote(value)}")
+        text = f"unknown {noun} {quote(value)}{_suggest(value, tuple(rules.allowed_values))}"
+        return Fault(Reason.UNKNOWN_VALUE, text)
     return None
+
+
+def _suggest(value: str, allowed: tuple[str, ...]) -> str:
+    """Return the allowed value that is meant, or all of them if none is near."""
+    near = _spellings_of(allowed)
+    for spelling in _misspell(value[:MAX_QUOTED_CHARACTERS]):
+        if spelling in near:
+            return f", did you mean {quote(near[spelling])}?"
+    return f", must be one of {', '.join(allowed)}"
+
+
+@lru_cache
+def _spellings_of(allowed: tuple[str, ...]) -> dict[str, str]:
+    """Return each value by its spellings, with and without what stands before its dot."""
+    meant = {value: value for value in allowed}
+    for value in allowed:
+        for part in (value, value.rpartition(".")[2]):
+            for spelling in _misspell(part):
+                meant.setdefault(spelling, value)
+    return meant
+
+
+def _misspell(text: str) -> Iterable[str]:
+    """Yield the letters of a text, then those with one left out.
+
+    Two texts that differ by one letter (added, left out, another, or swapped) share one of them.
+    """
+    letters = _letters_of(text)
+    yield letters
+    for place in range(len(letters)):
+        yield letters[:place] + letters[place + 1 :]
+
+
+def _letters_of(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
+def _explain(problem: Problem, unnamed: Iterable[str]) -> Problem:
+    """Say of a missing field under which other spelling of its name it was sent."""
+    if problem.reason is not Reason.REQUIRED:
+        return problem
+    letters = _letters_of(problem.field)
+    for name in islice(unnamed, _MAX_NAMES):
+        if _letters_of(name[:MAX_QUOTED_CHARACTERS]) == letters:
+            return problem._replace(text=f"required, but {quote(name)} was sent")
+    return problem
 
 
 def quote(value: str) -> str:

@@ -8,11 +8,11 @@ from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEvents
 from server.deadline import Deadline
 from server.events.batch import ParsedBatch, ReadEvent
 from server.events.copy_rows import Row, RowEncoder
-from server.events.parsed import ParsedEvent
+from server.events.parsed import MalformedEvent, ParsedEvent
 from server.events.problems import InvalidEvent, Problem
 from server.events.schema import Schema
 from server.events.timestamps import truncate_timestamp
-from server.events.validation import MalformedEvent, Validator
+from server.events.validation import Validator
 from server.ingest.group_commit import Writer
 
 # Reading the events of a batch may take seconds from this size on.
@@ -54,8 +54,11 @@ class Ingestion:
         problems: list[Problem] = []
         errors: list[EventError] = []
         for index, event in enumerate(_read_in_time(batch, deadline)):
+            if isinstance(event, Row):
+                rows.append(event)
+                continue
             try:
-                rows.append(event if isinstance(event, Row) else self._check(event, project_id))
+                rows.append(self._check(event, index, batch, project_id))
             except InvalidEvent as invalid:
                 problems.append(invalid.problem)
                 errors.append(EventError(index=index, error=str(invalid)))
@@ -65,18 +68,20 @@ class Ingestion:
             self._on_rejected(project_id, batch, errors)
         return Answer(response, problems, stored)
 
-    def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
+    def _check(
+        self, parsed: ParsedEvent | MalformedEvent, index: int, batch: ParsedBatch, project_id: str
+    ) -> Row:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(self._validator.explain_malformed(parsed, project_id))
-        self._validator.check_event(parsed.event, parsed.columns, project_id)
+        self._validator.check_event(parsed, project_id)
         row = self._rows.encode(parsed)
-        surely_fits = self._validator.surely_fits(parsed.size, len(row.text))
-        if surely_fits and not self._writer.needs_encoded:
+        if not self._validator.surely_fits(parsed.size, len(row.text)):
+            size = len(batch.received(index)) if parsed.size is None else parsed.size
+            self._validator.check_size(size)
+        if not self._writer.needs_encoded:
             return row
         truncate_timestamp(parsed.event.event_timestamp)  # as the row does
-        encoded = parsed.complete().SerializeToString()
-        self._validator.check_size(len(encoded))
-        return row._replace(encoded=encoded)
+        return row._replace(encoded=parsed.complete().SerializeToString())
 
     def _store(self, rows: list[Row], deadline: Deadline) -> "Future[None]":
         if rows:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import orjson
 
 from server.events.json_parser import MAX_VALUES
+from server.events.schema import EVENT_SCHEMA
 from tests.bench.events import make_long_events
 from tests.hostile.bodies import describe_outcome
 from tests.hostile.connection import Answer, Connection, NoAnswer, encode_post
@@ -48,7 +49,7 @@ def make_gzip_bombs() -> Iterator[bytes]:
     yield gzip.compress(b"[" * (_BODY_BYTES + 1))
     yield gzip.compress(gzip.compress(b"\0" * _BODY_BYTES))
     yield gzip.compress(b"") * 400_000
-    yield gzip.compress(b'{"events":[]}') * 2
+    yield gzip.compress(b'{"events":[]}') * 17
     yield gzip.compress(b'{"events":[]}')[:-9]
     yield gzip.compress(b'{"events":[]}')[:-4] + b"\xff\xff\xff\x7f"
     yield _GZIP_HEADER[:3] + b"\x1e" + b"\xff" * 100_000  # a name without an end
@@ -109,12 +110,14 @@ def _attack_neighbours(
         record.require(problem is None, f"{problem}: {text[:40]!r}, {len(text)} bytes")
 
 
+_TYPES = EVENT_SCHEMA.fields[3].rules.allowed_values
+_UNKNOWN_TYPE = f"event.type: unknown type 'ui.hover', must be one of {', '.join(_TYPES)}"
 _NO_TIMESTAMP = "event.timestamp: must be an ISO 8601 date-time, such as 2024-01-15T10:30:00.123Z"
 # What may be wrong with one event of a thousand, and what is then told of it.
 _FAULTS: Sequence[tuple[dict[str, object], str]] = (
     ({"event_id": ""}, "event_id: required"),
     ({"project_id": "proj_of_others"}, "project_id: does not match the API key"),
-    ({"event.type": "ui.hover"}, "event.type: unknown type 'ui.hover'"),
+    ({"event.type": "ui.hover"}, _UNKNOWN_TYPE),
     ({"event.timestamp": "yesterday"}, _NO_TIMESTAMP),
     ({"session.id": 7}, "session.id: must be a string"),
     ({"metadata": {"text": "x" * 110_000}}, "event: larger than 102400 bytes"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from server.events.schema import EVENT_SCHEMA
 from tests.support.clients import Tenant, accepted
 from tests.support.events import Event
 
@@ -277,11 +278,49 @@ def test_durations_are_rounded_to_the_nearest_millisecond(
     assert sender.store({name: sent})[column(name)] == stored
 
 
-@pytest.mark.parametrize("value", ["ui.hover", "PAGE.VIEW", "page.view ", "clic é 漢"])
-def test_an_unknown_event_type_is_quoted(sender: Sender, value: str) -> None:
-    """An event type that is not documented is quoted."""
+ALL_TYPES = ", ".join(EVENT_SCHEMA.fields[3].rules.allowed_values)
+
+
+@pytest.mark.parametrize("value", ["ui.hover", "x", "😀", "pageviewed", "clic é 漢"])
+def test_an_unknown_event_type_is_answered_with_all(sender: Sender, value: str) -> None:
+    """An event type that is like none of the documented ones is quoted, and they are listed."""
     error = sender.reject(sender.make_event({"event.type": value}))
-    assert error == f"event.type: unknown type '{value}'"
+    assert error == f"event.type: unknown type '{value}', must be one of {ALL_TYPES}"
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        *(("click", "ui.click"), ("PAGE.VIEW", "page.view"), ("page.view ", "page.view")),
+        *(("page_view", "page.view"), ("pageView", "page.view"), ("ui.clik", "ui.click")),
+        *(("ui.clicks", "ui.click"), ("ui.cilck", "ui.click"), ("api.reqwest", "api.request")),
+        *(("Error", "error"), ("errors", "error"), ("step", "journey.step")),
+    ],
+)
+def test_a_misspelt_event_type_is_answered_with_the_nearest(
+    sender: Sender, value: str, meant: str
+) -> None:
+    """A type of another case or sign, without its group or with one wrong letter is recognised."""
+    error = sender.reject(sender.make_event({"event.type": value}))
+    assert error == f"event.type: unknown type '{value}', did you mean '{meant}'?"
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        *(("session.id", "session_id"), ("session.id", "sessionId"), ("event_id", "eventId")),
+        *(("event.timestamp", "event_timestamp"), ("project_id", "Project-ID")),
+        ("event.type", "eventType"),
+    ],
+)
+@pytest.mark.parametrize("other", [{}, {"metadata": 5}, {"attributes": {"x": 1.0}}], ids=repr)
+def test_a_missing_field_is_found_under_another_spelling(
+    sender: Sender, name: str, sent: str, other: dict[str, object]
+) -> None:
+    """The error of a missing field names the field that was sent in its place."""
+    event = sender.make_event(other)
+    event[sent] = event.pop(name)
+    assert sender.reject(event) == f"{name}: required, but '{sent}' was sent"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from tests.support.clients import Refusal, Tenant, frame, open_tenant
 from tests.support.events import JSON, to_message
 from tests.support.services import Service, run_command, running_service, wait_until
 
-UNKNOWN_TYPE = "event.type: unknown type 'ui.hover'"
+_TYPES = ", ".join(EVENT_SCHEMA.fields[3].rules.allowed_values)
+UNKNOWN_TYPE = f"event.type: unknown type 'ui.hover', must be one of {_TYPES}"
 
 
 def read_kept(tenant: Tenant) -> list[tuple[int, str, str, int, bytes]]:
@@ -115,10 +116,9 @@ def test_odd_json_is_kept_with_its_meaning(value: str, tenant: Tenant) -> None:
 @given(JSON)
 def test_any_json_survives_being_kept(value: object) -> None:
     """Whatever JSON was read is written so that the same is read again."""
-    document = parse_exactly(json.dumps(value).encode())
-    assert parse_exactly(encode_document(document)) == document
-    document = parse_document(json.dumps(value).encode())
-    assert parse_document(encode_document(document)) == document
+    for parse in (parse_exactly, parse_document):
+        document = parse(json.dumps(value).encode())
+        assert parse(encode_document(document.raw)).value == document.value
 
 
 def test_a_rejected_event_keeps_digits_of_unread_integers(tenant: Tenant) -> None:
@@ -277,7 +277,8 @@ def test_an_event_rejected_again_has_the_new_reason(tenant: Tenant) -> None:
     mend(tenant, "ui.hover", "ui.swipe")
     assert run(tenant.service, f"replay {number}") == ["0 accepted, 1 rejected again"]
     [(again, _, reason, *_)] = read_kept(tenant)
-    assert (again, reason) == (number, "event.type: unknown type 'ui.swipe'")
+    assert again == number
+    assert reason.startswith("event.type: unknown type 'ui.swipe', ")
 
 
 def test_a_replayed_event_goes_to_the_providers(tenant: Tenant) -> None:

@@ -101,7 +101,9 @@ class MessageRules(_message.Message):
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     MAX_DEPTH_FIELD_NUMBER: _builtins.int
     max_bytes: _builtins.int
-    """Largest message, in bytes of its protobuf encoding; 0 for no limit."""
+    """Largest message, in bytes as it was sent; 0 for no limit. Over HTTP these are bytes of JSON
+    without spaces between the values, over gRPC of protobuf: in this rule alone the two differ.
+    """
     max_depth: _builtins.int
     """Deepest nesting of objects and arrays in free-form fields, counting the field's own object."""
     def __init__(

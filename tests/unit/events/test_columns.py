@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from productgraph.v1.event_pb2 import Event
 from server.events.json_codec import JsonCodec
-from server.events.parsed import ColumnReader, ParsedEvent
+from server.events.parsed import ColumnReader, MalformedEvent, ParsedEvent
 from server.events.schema import EVENT_SCHEMA, Field, Kind
-from server.events.validation import MAX_BYTES_PER_CHARACTER, MalformedEvent
+from server.events.validation import Validator
 from tests.support.events import JSON
 
 CODEC = JsonCodec(EVENT_SCHEMA)
 READER = ColumnReader(EVENT_SCHEMA)
+VALIDATOR = Validator(EVENT_SCHEMA)
 SCALARS = EVENT_SCHEMA.of_kind(Kind.TEXT, Kind.INTEGER, Kind.LONG)
 OPTIONAL = [field for field in SCALARS if not field.rules.required]
 NAMES = [field.name for field in EVENT_SCHEMA.columns]
@@ -56,12 +57,20 @@ def describe(parsed: ParsedEvent | MalformedEvent) -> dict[str, Any]:
 @example({"metadata": nest(32), "ui.viewport": [nest(31)]})
 @example({"event.sequence": 0, "api.duration_ms": -0.4, "user.id": ""})
 @example({"metadata": {"": [1] * 900 + [[], {}, True, None, "", "\U0001f600"] * 50}})
+@example({"org.id": None, "page.path": None, "metadata": None})
+@example({"attributes": {"org.id": "lost" * 99}, "org.id": "o"})
+@example({"event.timestamp": "2024-01-15T10:30:00." + "9" * 10_000})
+@example({"event.sequence": "0" * 40 + "." + "0" * 40, "page.title": "\x01\0\ud83d\U0001f600" * 9})
+@example({"metadata": {"\x1f": "\x01" * 500, "a": -0.0, "b": 1e15, "c": 10**40, "d": 1.0}})
 def test_both_codecs_agree_on_columns_and_size(event: dict[str, Any]) -> None:
-    """What the JSON edge knows of columns and size is what the event itself says."""
-    [parsed] = CODEC.parse_batch(json.dumps({"events": [REQUIRED | event]}).encode()).events
+    """Columns are what the event says, and its size as JSON is counted or bounded."""
+    batch = CODEC.parse_batch(json.dumps({"events": [REQUIRED | event]}).encode())
+    [parsed] = batch.events
     if isinstance(parsed, ParsedEvent):
+        line = "\t".join(parsed.columns)
+        bound = VALIDATOR.bound_size(len(line)) if parsed.size is None else parsed.size
+        assert len(batch.received(0)) <= bound
         encoded = parsed.complete().SerializeToString()
-        assert len(encoded) <= MAX_BYTES_PER_CHARACTER * len("\t".join(parsed.columns))
         assert describe(parsed) == describe(READER.read(parsed.event, encoded))
         assert {type(text) for text in parsed.columns} == {str}
 

@@ -14,12 +14,12 @@ from server.events.batch import ReadEvent
 from server.events.copy_rows import Row, RowEncoder
 from server.events.json_codec import JsonCodec
 from server.events.json_parser import parse_document
-from server.events.parsed import ParsedEvent
+from server.events.parsed import MalformedEvent, ParsedEvent
 from server.events.problems import InvalidEvent, Problem
 from server.events.quick_json import QuickReader, Traits
 from server.events.schema import EVENT_SCHEMA
 from server.events.timestamps import truncate_timestamp
-from server.events.validation import MalformedEvent, Validator
+from server.events.validation import Validator
 from tests.bench.events import KINDS
 
 PROJECT = "proj_quick"
@@ -129,14 +129,17 @@ class Ways:
     def read_quickly(self, body: bytes) -> list[Row | None]:
         """Return the rows of the events that are plainly valid."""
         traits = Traits.of(body)
-        items = parse_document(body)["events"]
+        items = parse_document(body).value["events"]
         return [self._quick.read(item, PROJECT, traits) for item in items]
 
     def read_carefully(self, body: bytes) -> Iterator[Row | Problem]:
         """Return the rows of the events that are valid, and the problems of the others."""
-        for parsed in self._codec.parse_batch(body).events:
+        batch = self._codec.parse_batch(body)
+        for index, parsed in enumerate(batch.events):
             try:
-                yield self._check(parsed)
+                row = self._check(parsed)
+                self._validator.check_size(len(batch.received(index)))
+                yield row
             except InvalidEvent as invalid:
                 yield invalid.problem
 
@@ -144,7 +147,7 @@ class Ways:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(self._validator.explain_malformed(parsed, PROJECT))
         assert isinstance(parsed, ParsedEvent)
-        self._validator.check_event(parsed.event, parsed.columns, PROJECT)
+        self._validator.check_event(parsed, PROJECT)
         row = self._rows.encode(parsed)
         if not self._keep_encoded:
             return row

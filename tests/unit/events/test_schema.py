@@ -89,14 +89,15 @@ from server.events.copy_rows import RowEncoder
 from server.events.schema import EVENT_SCHEMA
 from server.storage.events import EventStore
 from server.events.problems import InvalidEvent
-from server.events.validation import MalformedEvent, Validator
+from server.events.parsed import MalformedEvent
+from server.events.validation import Validator
 
 validator, encoder, rows = Validator(EVENT_SCHEMA), RowEncoder(EVENT_SCHEMA), []
 for parsed in JsonCodec(EVENT_SCHEMA).parse_batch(sys.stdin.buffer.read()).events:
     try:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(validator.explain_malformed(parsed, "p"))
-        validator.check_event(parsed.event, parsed.columns, "p")
+        validator.check_event(parsed, "p")
         rows.append(encoder.encode(parsed))
     except InvalidEvent as problem:
         print(problem)

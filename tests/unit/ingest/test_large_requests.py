@@ -1,6 +1,7 @@
 """Requests that are dear to read are refused before they are, or as soon as they are late."""
 
 import json
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -9,16 +10,17 @@ from typing import cast
 import pytest
 
 from productgraph.v1.event_pb2 import Event
-from server.deadline import Deadline
+from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument, Unavailable
 from server.events.batch import ParsedBatch
+from server.events.copy_rows import RowEncoder
 from server.events.json_codec import JsonCodec
-from server.events.json_parser import MAX_VALUES, estimate_seconds, parse_document, parse_exactly
-from server.events.parsed import ParsedEvent
+from server.events.json_parser import MAX_VALUES, check_values, parse_document, parse_exactly
+from server.events.parsed import MalformedEvent, ParsedEvent
 from server.events.problems import NOT_AN_EVENT
 from server.events.protobuf_codec import ProtobufCodec
-from server.events.schema import EVENT_SCHEMA
-from server.events.validation import MalformedEvent
+from server.events.quick_json import QuickReader
+from server.events.schema import EVENT_SCHEMA, MAX_REQUEST_BYTES
 from server.ingest.admission import Admission
 from server.ingest.group_commit import Writer
 from server.ingest.ingestion import Ingestion
@@ -44,7 +46,7 @@ LARGE = 2 << 20
 def test_a_body_of_too_many_values_is_refused(body: bytes) -> None:
     """A body of more values than any batch needs is refused as a whole, whatever they are."""
     with pytest.raises(InvalidArgument, match=f"body: more than {MAX_VALUES} values"):
-        parse_document(body)
+        check_values(body, NEVER)
 
 
 def test_counting_values_takes_no_memory_for_texts() -> None:
@@ -53,7 +55,7 @@ def test_counting_values_takes_no_memory_for_texts() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(InvalidArgument):
-            parse_document(body)
+            check_values(body, NEVER)
         assert tracemalloc.get_traced_memory()[1] < len(body)
     finally:
         tracemalloc.stop()
@@ -62,12 +64,37 @@ def test_counting_values_takes_no_memory_for_texts() -> None:
 def test_punctuation_within_texts_is_no_value() -> None:
     """Commas and brackets within texts are no values."""
     texts = ["[,{" * 1_000_000, '\\"[,', "],"]
-    assert parse_document(json.dumps(texts).encode()) == texts
+    body = json.dumps(texts).encode()
+    check_values(body, NEVER)
+    assert parse_document(body).value == texts
+
+
+@pytest.mark.parametrize(
+    "dense", [b'"," ', b'"a",', b'"\\",', b"[],", b"]", b'{"":', b"\\,", b'\\"'], ids=repr
+)
+def test_dense_bodies_are_read_or_refused_soon(dense: bytes) -> None:
+    """Whatever 10 MB repeat, no more steps are taken in Python than there may be values."""
+    body = b"[" + dense * (MAX_REQUEST_BYTES // len(dense))
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    sys.setprofile(count)
+    try:
+        with pytest.raises(InvalidArgument):
+            JsonCodec(EVENT_SCHEMA).parse_batch(body)
+    finally:
+        sys.setprofile(None)
+    assert steps < 5 * MAX_VALUES
 
 
 def test_a_body_of_just_enough_values_is_read() -> None:
     """A body of just as many values is read."""
-    assert len(parse_document(b"[" + b"0," * (MAX_VALUES - 1) + b"0]")) == MAX_VALUES
+    body = b"[" + b"0," * (MAX_VALUES - 1) + b"0]"
+    check_values(body, NEVER)
+    assert len(parse_document(body).value) == MAX_VALUES
 
 
 class Clock:
@@ -146,21 +173,21 @@ class RunningClock(Clock):
 
 @pytest.mark.parametrize(
     "body",
-    [b'","' * 600_000, b"[" + b'"",' * 300_000 + b"[" * 100_000],
+    [b"[" + b'"",' * 600_000, b"[" + b'"",' * 300_000 + b"[" * 150_000],
     ids=["texts", "depth"],
 )
 def test_looking_through_a_body_ends_at_its_deadline(body: bytes) -> None:
     """A body of millions of texts is not looked through to its end if its time is over before."""
     clock = RunningClock()
     with pytest.raises(Unavailable):
-        parse_document(body, Deadline(clock.now + 2, clock))
-    assert clock.now < 100 + 2.5
+        JsonCodec(EVENT_SCHEMA).parse_batch(body, Deadline(clock.now + 3, clock))
+    assert clock.now < 100 + 3.5
 
 
 def test_what_is_nested_too_deep_becomes_null() -> None:
     """Whichever parser reads a deep document, it is cut at the same depth."""
     for depth in (63, 64, 65, 200, 5_000, 100_000):
-        document = parse_exactly(b"[" * depth + b"]" * depth)
+        document = parse_exactly(b"[" * depth + b"]" * depth).value
         levels = 0
         while document:
             document, levels = document[0], levels + 1
@@ -169,7 +196,7 @@ def test_what_is_nested_too_deep_becomes_null() -> None:
 
 def test_invalid_json_is_not_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no JSON is refused by a parser in C, and never read token by token."""
-    monkeypatch.setattr("server.events.json_parser._TOKEN", None)
+    monkeypatch.setattr("server.events.json_parser._BRACKET", None)
     for body in (b'","' * 100_000, b'{"a": [1, 2', b"NaN", b"\xff"):
         with pytest.raises(InvalidArgument, match="body: invalid JSON"):
             parse_document(body)
@@ -192,32 +219,79 @@ def test_reading_ends_at_the_deadline(clock: Clock) -> None:
     assert len(read) == TIMEOUT_SECONDS
 
 
-def test_the_estimate_grows_with_values_of_large_bodies() -> None:
-    """Small bodies take no time, and the more values a large one has, the more."""
-    tiny, large = b"[" + b"0," * MAX_VALUES + b"0]", b'["' + b"x" * 2 * MAX_VALUES + b'"]'
-    assert estimate_seconds(b"[0,0,0]", 0) == 0
-    assert 0 < 10 * estimate_seconds(large, 0) < estimate_seconds(tiny, 0) < TIMEOUT_SECONDS / 1.5
-
-
-def test_quick_bodies_are_estimated_without_counting() -> None:
-    """Where even the most values would take less than what is left, that is the estimate."""
-    body = b'["' + b"x" * 100_000 + b'"]'
-    longest = estimate_seconds(body, TIMEOUT_SECONDS)
-    assert estimate_seconds(body, 0) < longest < TIMEOUT_SECONDS
+@pytest.mark.parametrize(
+    ("body", "least"),
+    [
+        (b"[0,0,0]", 0.0),
+        (b'["' + b"x" * 2 * MAX_VALUES + b'"]', 0.02),
+        (b"[" + b"0," * (MAX_VALUES - 1) + b"0]", 2.5),
+    ],
+    ids=["small", "one text", "many values"],
+)
+def test_dear_bodies_need_more_time(clock: Clock, body: bytes, least: float) -> None:
+    """Small bodies take no time, and large ones the more, the more values they have."""
+    with pytest.raises(Unavailable):
+        check_values(body, Deadline(clock.now + least, clock))
+    check_values(body, Deadline(clock.now + least + 0.1, clock))
+    assert least < TIMEOUT_SECONDS / 1.5
 
 
 @pytest.mark.parametrize(
     "value", [[0] * 30_000, [[]] * 30_000, {"a": [10**25] * 30_000}, [{"b": {}}] * 15_000]
 )
-def test_an_event_of_too_many_values_is_refused(value: object) -> None:
-    """An event of more values than it has room for is refused by that, after the other rules."""
-    codec = JsonCodec(EVENT_SCHEMA)
-    body = json.dumps({"events": [{"event_id": "evt_1", "own": value, "filler": "x" * 99_999}]})
-    [parsed] = codec.parse_batch(body.encode()).events
-    assert isinstance(parsed, MalformedEvent)
-    assert str(parsed.problem) == "event: larger than 102400 bytes"
-    assert parsed.event.event_id == "evt_1"
-    assert not parsed.event.HasField("attributes")
+def test_an_event_of_too_much_json_is_refused(value: object) -> None:
+    """An event with more JSON than it may have is refused by that, whatever is in it."""
+    event = VALID | {"own": value, "filler": "x" * 99_999}
+    assert ingest_over_http(event) == ["event: larger than 102400 bytes"]
+    assert ingest_over_http(event | {"session.id": ""}) == ["session.id: required"]
+
+
+VALID = {
+    "event_id": "evt_1",
+    "project_id": "proj",
+    "session.id": "s",
+    "event.type": "custom",
+    "event.timestamp": "2024-01-15T10:30:00Z",
+}
+
+
+def ingest_over_http(*events: dict[str, object]) -> list[str]:
+    """Return the errors of events that a client sends as JSON."""
+    ingestion = Ingestion(EVENT_SCHEMA, cast(Writer, Storage()))
+    body = json.dumps({"events": events}).encode()
+    quick = QuickReader(EVENT_SCHEMA, RowEncoder(EVENT_SCHEMA).columns, keep_encoded=False)
+    answers = [
+        ingestion.ingest("proj", codec.parse_batch(body, NEVER, "proj"), NEVER).response
+        for codec in (JsonCodec(EVENT_SCHEMA), JsonCodec(EVENT_SCHEMA, quick))
+    ]
+    assert answers[0] == answers[1]
+    return [error.error for error in answers[0].errors]
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize(
+    "filling",
+    [
+        {"v": [1] * 9_400},
+        {"v": [1.0] * 9_400},
+        {"v": [10**25] * 900},
+        {"x" * 9_000: None},
+        {"attributes": {"lost": "x" * 9_000}, "lost": ""},
+        {"event.timestamp": "2024-01-15T10:30:00." + "0" * 9_000},
+        {"page.title": "\x01\0\ud83d" * 5_000},
+        {"event.sequence": "0" * 40, "page.title": "\U0001f600" * 9_000},
+    ],
+    ids=["ones", "floats", "long integers", "null", "lost", "timestamp", "escapes", "emoji"],
+)
+def test_the_size_of_an_event_over_http_is_that_of_its_json(
+    filling: dict[str, object], over: int
+) -> None:
+    """Exactly 102,400 bytes of JSON are accepted, whatever they would be as protobuf or a row."""
+    event = VALID | filling | {"page.path": ""}
+    written = json.dumps(event, separators=(",", ":"), ensure_ascii=False)
+    size = len(written.encode("utf-8", "surrogatepass")) + 3 * written.count("\ud83d")
+    errors = ingest_over_http(event | {"page.path": "x" * (102_400 - size + over)})
+    assert errors == (["event: larger than 102400 bytes"] if over > 0 else [])
 
 
 def test_an_unreadable_field_is_reported_before_the_size() -> None:
