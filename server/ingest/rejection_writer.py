@@ -27,8 +27,6 @@ from server.storage.rejected_events import (
 # What may wait to be kept; beyond it, events are counted and dropped.
 MAX_WAITING = 10_000
 _MAX_WAITING_BYTES = 16 << 20
-# No project takes the place of the others'.
-_MAX_WAITING_OF_PROJECT = MAX_WAITING // 2
 # One transaction, and how many times as long the rest behind it takes: a flood of rejected events
 # is written at a pace that the others do not feel, the busier they are the slower.
 _GROUP, _GROUP_BYTES = 100, 1 << 18
@@ -43,12 +41,12 @@ _log = logging.getLogger("productgraph.rejected")
 
 
 class _Backlog:
-    """What waits to be kept, within its limits."""
+    """What waits to be kept, within its limits: half of each is left to other projects."""
 
     def __init__(self) -> None:
         self._rejections: deque[Rejection] = deque()
-        self._bytes = 0
         self._count_of: Counter[str] = Counter()
+        self._bytes_of: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._rejections)
@@ -56,14 +54,15 @@ class _Backlog:
     def has_room(self, project_id: str) -> bool:
         return (
             len(self._rejections) < MAX_WAITING
-            and self._bytes < _MAX_WAITING_BYTES
-            and self._count_of[project_id] < _MAX_WAITING_OF_PROJECT
+            and self._bytes_of.total() < _MAX_WAITING_BYTES
+            and self._count_of[project_id] < MAX_WAITING // 2
+            and self._bytes_of[project_id] < _MAX_WAITING_BYTES // 2
         )
 
     def append(self, rejection: Rejection) -> None:
         self._rejections.append(rejection)
-        self._bytes += len(rejection.event)
         self._count_of[rejection.project_id] += 1
+        self._bytes_of[rejection.project_id] += len(rejection.event)
 
     def first(self) -> list[Rejection]:
         """As many as are written at a time."""
@@ -80,8 +79,9 @@ class _Backlog:
         """Take off what `first` returned."""
         for rejection in group:
             self._rejections.popleft()
-            self._bytes -= len(rejection.event)
+            self._bytes_of[rejection.project_id] -= len(rejection.event)
         self._count_of -= Counter(rejection.project_id for rejection in group)
+        self._bytes_of = +self._bytes_of  # without those that have none left
 
 
 class RejectionWriter(DatabaseThread):

@@ -1,6 +1,7 @@
 """The command line: what `productgraph` prints, accepts and refuses."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -21,7 +22,13 @@ from sqlalchemy.engine import make_url
 from tests.support.events import make_event
 from tests.support.load import GrpcClient, HttpClient, send
 from tests.support.projects import Project
-from tests.support.services import ROOT, Service, run_command, running_service
+from tests.support.services import (
+    ROOT,
+    Service,
+    clean_environment,
+    run_command,
+    running_service,
+)
 
 KEY = re.compile(r"pgk_[a-z2-7]{40}")
 PASSWORD = "correct-horse-battery"
@@ -201,6 +208,32 @@ def test_a_key_works_from_creation_to_revocation(service: Service, project: Proj
 def find_listed(service: Service, name: str) -> list[str]:
     """Return the lines of `keys list` with this name."""
     return [line for line in service.run("keys", "list").stdout.splitlines() if name in line]
+
+
+@pytest.mark.parametrize("project", ["", "p" * 300, "proj\nline", "proj\x1b[1m", "\udcff"])
+def test_a_key_is_made_only_for_a_project_that_events_can_name(
+    project: str, service: Service
+) -> None:
+    """No key is made for a project whose id no event can have."""
+    done = service.run("keys", "create", "--project", project)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--project" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(service: Service) -> None:
+    """A command whose output nobody reads to its end shows no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "keys", "list"],
+        env=clean_environment(service.settings),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_the_service_refuses_an_unmigrated_database_with_advice(

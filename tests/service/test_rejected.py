@@ -281,6 +281,24 @@ def test_an_event_rejected_again_has_the_new_reason(tenant: Tenant) -> None:
     assert reason.startswith("event.type: unknown type 'ui.swipe', ")
 
 
+def test_what_cannot_be_replayed_keeps_nothing_else_from_it(tenant: Tenant) -> None:
+    """Events that are too many values together, or no JSON, are replayed around."""
+    heavy = json.dumps(tenant.make_event({"event.type": "x", "v": [0] * 45_000})).encode()
+    good = json.dumps(tenant.make_event({"event_id": "evt_good"})).encode()
+    with tenant.database.cursor() as cursor:
+        for event in (*[heavy] * 12, b'{"events', good):
+            cursor.execute(
+                "INSERT INTO rejected_events"
+                " (project_id, received_at, protocol, reason, size, event)"
+                " VALUES (%s, now(), 'http', 'x', %s, %s)",
+                [tenant.project.id, len(event), event],
+            )
+    command = f"replay --all --project {tenant.project.id}"
+    assert run(tenant.service, command) == ["1 accepted, 13 rejected again"]
+    assert [row["event_id"] for row in tenant.read_rows()] == ["evt_good"]
+    assert "body: invalid JSON" in [reason for _, _, reason, *_ in read_kept(tenant)]
+
+
 def test_a_replayed_event_goes_to_the_providers(tenant: Tenant) -> None:
     """A replayed event goes to the analytics providers like any other."""
     reject(tenant)

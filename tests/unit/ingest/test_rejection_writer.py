@@ -119,6 +119,17 @@ def test_a_flood_of_rejections_leaves_room_for_others(
     assert (line.levelno, vars(line)["count"]) == (logging.WARNING, MAX_WAITING // 2)
 
 
+def test_one_projects_large_rejections_leave_room_for_others(engine: Engine) -> None:
+    """The bytes of one project's rejected events leave half of the backlog to the others."""
+    writer = make_writer(engine)
+    large, errors = b"x" * 100_000, [EventError(index=0, error="wrong")] * 300
+    for project_id in ("flood", "other"):
+        batch = ParsedBatch("http", 300, 0, iter(()), lambda _: large)
+        writer.record(project_id, batch, errors[: 300 if project_id == "flood" else 50])
+    with running(writer):
+        wait_until(lambda: query(engine, COUNT) == [("flood", 84), ("other", 50)])
+
+
 def test_waiting_rejections_are_limited_in_bytes(engine: Engine) -> None:
     """What waits is limited in bytes too."""
     writer = make_writer(engine)
@@ -126,7 +137,7 @@ def test_waiting_rejections_are_limited_in_bytes(engine: Engine) -> None:
     batch = ParsedBatch("http", 1, 0, iter(()), lambda _: b"x" * 110_000)
     writer.record("a", batch, errors)
     with running(writer):
-        wait_until(lambda: query(engine, COUNT) == [("a", (16 << 20) // 102_400 + 1)])
+        wait_until(lambda: query(engine, COUNT) == [("a", (8 << 20) // 102_400 + 1)])
 
 
 def test_rejections_wait_until_the_table_is_writable(
