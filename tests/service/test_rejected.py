@@ -296,7 +296,7 @@ def test_what_cannot_be_replayed_keeps_nothing_else_from_it(tenant: Tenant) -> N
     command = f"replay --all --project {tenant.project.id}"
     assert run(tenant.service, command) == ["1 accepted, 13 rejected again"]
     assert [row["event_id"] for row in tenant.read_rows()] == ["evt_good"]
-    assert "body: invalid JSON" in [reason for _, _, reason, *_ in read_kept(tenant)]
+    assert any("invalid JSON" in reason for _, _, reason, *_ in read_kept(tenant))
 
 
 def test_a_replayed_event_goes_to_the_providers(tenant: Tenant) -> None:
