@@ -211,9 +211,7 @@ def find_listed(service: Service, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("project", ["", "p" * 300, "proj\nline", "proj\x1b[1m", "\udcff"])
-def test_a_key_is_made_only_for_a_project_that_events_can_name(
-    project: str, service: Service
-) -> None:
+def test_a_key_needs_a_project_that_events_can_name(project: str, service: Service) -> None:
     """No key is made for a project whose id no event can have."""
     done = service.run("keys", "create", "--project", project)
     assert (done.returncode, done.stdout) == (2, "")

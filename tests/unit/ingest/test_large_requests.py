@@ -283,9 +283,7 @@ def ingest_over_http(*events: dict[str, object]) -> list[str]:
     ],
     ids=["ones", "floats", "long integers", "null", "lost", "timestamp", "escapes", "emoji"],
 )
-def test_the_size_of_an_event_over_http_is_that_of_its_json(
-    filling: dict[str, object], over: int
-) -> None:
+def test_an_event_over_http_has_the_size_of_its_json(filling: dict[str, object], over: int) -> None:
     """Exactly 102,400 bytes of JSON are accepted, whatever they would be as protobuf or a row."""
     event = VALID | filling | {"page.path": ""}
     written = json.dumps(event, separators=(",", ":"), ensure_ascii=False)
