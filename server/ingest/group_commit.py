@@ -239,7 +239,7 @@ class Writer(DatabaseThread):
         try:
             self._save(group, others_wait=others_wait)
         except Unavailable as error:
-            _log.warning("storage is unavailable", exc_info=error.__cause__)
+            _log.warning("storage is unavailable", exc_info=error.__cause__ or error)
             self._fail(group)
         except Exception as error:  # noqa: BLE001 - whatever it is, it fails no request but its own
             if len(group) > 1:

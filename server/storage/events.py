@@ -11,6 +11,7 @@ from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import Connection
 
 from server import failpoints
+from server.errors import Unavailable
 from server.events.copy_rows import COPY_OPTIONS, Row
 from server.storage.connection import KEEPALIVES, SEARCH_PATH, raw_cursor
 from server.storage.errors import translated_errors
@@ -29,6 +30,7 @@ SET LOCAL idle_in_transaction_session_timeout = {{timeout_ms}};
 SET LOCAL statement_timeout = {{timeout_ms}};
 SET LOCAL lock_timeout = {{lock_ms}};
 SET LOCAL synchronous_commit = {{commit_level}};
+SET LOCAL client_min_messages = warning;
 """
 # Of the server's levels of `synchronous_commit`, all others acknowledge before a disk has the data,
 # or say no more than `on` does.
@@ -133,7 +135,13 @@ class EventStore:
     def _commit(self, cursor: Cursor, stored: list[Row]) -> None:
         more = self._also_store(cursor, stored) if self._also_store is not None and stored else b""
         failpoints.reach(failpoints.BEFORE_COMMIT)
+        notices = cursor.connection.notices
+        del notices[:]
         cursor.execute(more + b"COMMIT")  # in one round trip
+        if notices:
+            # A commit whose wait for the standby is cancelled, by an operator or a shutdown,
+            # succeeds with a warning: it may be lost with this server.
+            raise Unavailable(f"the outcome of a commit is unknown: {notices[0].strip()}")
         failpoints.reach(failpoints.AFTER_COMMIT)
 
 
