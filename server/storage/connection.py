@@ -61,6 +61,10 @@ SET LOCAL datestyle = 'ISO';
 SET LOCAL timezone = 'UTC';
 """
 
+_IS_READ_ONLY = text(
+    "SELECT pg_is_in_recovery() OR CAST(current_setting('transaction_read_only') AS boolean)"
+)
+_READ_ONLY = "the database is a standby, or read-only"
 _OPEN = (TRANSACTION_STATUS_INTRANS, TRANSACTION_STATUS_INERROR)
 
 _log = logging.getLogger("productgraph.database")
@@ -241,16 +245,22 @@ class GuardedConnection:
                 connection.close()
 
     def ping(self) -> None:
-        """Run a query; raise Unavailable if it fails or takes too long."""
+        """Ask whether the database can be written; raise Unavailable if not, or not in time."""
         with self.connected(PING_TIMEOUT_SECONDS) as connection:
-            connection.execute(text("SELECT 1"))
+            # Not kept: behind the same name, the next connection may reach another server.
+            if connection.scalar(_IS_READ_ONLY):
+                raise Unavailable(_READ_ONLY)
 
     def wait_until_available(self, stop: threading.Event) -> bool:
         """Ping until it works, and return True; return False once `stop` is set."""
+        is_logged = False
         while not stop.is_set():
             try:
                 self.ping()
-            except Unavailable:
+            except Unavailable as error:
+                if str(error) == _READ_ONLY and not is_logged:
+                    is_logged = True
+                    _log.warning(_READ_ONLY, extra={"database_host": self._engine.url.host})
                 stop.wait(_RETRY_SECONDS)
             except Exception:  # noqa: BLE001 - the caller can do nothing but wait on
                 _log.exception("the database cannot be probed")

@@ -20,7 +20,7 @@ from server.storage.connection import Engine, GuardedConnection, connected, open
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.errors import Conflict, DatabaseError, Fault, Refused, translated_errors
 from server.storage.health import Readiness, Watchdog
-from tests.support.services import wait_until
+from tests.support.services import for_sqlalchemy, wait_until
 
 UNREACHABLE = "postgresql+psycopg2://me:s3cret@127.0.0.1:1/db"
 FREEING_SECONDS = 20.0
@@ -299,3 +299,20 @@ def test_each_failed_transaction_is_counted_by_kind(engine: Engine) -> None:
         assert told.pop() == kind
     assert not told
     link.close()
+
+
+def test_a_read_only_database_is_not_ready(
+    create_database: Callable[[], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A database that takes no writes is unready and named in the log, until it takes them."""
+    engine = open_engine(for_sqlalchemy(create_database()))
+    setting = f"ALTER DATABASE {engine.url.database} SET default_transaction_read_only = "
+    with GuardedConnection(engine) as link:
+        run(link, f"{setting} on")
+    readiness = Readiness(GuardedConnection(engine))
+    with Watchdog(readiness.check), readiness:
+        wait_until(lambda: "read-only" in caplog.text)
+        assert not readiness.is_ready()
+        with GuardedConnection(engine) as link:
+            run(link, f"SET TRANSACTION READ WRITE; {setting} off")
+        wait_until(readiness.is_ready)
