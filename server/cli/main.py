@@ -10,6 +10,7 @@ from server import app
 from server.cli.banner import describe_service
 from server.cli.command import Failure, warn_of_strays, with_settings
 from server.cli.config import config
+from server.cli.doctor import doctor
 from server.cli.events import events
 from server.cli.forward import forward
 from server.cli.keys import keys
@@ -131,5 +132,5 @@ def completion(shell: str) -> None:
     click.echo(found(productgraph, {}, _NAME, _COMPLETION_VARIABLE).source())
 
 
-for command in (keys, events, forward, rejected, retention, psql, config):
+for command in (keys, events, forward, rejected, retention, psql, config, doctor):
     productgraph.add_command(command)

@@ -1,6 +1,8 @@
 """The page that Prometheus reads: what all processes counted, and how the service stands."""
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 PATH = "/metrics"
 _HEALTH_PATH = "/health"
+# How `productgraph doctor` calls itself, whose reading is none that alerts could depend on.
+DOCTOR = "productgraph-doctor"
+SCRAPE_AGE = "productgraph_scrape_age_seconds"
 _PREFIX = "productgraph"
 _STOP_SECONDS = 2.0
 
@@ -36,7 +41,8 @@ class MetricsPage:
     ) -> None:
         self._is_healthy = is_healthy
         registry = CollectorRegistry()
-        for collector in collectors:
+        self._scrapes = _Scrapes()
+        for collector in (*collectors, self._scrapes):
             registry.register(collector)
         self._render = make_wsgi_app(registry)
 
@@ -52,7 +58,20 @@ class MetricsPage:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [f"See {PATH}.\n".encode()]
         page: Iterable[bytes] = self._render(environ, start_response)
+        if environ.get("HTTP_USER_AGENT") != DOCTOR:
+            self._scrapes.last_at = time.monotonic()
         return page
+
+
+class _Scrapes(Collector):
+    """Puts on the page when it was read before."""
+
+    last_at = -math.inf
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """Yield the age."""
+        text = "How long ago the page was read before, other than by `doctor`."
+        yield GaugeMetricFamily(SCRAPE_AGE, text, time.monotonic() - self.last_at)
 
 
 class CountsCollector(Collector):
