@@ -1,6 +1,7 @@
 """`productgraph doctor`: tells what is left to do for production."""
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from server.storage.connection import connected
 from server.storage.errors import DatabaseError
 from server.storage.indexes import count_missing_indexes
 from server.storage.keys import ApiKey, list_keys
-from server.telemetry.metrics_page import DOCTOR, SCRAPE_AGE
+from server.telemetry.metrics_page import DOCTOR, LAST_SCRAPE
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ANY = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
@@ -157,10 +158,11 @@ def _look_at_page(settings: Settings) -> Finding:
         page = _read_page(f"http://{host}:{settings.metrics_port}/metrics")
     except (OSError, URLError):
         return Finding(name, f"start the service: its metrics on {host} do not answer")
-    age = re.search(rf"^{SCRAPE_AGE} (\S+)$", page, re.MULTILINE)
-    if age is None or float(age[1]) > _SCRAPED_SECONDS:
+    found = re.search(rf"^{LAST_SCRAPE} (\S+)$", page, re.MULTILINE)
+    age = time.time() - (float(found[1]) if found else 0.0)
+    if age > _SCRAPED_SECONDS:
         return Finding(name, f"let Prometheus read the metrics ({host}), {load}")
-    return Finding(name, None, f"metrics were read {float(age[1]):.0f} s ago")
+    return Finding(name, None, f"metrics were read {max(0.0, age):.0f} s ago")
 
 
 def _read_page(url: str) -> str:

@@ -21,8 +21,11 @@ from server.storage.errors import DatabaseError
 
 QUERY_SECONDS = 60
 _PAGE_ROWS = 5000
-# The newest events are looked for in this much time, then in ten times as much before that, …
-_FIRST_WINDOW = timedelta(seconds=10)
+# The newest events are looked for in this much time, then in a multiple of it before that, …
+_FIRST_WINDOW = timedelta(seconds=1)
+_GROWTH = 3
+# Rows are appended: the newest are in the last pages of a partition, unless it has had gaps.
+_LAST_PAGES = 16
 
 _OBJECTS = frozenset(field.name for field in EVENT_SCHEMA.of_kind(Kind.OBJECT))
 _WIRE_NAMES = {field.name: field.wire_name for field in EVENT_SCHEMA.fields}
@@ -38,6 +41,11 @@ _MATCHES = """
 _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 _SET_TIMEOUT = text("SELECT set_config('statement_timeout', :milliseconds, true)")
 _NOW = text("SELECT now()")
+_LIST_PARTITIONS = text("""
+SELECT inhrelid::regclass::text AS name,
+       pg_relation_size(inhrelid) / current_setting('block_size')::bigint AS pages
+  FROM pg_inherits WHERE inhparent = 'events'::regclass
+""")
 _FIND_ARRIVED = text(f"""
 SELECT {_COLUMNS} FROM events WHERE {_MATCHES}
    AND received_at > :after AND received_at <= :until
@@ -140,15 +148,31 @@ class EventQueries:
     ) -> list[StoredEvent]:
         """Return the events that arrived last between `since` and `until`, the newest first.
 
-        Looks at windows of time that grow, each in a query of its own.
+        Looks at windows of time that grow, each in a query of its own. The first one reaches back
+        to about the newest arrival, however long ago that was.
         """
         found: list[StoredEvent] = []
         window = _FIRST_WINDOW
+        newest = self._estimate_newest_arrival() or until
+        after = min(until, newest) - window
         while until > since and len(found) < limit:
-            after = max(since, until - window)
+            after = max(since, after)
             found += self.find_arrived(wanted, after, until, limit - len(found))
-            until, window = after, window * 10
+            window *= _GROWTH
+            until, after = after, after - window
         return found
+
+    def _estimate_newest_arrival(self) -> datetime | None:
+        """Return the newest arrival in the last pages of partitions; there may be newer ones."""
+        parts = [
+            f"SELECT max(received_at) AS moment FROM {row['name']}"  # noqa: S608 - quoted by regclass
+            f" WHERE ctid >= '({max(0, row['pages'] - _LAST_PAGES)},0)'"
+            for row in self._query(_LIST_PARTITIONS)
+        ]
+        union = text(f"SELECT max(moment) AS newest FROM ({' UNION ALL '.join(parts)}) AS ends")  # noqa: S608
+        newest = self._query(union)[0]["newest"]
+        assert newest is None or isinstance(newest, datetime)
+        return newest
 
     def find_arrived(
         self, wanted: EventFilter, after: datetime, until: datetime, limit: int

@@ -1,6 +1,5 @@
 """The page that Prometheus reads: what all processes counted, and how the service stands."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ PATH = "/metrics"
 _HEALTH_PATH = "/health"
 # How `productgraph doctor` calls itself, whose reading is none that alerts could depend on.
 DOCTOR = "productgraph-doctor"
-SCRAPE_AGE = "productgraph_scrape_age_seconds"
+LAST_SCRAPE = "productgraph_last_scrape_timestamp_seconds"
 _PREFIX = "productgraph"
 _STOP_SECONDS = 2.0
 
@@ -59,19 +58,19 @@ class MetricsPage:
             return [f"See {PATH}.\n".encode()]
         page: Iterable[bytes] = self._render(environ, start_response)
         if environ.get("HTTP_USER_AGENT") != DOCTOR:
-            self._scrapes.last_at = time.monotonic()
+            self._scrapes.last_at = time.time()
         return page
 
 
 class _Scrapes(Collector):
     """Puts on the page when it was read before."""
 
-    last_at = -math.inf
+    last_at = 0.0
 
     def collect(self) -> Iterator[prometheus_client.Metric]:
-        """Yield the age."""
-        text = "How long ago the page was read before, other than by `doctor`."
-        yield GaugeMetricFamily(SCRAPE_AGE, text, time.monotonic() - self.last_at)
+        """Yield the time, in seconds since 1970."""
+        text = "When the page was read before, other than by `doctor`; 0 if never."
+        yield GaugeMetricFamily(LAST_SCRAPE, text, self.last_at)
 
 
 class CountsCollector(Collector):
