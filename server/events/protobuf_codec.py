@@ -76,7 +76,9 @@ class ProtobufCodec:
         parsed = self._columns.read(event, encoded)
         if isinstance(parsed, MalformedEvent):
             return parsed
-        return parsed._replace(size=size) if _is_storable(parsed) else self._repair(event)
+        if not _is_storable(parsed):
+            return self._repair(event)
+        return parsed if size == parsed.size else parsed._replace(size=size)
 
     def _repair(self, event: Event) -> ParsedEvent | MalformedEvent:
         self._replace_nul(event)
