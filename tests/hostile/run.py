@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.hostile import bombs, drip, frozen, overload, volume
+from tests.hostile import bombs, drip, frozen, neighbours, overload, volume
 from tests.hostile.record import Record
 from tests.hostile.target import Target, running_target
 from tests.support.services import ROOT
@@ -32,6 +32,10 @@ CAMPAIGNS: Sequence[Campaign] = (
     Campaign("positions", bombs.attack_positions, 1_000, 7, "batches"),
     Campaign("memory", bombs.attack_memory, 2, 1, "rounds"),
     Campaign("drip", drip.attack_slowly, 3.0, 0.3, "s a window"),
+    Campaign("idle", neighbours.attack_with_idle, 6_000, 300, "connections"),
+    Campaign("unfinished", neighbours.attack_with_unfinished, 400, 40, "bodies"),
+    Campaign("large", neighbours.attack_with_large, 5, 1, "rounds"),
+    Campaign("dense", neighbours.attack_with_dense, 5, 1, "rounds"),
     Campaign("database", frozen.attack_database, 15.0, 5.0, "s"),
     Campaign("overload", overload.attack_with_load, 300.0, 5.0, "s"),
 )
