@@ -67,13 +67,6 @@ LEASE_IGNORED = Bug(
     "forwarder-kill",
     "again within their lease",
 )
-DEADLINE_BEFORE_MAPPING = Bug(
-    "forwarding/lane.py",
-    "Window(begun + _ROUND_SECONDS, latest)",
-    "Window(begun + 0.2, begun + 0.2)",
-    "forwarder-starved",
-    "waited in vain",
-)
 LOGS_EVENTS = Bug(
     "ingest/group_commit.py",
     '_log.warning("storage is unavailable",',
