@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from tests.support.services import Service, for_sqlalchemy, running_service
 # A busy machine must not fail a test: hypothesis does not time what it runs.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+# A shell ignores Ctrl-C for what it runs in the background, and programs of tests would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What the processes of one run share: a directory that other accounts may enter.
 _SHARED = pytest.StashKey[str]()

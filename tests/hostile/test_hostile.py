@@ -31,9 +31,11 @@ SABOTAGE = {
     ),
     "a neighbour rejected": (
         "server/events/json_codec.py",
-        "        for index, item in enumerate(items.quick):\n",
-        "        for index, item in enumerate(items.quick):\n"
-        '            item = item if not index or "event_id" in items.quick[index - 1] else None\n',
+        "            row = quick.read(item, project_id, traits)\n",
+        '            if index and "event_id" not in received.items[index - 1]:\n'
+        "                yield MalformedEvent(Event(), 0, NOT_AN_EVENT)\n"
+        "                continue\n"
+        "            row = quick.read(item, project_id, traits)\n",
     ),
     "not stored": (
         "server/storage/events.py",

@@ -170,7 +170,7 @@ def test_a_rejected_event_is_found_by_its_id(tenant: Tenant) -> None:
     post(tenant, "refused", changes={"event.type": "ui.hover"})
     wait_until(lambda: query(tenant, "SELECT 1 FROM rejected_events WHERE event_id = 'refused'"))
     [found] = show(tenant, "refused")
-    assert found["rejected"]["reason"] == "event.type: unknown type 'ui.hover'"
+    assert found["rejected"]["reason"].startswith("event.type: unknown type 'ui.hover'")
     printed = tenant.service.run("events", "show", "refused").stdout
     assert f"rejected   number {found['rejected']['id']} in `rejected`" in printed
 

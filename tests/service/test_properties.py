@@ -122,7 +122,7 @@ def test_any_odd_value_is_accepted_or_named(tenant: Tenant, name: str, value: ob
         assert error["index"] == 1
         assert error["error"].startswith(f"{name}: ")
         assert error["error"].isprintable()
-        assert len(error["error"]) < 200
+        assert len(error["error"]) < 400  # as long as a list of all types
 
 
 def damage(good: bytes, junk: bytes, data: st.DataObject) -> bytes:

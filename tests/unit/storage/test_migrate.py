@@ -39,6 +39,7 @@ def test_the_primary_key_compares_texts_by_bytes(engine: Engine) -> None:
     """An event is one by project, time and id, and texts are compared byte by byte."""
     migrate(engine)
     key = "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = 'events'::regclass"
+    key += " AND indisprimary"
     [[definition]] = query(engine, key)
     assert str(definition).endswith("(project_id, event_timestamp, event_id)")
     collations = "SELECT DISTINCT attcollation::regcollation::text FROM pg_attribute"
