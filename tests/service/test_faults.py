@@ -262,8 +262,9 @@ def test_the_same_events_from_eight_clients_are_stored_once(pair: Service) -> No
     assert sorted(read_stored(pair, project)) == sorted(event["event_id"] for event in events)
 
 
-def test_two_hundred_disconnecting_clients_harm_nobody(service: Service, project: Project) -> None:
+def test_two_hundred_disconnecting_clients_harm_nobody(service: Service) -> None:
     """Two hundred clients that leave in the middle of their bodies harm nobody."""
+    project = create_project(service)
     (worker,) = service.find_workers()
     head = "POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
     head += "Content-Type: application/json\r\n"
