@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _NICENESS = 10
 _PROVIDERS = {provider.name: provider for provider in (Amplitude, Mixpanel)}
 _BEAT_SECONDS = 1.0
-# An event loop that has stood still for so long does not come back.
+# An event loop that has stood still this long does not come back.
 _HUNG_SECONDS = 60.0
 
 _log = logging.getLogger("productgraph.forwarder")

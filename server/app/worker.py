@@ -185,7 +185,7 @@ def _build_limiter(settings: Settings) -> RateLimiter:
 
 
 def run_worker(settings: Settings) -> None:
-    """Run one worker, started by `run_service`, until it is told to stop or its parent is gone."""
+    """Run one worker, started by `run_service`, until a signal or the end of its parent."""
     lifeline = Lifeline.from_environment()
     _raise_file_limit()
     with opened_database(settings) as database_url:
