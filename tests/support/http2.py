@@ -40,10 +40,10 @@ class Http2Client:
         """Close the connection."""
         self._socket.close()
 
-    def send(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        """Send a frame."""
+    def send(self, kind: int, flags: int, stream: int, payload: bytes, *, times: int = 1) -> None:
+        """Send a frame, or the same one several times in one piece."""
         head = struct.pack(">I", len(payload))[1:] + bytes([kind, flags])
-        self._socket.sendall(head + struct.pack(">I", stream) + payload)
+        self._socket.sendall((head + struct.pack(">I", stream) + payload) * times)
 
     def begin_call(self, path: str, metadata: Mapping[str, bytes]) -> int:
         """Begin a call without a message; return the number of its stream."""
