@@ -55,7 +55,7 @@ _log = logging.getLogger("productgraph.forwarder")
 
 def run_forwarder(settings: Settings) -> None:
     """Forward to the enabled providers until a signal, or the end of the parent if it has one."""
-    lower_priority(_NICENESS)  # ingestion goes first: what waits here is kept
+    lower_priority(_NICENESS)  # ingestion goes first: the outbox keeps what waits
     with opened_database(settings) as database_url, ExitStack() as stack:
         asyncio.run(_forward(settings, open_engine(database_url), stack))
 
@@ -86,13 +86,13 @@ async def _forward(settings: Settings, engine: Engine, stack: ExitStack) -> None
     if lifeline is not None:
         lifeline.report_ready()
         lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
-    # It waits without a lane too: if it ended, what deploys it would start it again and again.
+    # Without a lane it waits too: if it ended, a supervisor would start it again and again.
     runs = [lane.run() for lane in lanes]
     await asyncio.gather(stop.wait(), heart.beat(stop), abandoned.run(stop), *runs)
 
 
 def _announce(settings: Settings) -> None:
-    """Log what is forwarded to where, without what may be a credential in the address."""
+    """Log where events are forwarded to, without credentials that the address may contain."""
     if not settings.destinations:
         _log.warning("no analytics provider is enabled, nothing is forwarded")
     for name, destination in settings.destinations.items():
@@ -122,7 +122,7 @@ class _Heart:
 
 
 def _report_metrics(counts: Counts, stack: ExitStack) -> None:
-    """Report what is counted to the parent, if it has a page."""
+    """Report the counts to the parent, if it has a metrics page."""
     if (connection := find_socket()) is not None:
         reporter = Reporter(connection, counts, lambda: None)
         reporter.start()
@@ -136,9 +136,9 @@ def _serve_metrics(
     is_healthy: Callable[[], bool],
     stack: ExitStack,
 ) -> None:
-    """Serve the page of a forwarder that has no parent.
+    """Serve the metrics page of a forwarder that has no parent.
 
-    A port that is taken costs the page and not the forwarding: a service may run beside it.
+    If the port is taken, perhaps by a service beside it, events are forwarded without a page.
     """
     if settings.metrics_port is None:
         return
@@ -164,7 +164,7 @@ def _serve_metrics(
 
 
 def _open_queries(engine: Engine, stack: ExitStack) -> Queries:
-    """Open a connection of its own, with a watchdog."""
+    """Open a connection of its caller's own, with a watchdog."""
     connection = stack.enter_context(GuardedConnection(engine))
     stack.enter_context(Watchdog(connection.cut_if_overdue))
     return Queries(connection)
@@ -185,7 +185,7 @@ def _build_lane(
     counts: Counts,
     stop: asyncio.Event,
 ) -> Lane:
-    # Connections of its own: a provider that hangs takes none of another one's.
+    # Each lane has its own connections: a provider that hangs uses up no others.
     transport = (
         Transport(REQUESTS_IN_FLIGHT)
         if tracing is None

@@ -1,4 +1,4 @@
-"""The parent process: database, ports, metrics, and the processes that do the work."""
+"""The parent process: database, ports, metrics, and the worker and forwarder processes."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ _WORKER_VARIABLES = {
     # glibc gives the memory of large requests back when they are over (mallopt(3)).
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
 }
-# A process that has been told to stop is killed after this; with what follows, it is 30 s in all.
+# A process is killed this long after SIGTERM; the whole service then ends within 30 s.
 _KILL_SECONDS = 27.0
 
 _log = logging.getLogger("productgraph")
@@ -73,7 +73,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         signal.signal(number, lambda *_: stop.set())
     has_terminal = sys.stderr.isatty()  # SIGHUP means that it is gone
     if not has_terminal:
-        signal.signal(signal.SIGHUP, lambda *_: None)  # there is no worker yet to replace
+        signal.signal(signal.SIGHUP, lambda *_: None)  # no workers to replace yet
     if settings.grpc_tls:
         read_certificates(settings.grpc_tls)  # unusable ones end the start here, not each worker
     with ExitStack() as stack:
@@ -114,7 +114,7 @@ def _supervise(
         descriptors = (*descriptors, metrics.receiver.descriptor)
         on_exit = partial(metrics.note_exit, command)
     return Supervisor(
-        # The same modules as this process: without -P those of the working directory come first.
+        # -P as in this process, lest modules of the working directory come first.
         [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "server", command],
         count,
         environment=environment,
@@ -127,7 +127,7 @@ def _supervise(
 def _serve_metrics(
     settings: Settings, ports: Mapping[str, int], engine: Engine, stack: ExitStack
 ) -> _Metrics | None:
-    """Serve the page and return what receives its numbers; None if the page is off."""
+    """Serve the metrics page, and return what it shows; None if it is off."""
     if settings.metrics_port is None:
         return None
     readiness = Readiness(GuardedConnection(engine))
@@ -196,7 +196,7 @@ def _keep_running(embedded: EmbeddedPostgres) -> None:
 def _keep_tables(
     settings: Settings, engine: Engine, metrics: _Metrics | None, stack: ExitStack
 ) -> None:
-    """Keep the partitions made, and note for which providers events are kept."""
+    """Make partitions in time, and note which providers events are queued for."""
     on_failure = None if metrics is None else partial(metrics.counts.add, PARTITION_FAILURES, 1)
     keeper = PartitionKeeper(GuardedConnection(engine), on_failure=on_failure)
     enabled = set(settings.destinations)

@@ -1,4 +1,4 @@
-"""What several kinds of process are put together from."""
+"""Parts that more than one kind of process is built from."""
 
 import logging
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ _log = logging.getLogger("productgraph")
 
 @contextmanager
 def opened_database(settings: Settings, *, create: bool = False) -> Iterator[str]:
-    """Provide the URL of the database; an embedded one runs until the context ends.
+    """Provide the database's URL; an embedded PostgreSQL runs until the context ends.
 
-    Without `create`, an embedded one must be there already. Raises EmbeddedPostgresError.
+    With `create`, an embedded one is made if it is missing. Raises EmbeddedPostgresError.
     """
     if settings.database_url is not None:
         yield settings.database_url
@@ -40,7 +40,7 @@ def opened_database(settings: Settings, *, create: bool = False) -> Iterator[str
 
 
 def find_data(settings: Settings, *, create: bool = False) -> Path:
-    """Return where the embedded database is, or with `create` where it is to be.
+    """Return the directory of the embedded database, or with `create` the one to make it in.
 
     Raises EmbeddedPostgresError.
     """
@@ -50,27 +50,27 @@ def find_data(settings: Settings, *, create: bool = False) -> Path:
 
 
 def open_outbox(settings: Settings) -> AlsoStore | None:
-    """Return what keeps stored events for the enabled providers, or None if there are none."""
+    """Return the statements that queue stored events for the enabled providers, if any."""
     if not settings.destinations:
         return None
     return Outbox(tuple(settings.destinations), CURRENT_MAPPING_VERSION).statements_for
 
 
 def open_json_codec(settings: Settings) -> JsonCodec:
-    """Return what reads HTTP's events, with their protobuf if they are to be forwarded."""
+    """Return the codec of HTTP's events; it keeps their protobuf if they are forwarded."""
     columns = RowEncoder(EVENT_SCHEMA).columns
     quick = QuickReader(EVENT_SCHEMA, columns, keep_encoded=bool(settings.destinations))
     return JsonCodec(EVENT_SCHEMA, quick)
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":
-    """Return traces, or None if they are off: then nothing of OpenTelemetry is imported."""
+    """Start tracing, or return None if it is off; OpenTelemetry is imported only if it is on."""
     if not settings.tracing:
         return None
     try:
         from server.telemetry.tracing import Tracing
     except ImportError as error:
-        # What sets the variables is often set up for a whole cluster: no reason not to serve.
+        # The variables are often set for a whole cluster: that is no reason not to serve.
         _log.warning(
             "no traces: the extra otel is missing (pip install ./gen '.[otel]')",
             extra={"missing": error.name},

@@ -1,4 +1,4 @@
-"""Probes on the port of the metrics: how the workers are, on a port that no client reaches."""
+"""Health probes on the metrics port, which tell of the workers."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""One worker process, and what replays rejected events as a worker would have stored them."""
+"""One worker process, and the replay of rejected events with the same parts."""
 
 import gc
 import os
@@ -42,7 +42,7 @@ from server.telemetry.metrics import RequestMetrics, StorageMetrics
 from server.telemetry.reports import Reporter, find_socket
 from server.telemetry.request_log import RejectionLog, RequestLog
 
-# So long may what has been accepted take to be answered, before the parent's patience ends.
+# For answering what has been accepted; the parent kills a worker a few seconds later.
 _DRAIN_SECONDS = 20.0
 
 
@@ -110,8 +110,8 @@ class Worker:
             allowed_origins=settings.cors_allowed_origins,
         )
         listener = listen(settings.host, settings.port)
-        # What is a little too large is refused by the application, in its words; a body far over
-        # the limit is not even read.
+        # The application itself refuses what is a little too large; a body far over the limit is
+        # not even read.
         return HTTPServer(
             app,
             listener,
@@ -168,7 +168,7 @@ class Worker:
 def _open_rejection_writers(
     settings: Settings, engine: Engine, on_dropped: Callable[[int], None]
 ) -> list[RejectionWriter]:
-    """Return one, or none if rejected events are not kept."""
+    """Return a writer of rejected events in a list, which is empty if they are not kept."""
     keep = settings.rejected_keep
     if keep is None:
         return []
@@ -193,20 +193,20 @@ def run_worker(settings: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop())
         lifeline.on_parent_exit(worker.stop)
-        # What is loaded stays, and looking it through took a tenth of an event's instructions.
+        # Modules live for ever; collecting garbage among them took a tenth of the instructions.
         gc.freeze()
         worker.run(lifeline.report_ready)
 
 
 def _raise_file_limit() -> None:
-    """Each connection takes a file descriptor, and the usual limit is about a thousand."""
+    """Raise the soft limit of open files, and so of connections, to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager
 def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
-    """Provide what stores rejected events after all, by the same parts as a worker's."""
+    """Provide a replay of rejected events that uses the parts of a worker."""
     writer = Writer(
         GuardedConnection(engine),
         EventStore(RowEncoder(EVENT_SCHEMA).columns, open_outbox(settings)),

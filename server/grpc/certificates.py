@@ -1,7 +1,7 @@
-"""The TLS certificates of the gRPC port: read from files, checked, read again when those change.
+"""The TLS certificates of the gRPC port: read from files, and again when the files change.
 
-Certificates live for weeks, and what renews them replaces the files: a service that had to be
-restarted for that would one day show one that has expired.
+Certificates are renewed every few weeks by replacing their files. A service that noticed only at a
+restart would one day present an expired one.
 """
 
 import logging
@@ -22,7 +22,7 @@ _log = logging.getLogger("productgraph.certificates")
 
 @dataclass(frozen=True)
 class Certificates:
-    """What a server needs for TLS, all PEM; with `client_ca`, what clients' are checked by."""
+    """A server's certificate chain and key, and the CA of its clients' certificates, all in PEM."""
 
     chain: bytes
     key: bytes = field(repr=False)
@@ -79,22 +79,22 @@ def _explain(error: ssl.SSLError, files: TlsFiles) -> str:
 
 
 class CertificateSource:
-    """The certificates that the files hold now; for one caller at a time."""
+    """Notices that the files have changed. Not thread-safe."""
 
     def __init__(self, files: TlsFiles, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the files. Raises InvalidSetting. The clock counts seconds."""
         self._files = files
         self._clock = clock
         self._next_look = clock() + _LOOK_SECONDS
-        # Taken before the files are read: what is written meanwhile makes a difference later.
+        # Before the files are read: a file written meanwhile is noticed at the next look.
         self._seen = _identify(files)
         self.first = read_certificates(files)
 
     def find_renewed(self) -> Certificates | None:
-        """Those in files that have changed; None where none has, or the new ones are unusable.
+        """Return the new certificates if the files have changed and can be used, else None.
 
-        Files that cannot be used are told in the log, once: the caller keeps what it has. Looks at
-        most once a second, and does not read what it has read.
+        Looks at the files at most once a second, and reads them only if they have changed. Logs
+        files that cannot be used once; the caller keeps the certificates that it has.
         """
         now = self._clock()
         if now < self._next_look:
@@ -118,7 +118,7 @@ def _identify(files: TlsFiles) -> tuple[tuple[int, ...] | None, ...]:
 
 
 def _identify_one(path: Path) -> tuple[int, ...] | None:
-    """Return what changes with the file or with a link to it; None if it is missing."""
+    """Return what differs if a file, or a link to it, is replaced; None if it is missing."""
     try:
         status = path.stat()
     except OSError:

@@ -1,7 +1,7 @@
 """Token buckets that the processes of a machine share.
 
-A bucket holds what a second brings. Its whole state is the moment at which it will be full again
-(GCRA: https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm), so that time fills it by itself.
+A full bucket holds one second's worth of its rate. Its whole state is the moment at which it will
+be full again (GCRA: https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm): nothing refills it.
 """
 
 import fcntl
@@ -14,15 +14,15 @@ import threading
 import time
 from collections.abc import Callable
 
-SECOND = 1_000_000_000  # in the nanoseconds that all times here are in
+SECOND = 1_000_000_000  # all times here are nanoseconds
 _STATE = struct.Struct("=q")
 
 
 def take(full_at: int, now: int, cost: int) -> int | None:
-    """When a bucket will be full again after `cost` is taken from it now; None where it may not be.
+    """Return when a bucket is full again if `cost` is taken now, or None if it holds too little.
 
-    `cost` is the time that it takes to flow in again. More than a whole bucket may be taken from a
-    full one: then nothing may be until that is made up for.
+    `cost` is the time in which as much flows in. More than a bucket holds may be taken from a full
+    one; it then stays empty until that has flowed in.
     """
     if full_at <= now:
         return now + cost
@@ -34,8 +34,8 @@ def take(full_at: int, now: int, cost: int) -> int | None:
 class BucketTable:
     """Buckets by number in shared memory, all full at first.
 
-    A file descriptor of it can be inherited: every process that has it sees the same buckets.
-    Numbers beyond the table's size start again at its beginning, and share a bucket.
+    Every process that inherits the file descriptor sees the same buckets. Numbers that differ by
+    the table's size share a bucket.
     """
 
     SIZE = 1 << 21
@@ -53,10 +53,10 @@ class BucketTable:
         self._lock = threading.Lock()
 
     def take(self, number: int, cost: int) -> bool:
-        """Take from a bucket as `take` does, and say whether that was possible."""
+        """Take from a bucket as `take` does. Return False if it holds too little."""
         place = number % self.SIZE * _STATE.size
-        # The file's lock keeps other processes out, and no threads of this one. The kernel takes it
-        # from a process that dies.
+        # The file's lock keeps out other processes, but not other threads of this one. The kernel
+        # releases it if its process dies.
         with self._lock:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX, _STATE.size, place)
             try:
@@ -69,13 +69,13 @@ class BucketTable:
         return taken is not None
 
     def seconds_to_full(self, number: int) -> float:
-        """How long it takes a bucket to be full, if nothing is taken meanwhile; 0 if it is."""
+        """Return how long a bucket takes to fill up if nothing more is taken; 0 if it is full."""
         full_at: int = _STATE.unpack_from(self._memory, number % self.SIZE * _STATE.size)[0]
         return max(0, full_at - self._clock()) / SECOND
 
 
 def _create_file() -> int:
-    """Return a nameless file, in memory if possible; untouched parts take no space."""
+    """Open a file without a name, in memory if possible; pages never written take no space."""
     if sys.platform == "linux":
         return os.memfd_create("productgraph-buckets")
     with tempfile.TemporaryFile() as file:

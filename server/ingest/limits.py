@@ -1,4 +1,4 @@
-"""How much each API key may send, whichever worker of the machine it sends to."""
+"""Rate limits of API keys, shared by the workers of a machine."""
 
 from math import ceil
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from server.ingest.buckets import SECOND, BucketTable
 
 
 class Allowance(NamedTuple):
-    """What is left to a caller: `rate` is in units a second, and how many may be sent at once."""
+    """What a caller may still send at once; `rate` is in units a second."""
 
     unit: str
     rate: int
@@ -18,7 +18,7 @@ class Allowance(NamedTuple):
 
 
 class RateLimiter:
-    """Counts events and bytes against a key's own rates, or else the default ones; 0 is none."""
+    """Limits events and bytes by a key's own rates, or else the default ones; 0 is no limit."""
 
     def __init__(self, buckets: BucketTable, *, event_rate: int, byte_rate: int) -> None:
         self._buckets = buckets
@@ -26,17 +26,17 @@ class RateLimiter:
         self._default_byte_rate = byte_rate
 
     def take_events(self, caller: Caller, count: int) -> None:
-        """Raise ResourceExhausted, and count nothing, if that is more than may be sent now."""
+        """Count what a caller sends, or raise ResourceExhausted and count nothing."""
         if rate := self._event_rate(caller):
             self._take(2 * caller.key_id, rate, count, "events")
 
     def take_bytes(self, caller: Caller, count: int) -> None:
-        """Raise ResourceExhausted, and count nothing, if that is more than may be sent now."""
+        """Count what a caller sends, or raise ResourceExhausted and count nothing."""
         if rate := self._byte_rate(caller):
             self._take(2 * caller.key_id + 1, rate, count, "bytes")
 
     def allowances_of(self, caller: Caller) -> list[Allowance]:
-        """Where a caller stands; empty where nothing limits it."""
+        """Return what a caller may still send by each of its limits; empty if it has none."""
         allowances = []
         if rate := self._event_rate(caller):
             allowances.append(self._measure(2 * caller.key_id, rate, "events"))
