@@ -71,17 +71,20 @@ def postgres_url(pytestconfig: pytest.Config) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def create_database(postgres_url: str) -> Iterator[Callable[[], str]]:
-    """Make empty databases, in the form libpq takes, and drop them at the end."""
+def create_database(postgres_url: str) -> Iterator[Callable[..., str]]:
+    """Make empty databases, in the form libpq takes."""
     server = make_url(postgres_url).set(drivername="postgresql")
     names: list[str] = []
 
-    def create() -> str:
+    def create(options: str = "") -> str:
         names.append(f"test_{uuid.uuid4().hex}")
-        _execute(server.render_as_string(hide_password=False), f"CREATE DATABASE {names[-1]}")
+        statement = f"CREATE DATABASE {names[-1]} {options}"
+        _execute(server.render_as_string(hide_password=False), statement)
         return server.set(database=names[-1]).render_as_string(hide_password=False)
 
     yield create
+    if "TEST_DATABASE_URL" not in os.environ:
+        return  # they go with their server; dropping each would take seconds
     for name in names:
         _execute(server.render_as_string(hide_password=False), f"DROP DATABASE {name} WITH (FORCE)")
 

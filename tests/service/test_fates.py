@@ -100,6 +100,7 @@ def test_an_event_that_was_sent_twice_is_there_once(tenant: Tenant) -> None:
     assert len(show(tenant, "twice")) == 2
 
 
+@pytest.mark.slow
 def test_a_waiting_event_tells_its_tries_and_the_next(
     tenant: Tenant, amplitude: AmplitudeServer
 ) -> None:

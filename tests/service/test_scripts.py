@@ -106,6 +106,7 @@ def test_silent_step_shows_that_it_goes_on(
     assert all(re.fullmatch(r"serve: sleeping \(\d+ s\)", line) for line in lines[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "words"),
     [

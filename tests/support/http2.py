@@ -63,15 +63,17 @@ class Http2Client:
         self.send(HEADERS, END_HEADERS, stream, b"".join(fields))
         return stream
 
-    def send_message(self, stream: int, content: bytes, *, size: int | None = None) -> int:
+    def send_message(
+        self, stream: int, content: bytes, *, size: int | None = None, patience: float = 0.5
+    ) -> int:
         """Send what the windows allow of a message that says it has `size` bytes; return how much.
 
-        Updates of the windows that have arrived meanwhile are taken note of.
+        Waits `patience` seconds for a window that is used up to be opened again.
         """
         sent, whole = 0, b"\0" + struct.pack(">I", size or len(content)) + content
         while sent < len(whole):
             room = min(self._windows[0], self._windows[stream], _FRAME_BYTES, len(whole) - sent)
-            if room == 0 and not self._wait_for_window():
+            if room == 0 and not self._wait_for_window(patience):
                 break
             if room:
                 self.send(DATA, 0, stream, whole[sent : sent + room])
@@ -103,7 +105,7 @@ class Http2Client:
                 return frame.payload
         raise AssertionError("no end of the call")
 
-    def _wait_for_window(self, seconds: float = 0.5) -> bool:
+    def _wait_for_window(self, seconds: float) -> bool:
         return any(frame.kind == WINDOW_UPDATE for frame in self.frames(seconds))
 
     def _receive(self, seconds: float) -> Frame | None:

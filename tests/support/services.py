@@ -22,6 +22,7 @@ from sqlalchemy import text
 
 from server.storage.connection import Engine, connected
 from server.storage.embedded import EmbeddedPostgres
+from tests.support.commands import fork_command
 
 ROOT = Path(__file__).parents[2]
 _PLACES = re.compile(r"HTTP  http://localhost:(\d+)\n  gRPC  localhost:(\d+)\n")
@@ -110,14 +111,7 @@ class Service:
 
 def run_command(*arguments: str, settings: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     """Run `productgraph` with these settings and no others."""
-    return subprocess.run(
-        [sys.executable, "-m", "server", *arguments],
-        env=clean_environment(settings),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return fork_command(arguments, clean_environment(settings), timeout=60)
 
 
 def clean_environment(settings: Mapping[str, str], root: Path = ROOT) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
-import psycopg2
 import pytest
 from sqlalchemy import text
 
@@ -105,19 +103,12 @@ def test_a_failed_migration_leaves_nothing_behind(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("use", [migrate, check_migrated])
-def test_a_database_without_utf_8_is_refused(use: Callable[[Engine], None], engine: Engine) -> None:
+def test_a_database_without_utf_8_is_refused(
+    use: Callable[[Engine], None], create_database: Callable[..., str]
+) -> None:
     """A database that cannot hold every text is refused before anything is made in it."""
-    ascii_url = engine.url.set(database=f"{engine.url.database}_ascii")
-    options = "ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'"
-    with closing(
-        psycopg2.connect(engine.url.set(drivername="postgresql").render_as_string(False))
-    ) as c:
-        c.autocommit = True
-        c.cursor().execute(f"CREATE DATABASE {ascii_url.database} {options}")
-        try:
-            ascii_engine = open_engine(ascii_url.render_as_string(hide_password=False))
-            with pytest.raises(UnsuitableDatabase, match="encoding is SQL_ASCII, UTF8 is needed"):
-                use(ascii_engine)
-            assert query(ascii_engine, TABLES) == []
-        finally:
-            c.cursor().execute(f"DROP DATABASE {ascii_url.database} WITH (FORCE)")
+    url = create_database("ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'")
+    engine = open_engine(for_sqlalchemy(url))
+    with pytest.raises(UnsuitableDatabase, match="encoding is SQL_ASCII, UTF8 is needed"):
+        use(engine)
+    assert query(engine, TABLES) == []
