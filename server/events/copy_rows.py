@@ -96,18 +96,18 @@ def join_quoted(cells: Sequence[str], special: str) -> str:
     `special` has the characters that need quotes and may be in a text.
     """
     line = "\t".join(cells)
-    if "\t" in special and line.count("\t") >= len(cells):
+    if _QUOTE in special or ("\t" in special and line.count("\t") >= len(cells)):
         return "\t".join(map(_quote_special, cells))
-    quoted: list[str] | None = None
-    for character in special:
-        position = -1 if character == "\t" else line.find(character)
-        while position >= 0:
-            quoted = quoted or list(cells)
-            place = line.count("\t", 0, position)
-            quoted[place] = _quote_special(cells[place])
+    for character in special.lstrip("\t"):
+        end = 0
+        while (position := line.find(character, end)) >= 0:
+            start = line.rfind("\t", 0, position) + 1
             end = line.find("\t", position)
-            position = line.find(character, end) if end >= 0 else -1
-    return line if quoted is None else "\t".join(quoted)
+            end = len(line) if end < 0 else end
+            if line[start] != _QUOTE:  # as another character may have had it quoted
+                line = f"{line[:start]}{_QUOTE}{line[start:end]}{_QUOTE}{line[end:]}"
+                end += 2
+    return line
 
 
 def _quote_special(cell: str) -> str:

@@ -37,16 +37,11 @@ class TooDeep(Exception):
     """Objects and arrays are nested deeper than allowed."""
 
 
-def is_plain(source: Mapping[str, Any], depth: int) -> bool:
-    """Tell whether a Struct would give back what `source`, a parsed JSON object, is as JSON.
-
-    `source` must have at most `depth` levels, counting itself.
-    """
-    return depth > 0 and are_plain(source.values(), depth)
-
-
 def are_plain(items: Iterable[Any], depth: int) -> bool:
-    """Return whether `is_plain` of an object or array of these items, `depth` levels with it."""
+    """Tell whether a Struct would give back these items of a JSON object or array as they are.
+
+    With the object or array, they must have at most `depth` levels.
+    """
     for item in items:
         kind = type(item)
         if kind is str or kind is bool or item is None:

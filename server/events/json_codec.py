@@ -1,10 +1,9 @@
-"""JSON bytes to Events, by the documented field names, and results back to JSON.
+"""JSON bytes to rows or Events, by the documented field names, and results back to JSON.
 
-Most events are built by a few calls in C. What these refuse is read again with care: to name the
-first field that is wrong, or to accept what only looked wrong.
+Most events become rows by a few calls in C. What these do not take is read field by field: to name
+the first one that is wrong, or to accept what only looked wrong.
 """
 
-import math
 import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from productgraph.v1.event_pb2 import Event
 from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
 from server.events.batch import ParsedBatch, ReadEvent
-from server.events.free_form import LostDigits, fill_struct, is_plain
+from server.events.copy_rows import Row
+from server.events.free_form import LostDigits, fill_struct
 from server.events.json_parser import (
     Document,
     check_values,
@@ -50,8 +50,8 @@ from server.protocols import HTTP
 
 # A number as JSON writes it, no longer than any double is written.
 _NUMBER = re.compile(r"-?\d{1,40}(\.\d{1,40})?([eE][+-]?\d{1,3})?", re.ASCII)
-# What no usual timestamp exceeds; the size of an event with a longer one is counted.
-_LONGEST_TIMESTAMP = 40
+# A character of a row takes up to six bytes of JSON (an escape); the rest is for what a row lacks.
+_BYTES_PER_CHARACTER = 8
 # How orjson writes a float that may have been an integer with more digits.
 _LONG_NUMBER = re.compile(rb"\de\+(1[89]|[2-9]\d|\d{3})")
 
@@ -63,10 +63,6 @@ class JsonCodec:
         self._quick = quick
         self._fields = schema.fields
         self._name_of = {field.wire_name: field.name for field in schema.fields}.get
-        self._timestamps = [field.name for field in schema.of_kind(Kind.TIMESTAMP)]
-        self._objects = [field.name for field in schema.of_kind(Kind.OBJECT)]
-        integers = schema.of_kind(Kind.INTEGER, Kind.LONG)
-        self._integers = {field.name: field for field in integers}
         self._catch_all = schema.catch_all
         self._columns = ColumnReader(schema)
         self._max_depth = schema.max_depth
@@ -95,7 +91,13 @@ class JsonCodec:
     ) -> Iterator[ReadEvent]:
         for index, item in enumerate(received.items):
             row = quick.read(item, project_id, traits)
-            yield row if row is not None else self._parse_item(received, index)
+            is_done = row is not None and self._fits(row, received, index)
+            yield row if row is not None and is_done else self._parse_item(received, index)
+
+    def _fits(self, row: Row, received: "_ReceivedEvents", index: int) -> bool:
+        """Tell whether the JSON of an event is small enough; it is counted for few."""
+        is_small = _BYTES_PER_CHARACTER * len(row.text) <= self._max_bytes
+        return is_small or len(received.encode(index)) <= self._max_bytes
 
     def _parse_items(self, received: "_ReceivedEvents") -> Iterator[ReadEvent]:
         return (self._parse_item(received, index) for index in range(len(received.items)))
@@ -112,65 +114,29 @@ class JsonCodec:
         if type(item) is not dict:
             problem = Problem("event", *item) if item is NOT_UTF8 else NOT_AN_EVENT
             return MalformedEvent(Event(), 0, problem)
-        fields, is_whole = self._collect_fields(item)
-        try:
-            parsed = self._build_event(fields)
-        except (TypeError, ValueError):
-            return self._parse_with_care(item, len(received.encode(index)))
-        return parsed if is_whole else parsed._replace(size=len(received.encode(index)))
-
-    def _parse_with_care(self, item: dict[str, Any], size: int) -> ParsedEvent | MalformedEvent:
-        """Find the first field that is wrong, or accept what only looked wrong."""
-        fields, _ = self._collect_fields(item)
-        if size <= self._max_bytes:
-            parsed = self._set_fields(fields)
-            return parsed if isinstance(parsed, MalformedEvent) else parsed._replace(size=size)
+        fields = self._collect_fields(item)
+        if len(received.encode(index)) <= self._max_bytes:
+            return self._set_fields(fields)
         # Objects are not unfolded: that could take seconds.
         parsed = self._set_fields({n: v for n, v in fields.items() if type(v) is not dict})
         if isinstance(parsed, MalformedEvent):
             return parsed
         return MalformedEvent(parsed.event, len(self._fields), report_excess(self._max_bytes))
 
-    def _collect_fields(self, item: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Return the fields that are present, by proto name; those that the schema lacks in one.
-
-        Return also whether no other field was sent, not even as null.
-        """
-        name_of = self._name_of
-        fields = {name_of(name, ""): value for name, value in item.items() if value is not None}
-        if "" in fields or type(fields.get(self._catch_all.name, fields)) is not dict:
-            fields.pop("", None)
-            return fields, self._merge_unnamed(fields, item)
-        return fields, True  # nulls for named fields are few
-
-    def _merge_unnamed(self, fields: dict[str, Any], item: dict[str, Any]) -> bool:
-        unnamed = {name: value for name, value in item.items() if not self._name_of(name)}
-        kept = {name: value for name, value in unnamed.items() if value is not None}
+    def _collect_fields(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields that are present, by proto name; those that the schema lacks in one."""
+        fields: dict[str, Any] = {}
+        unnamed: dict[str, Any] = {}
+        for name, value in item.items():
+            if value is not None:
+                known = self._name_of(name)
+                (fields if known else unnamed)[known or name] = value
         sent = fields.get(self._catch_all.name, {})
-        is_object = type(sent) is dict
-        merged = sent | kept if is_object else kept | {self._catch_all.wire_name: sent}
-        fields[self._catch_all.name] = merged
-        return is_object and len(merged) == len(sent) + len(unnamed)
-
-    def _build_event(self, fields: dict[str, Any]) -> ParsedEvent:
-        """Take what is of the right types; raises TypeError or ValueError otherwise."""
-        times = [(name, fields.pop(name)) for name in self._timestamps if name in fields]
-        objects = {name: fields.pop(name) for name in self._objects if name in fields}
-        integers = [name for name in self._integers if name in fields]
-        for name in integers:
-            if type(fields[name]) is float:
-                fields[name] = _read_integer(fields[name], self._integers[name])
-        event = Event(**fields)
-        for name, time in times:
-            _set_timestamp(getattr(event, name), time, _LONGEST_TIMESTAMP)
-        for name, value in objects.items():
-            if type(value) is not dict or not is_plain(value, self._max_depth):
-                raise ValueError(name)
-            fields[name] = orjson.dumps(value).decode()
-        # The event has taken the rest, so it is what the columns hold, once integers are texts.
-        for name in integers:
-            fields[name] = str(fields[name])
-        return self._columns.arrange(event, fields, objects)
+        if type(sent) is not dict:
+            fields[self._catch_all.name] = unnamed | {self._catch_all.wire_name: sent}
+        elif unnamed:
+            fields[self._catch_all.name] = sent | unnamed
+        return fields
 
     def _set_fields(self, fields: dict[str, Any]) -> ParsedEvent | MalformedEvent:
         """Set field by field in the order of the schema, up to the first that is malformed."""
@@ -258,10 +224,10 @@ def _holds_damage(root: dict[str, Any]) -> bool:
     return False
 
 
-def _set_timestamp(target: Timestamp, value: Any, longest: float = math.inf) -> None:
+def _set_timestamp(target: Timestamp, value: Any) -> None:
     if value == "":
         return
-    if type(value) is not str or len(value) > longest:
+    if type(value) is not str:
         raise InvalidValue(NOT_A_TIMESTAMP)
     try:
         target.seconds, target.nanos = parse_timestamp(value)

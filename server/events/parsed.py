@@ -1,16 +1,16 @@
 """What an event says for each column of the table, as text, before it is quoted for COPY."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import NamedTuple
 
 import orjson
 from google.protobuf.message import Message
 
 from productgraph.v1.event_pb2 import Event
-from server.events.free_form import TooDeep, fill_struct, read_struct
+from server.events.free_form import TooDeep, read_struct
 from server.events.problems import Problem, report_nesting
 from server.events.schema import Kind, Schema
 
@@ -34,25 +34,15 @@ class MalformedEvent:
 
 
 class ParsedEvent(NamedTuple):
-    """An event as its codec has read it.
+    """An event as its codec has read it, of no more bytes than it may have.
 
     `columns` has the texts of its scalars and objects, as `Schema.columns` orders them: "" for what
-    is absent, and for the texts named in `empty`, which are present. `objects` are those that the
-    event does not have yet, as most of them are never needed there. `size` counts its bytes as it
-    was sent; if it is None, they are no more than its columns allow for.
+    is absent, and for the texts named in `empty`, which are present.
     """
 
     event: Event
     columns: Sequence[str]
     empty: Sequence[str] = ()
-    objects: Mapping[str, dict[str, Any]] = {}
-    size: int | None = None
-
-    def complete(self) -> Event:
-        """Return the event with all of its objects."""
-        for name, value in self.objects.items():
-            fill_struct(getattr(self.event, name), value)
-        return self.event
 
 
 class ColumnReader:
@@ -61,8 +51,6 @@ class ColumnReader:
     def __init__(self, schema: Schema) -> None:
         texts = schema.of_kind(Kind.TEXT)
         numbers = schema.of_kind(Kind.INTEGER, Kind.LONG)
-        self._absent = {field.name: "" for field in schema.columns}
-        self._in_order = itemgetter(*self._absent)
         self._texts = attrgetter(*(field.name for field in texts))
         self._numbers = attrgetter(*(field.name for field in numbers))
         self._optional_texts = tuple(field.name for field in texts if not field.rules.required)
@@ -70,17 +58,10 @@ class ColumnReader:
         self._objects = schema.of_kind(Kind.OBJECT)
         self._max_depth = schema.max_depth
 
-    def arrange(
-        self, event: Event, texts: dict[str, str], objects: Mapping[str, dict[str, Any]]
-    ) -> ParsedEvent:
-        """Return the event with these texts, by their columns' names, and objects that it lacks."""
-        empty = [name for name in texts if not texts[name]] if "" in texts.values() else ()
-        return ParsedEvent(event, self._in_order(self._absent | texts), empty, objects)
-
     def read(self, event: Event, encoded: bytes) -> ParsedEvent | MalformedEvent:
         """Return the event with its columns; malformed if its free-form fields nest too deep.
 
-        `encoded` is any encoding of the event, which gives its size.
+        `encoded` is any encoding of the event.
         """
         objects = []
         for field in self._objects:
@@ -95,7 +76,7 @@ class ColumnReader:
             numbers = [self._read_number(event, name) for name in self._number_names]
             empty = [name for name in self._optional_texts if _is_empty(event, name)]
         columns = (*self._texts(event), *numbers, *objects)
-        return ParsedEvent(event, columns, empty, size=len(encoded))
+        return ParsedEvent(event, columns, empty)
 
     def _read_object(self, event: Message, name: str) -> str:
         if not event.HasField(name):

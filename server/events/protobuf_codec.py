@@ -67,20 +67,13 @@ class ProtobufCodec:
             event = Event.FromString(encoded)
         except DecodeError:
             return self._find_malformed(encoded)
-        size = len(encoded)
-        if size > self._schema.max_bytes:
-            size = event.ByteSize()
-        if size > self._schema.max_bytes:
+        max_bytes = self._schema.max_bytes
+        if len(encoded) > max_bytes and event.ByteSize() > max_bytes:
             # Its free-form fields would take seconds to read.
             return MalformedEvent(event, len(self._schema.fields), self._too_large)
         parsed = self._columns.read(event, encoded)
-        if isinstance(parsed, MalformedEvent):
+        if isinstance(parsed, MalformedEvent) or _is_storable(parsed):
             return parsed
-        if not _is_storable(parsed):
-            return self._repair(event)
-        return parsed if size == parsed.size else parsed._replace(size=size)
-
-    def _repair(self, event: Event) -> ParsedEvent | MalformedEvent:
         self._replace_nul(event)
         return self._columns.read(event, event.SerializeToString())
 

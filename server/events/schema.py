@@ -69,13 +69,6 @@ class Schema:
         return tuple(chain.from_iterable(self.of_kind(*each) for each in kinds))
 
     @property
-    def ruled_texts(self) -> tuple[Field, ...]:
-        """Return the texts that have rules: required ones first, the project before all others."""
-        ruled = [f for f in self.of_kind(Kind.TEXT) if f.rules != rules_pb2.FieldRules()]
-        ruled.sort(key=lambda field: (not field.rules.matches_api_key, not field.rules.required))
-        return tuple(ruled)
-
-    @property
     def catch_all(self) -> Field:
         """The field that takes what the schema does not name."""
         return next(field for field in self.fields if field.rules.takes_unnamed_fields)

@@ -17,18 +17,14 @@ from server.events.problems import (
     InvalidEvent,
     Problem,
     Reason,
-    report_excess,
 )
 from server.events.schema import Field, Kind, Schema
+from server.events.text_rules import TextRules
 from server.events.timestamps import is_storable
 
 MAX_QUOTED_CHARACTERS = 64
 # How many names are looked through for one that is misspelt.
 _MAX_NAMES = 100
-# An event's JSON takes at most six bytes for each character of its line of COPY, as \u0000 does.
-# Beyond that it has names and signs, and at most these bytes of what a column shortens: zeros of
-# integers and timestamps.
-_BYTES_PER_CHARACTER, _BYTES_PER_FIELD = 6, 100
 
 
 class Validator:
@@ -36,19 +32,9 @@ class Validator:
 
     def __init__(self, schema: Schema) -> None:
         self._fields = schema.fields
-        self._max_bytes = schema.max_bytes
-        self._other_bytes = sum(len(f.wire_name) + _BYTES_PER_FIELD for f in schema.fields)
         self._catch_all = schema.catch_all
-        ruled = schema.ruled_texts  # all read at once
-        self._ruled = itemgetter(*map(schema.columns.index, ruled))
-        self._required_count = sum(field.rules.required for field in ruled)
-        # A text of so few characters keeps every limit in bytes of UTF-8.
-        self._safe_length = min(f.rules.max_bytes for f in ruled if f.rules.max_bytes) // 4
-        self._choices = [
-            (ruled.index(field), frozenset(field.rules.allowed_values))
-            for field in ruled
-            if field.rules.allowed_values
-        ]
+        self._rules = TextRules(schema)
+        self._ruled = itemgetter(*map(schema.columns.index, self._rules.fields))
         self._timestamps = [field.name for field in schema.of_kind(Kind.TIMESTAMP)]
 
     def check_event(self, parsed: ParsedEvent, project_id: str) -> None:
@@ -56,7 +42,8 @@ class Validator:
         if not self._looks_valid(parsed.event, parsed.columns, project_id):
             problem = self._find_problem(parsed.event, project_id, self._fields)
             if problem is not None:
-                raise InvalidEvent(_explain(problem, self._find_unnamed(parsed)))
+                unnamed = getattr(parsed.event, self._catch_all.name).fields
+                raise InvalidEvent(_explain(problem, unnamed))
 
     def explain_malformed(self, malformed: MalformedEvent, project_id: str) -> Problem:
         """Return the first problem of an event that could not be read in full."""
@@ -64,33 +51,10 @@ class Validator:
         problem = self._find_problem(malformed.event, project_id, before)
         return _explain(problem, malformed.unnamed) if problem else malformed.problem
 
-    def surely_fits(self, size: int | None, line_length: int) -> bool:
-        """Tell whether an event is small enough, by its size or, if None, its line of COPY."""
-        return (self.bound_size(line_length) if size is None else size) <= self._max_bytes
-
-    def bound_size(self, line_length: int) -> int:
-        """Return the most bytes that the JSON of an event has whose line of COPY is this long."""
-        return _BYTES_PER_CHARACTER * line_length + self._other_bytes
-
-    def check_size(self, size: int) -> None:
-        """Raise InvalidEvent for an event of too many bytes."""
-        if size > self._max_bytes:
-            raise InvalidEvent(report_excess(self._max_bytes))
-
-    def _find_unnamed(self, parsed: ParsedEvent) -> Iterable[str]:
-        name = self._catch_all.name
-        return parsed.objects.get(name) or getattr(parsed.event, name).fields
-
     def _looks_valid(self, event: Message, columns: Sequence[str], project_id: str) -> bool:
         """Check all rules at once, by a few operations in C; a valid event may still fail."""
-        texts = self._ruled(columns)
-        if texts[0] != project_id or "" in texts[: self._required_count]:
+        if not self._rules.are_plainly_kept(self._ruled(columns), project_id):
             return False
-        if max(map(len, texts)) > self._safe_length:
-            return False
-        for index, allowed in self._choices:
-            if texts[index] not in allowed:
-                return False
         for name in self._timestamps:
             if not (event.HasField(name) and is_storable(getattr(event, name))):
                 return False

@@ -58,7 +58,7 @@ class Ingestion:
                 rows.append(event)
                 continue
             try:
-                rows.append(self._check(event, index, batch, project_id))
+                rows.append(self._check(event, project_id))
             except InvalidEvent as invalid:
                 problems.append(invalid.problem)
                 errors.append(EventError(index=index, error=str(invalid)))
@@ -68,20 +68,15 @@ class Ingestion:
             self._on_rejected(project_id, batch, errors)
         return Answer(response, problems, stored)
 
-    def _check(
-        self, parsed: ParsedEvent | MalformedEvent, index: int, batch: ParsedBatch, project_id: str
-    ) -> Row:
+    def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
         if isinstance(parsed, MalformedEvent):
             raise InvalidEvent(self._validator.explain_malformed(parsed, project_id))
         self._validator.check_event(parsed, project_id)
         row = self._rows.encode(parsed)
-        if not self._validator.surely_fits(parsed.size, len(row.text)):
-            size = len(batch.received(index)) if parsed.size is None else parsed.size
-            self._validator.check_size(size)
         if not self._writer.needs_encoded:
             return row
         truncate_timestamp(parsed.event.event_timestamp)  # as the row does
-        return row._replace(encoded=parsed.complete().SerializeToString())
+        return row._replace(encoded=parsed.event.SerializeToString())
 
     def _store(self, rows: list[Row], deadline: Deadline) -> "Future[None]":
         if rows:

@@ -215,7 +215,7 @@ TOO_LARGE = f"event: larger than {MAX_EVENT_BYTES} bytes"
 
 
 @pytest.mark.parametrize("over", range(-2, 3))
-@pytest.mark.parametrize("filler", ["x", "é"], ids=ascii)
+@pytest.mark.parametrize("filler", ["x", "é", "\0"], ids=ascii)
 @pytest.mark.parametrize("name", ["page.path", "metadata"])
 def test_a_protobuf_event_has_at_most_102400_bytes(
     twin: Twin, over: int, filler: str, name: str

@@ -75,7 +75,7 @@ def parse(sent: dict[str, Any]) -> Event:
     """Return an event as it is stored."""
     [parsed] = JsonCodec(EVENT_SCHEMA).parse_batch(json.dumps({"events": [sent]}).encode()).events
     assert isinstance(parsed, ParsedEvent)
-    return parsed.complete()
+    return parsed.event
 
 
 def encode(provider: Provider, event: Event) -> dict[str, Any]:

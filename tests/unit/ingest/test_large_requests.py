@@ -280,8 +280,12 @@ def ingest_over_http(*events: dict[str, object]) -> list[str]:
         {"event.timestamp": "2024-01-15T10:30:00." + "0" * 9_000},
         {"page.title": "\x01\0\ud83d" * 5_000},
         {"event.sequence": "0" * 40, "page.title": "\U0001f600" * 9_000},
+        {"page.title": "\x02" * 12_000} | {"\x02" * 43 + str(n): None for n in range(10, 98)},
     ],
-    ids=["ones", "floats", "long integers", "null", "lost", "timestamp", "escapes", "emoji"],
+    ids=[
+        *("ones", "floats", "long integers", "null", "lost", "timestamp", "escapes", "emoji"),
+        "escapes and nulls",
+    ],
 )
 def test_an_event_over_http_has_the_size_of_its_json(filling: dict[str, object], over: int) -> None:
     """Exactly 102,400 bytes of JSON are accepted, whatever they would be as protobuf or a row."""
