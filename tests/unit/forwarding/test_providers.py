@@ -459,7 +459,7 @@ def test_large_values_are_cut_to_provider_limits(sent: Any, amplitude: Any, mixp
 @both
 def test_the_order_of_keys_changes_no_payload(provider: Provider) -> None:
     """The order in which a client sent its keys, or a map holds them, changes no payload."""
-    wide = {name: {"list": [{"text": WIDE}], "x": WIDE} for name in WIDE if name < "010"}
+    wide = {name: {"list": [{"text": WIDE}], "x": WIDE} for name in WIDE if name < "005"}
     turned = {name: {"x": turn(WIDE), "list": [{"text": turn(WIDE)}]} for name in turn(wide)}
     payloads = encode_all(
         provider, [make_event(metadata=each, loose=each, **each) for each in (wide, turned)]
