@@ -16,6 +16,7 @@ from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEvents
 from server.caller import Caller
 from server.deadline import Deadline
 from server.errors import IngestError, Internal, InvalidArgument, Unavailable
+from server.grpc.completions import Completions
 from server.grpc.receiving import ReceivingSlots, Slot
 from server.ingest.ingestion import Answer
 from server.ingest.request_record import RequestRecord, RequestRecorder
@@ -52,6 +53,7 @@ class IngestServicer:
         self._recorder = recorder
         self._slots = ReceivingSlots(_RECEIVING_CALLS)
         self._thread = ThreadPoolExecutor(1, "grpc-large")
+        self._completions = Completions()
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, IngestEventsResponse]":
         """Return what a server needs to serve this method."""
@@ -68,7 +70,7 @@ class IngestServicer:
         try:
             caller = await self._authenticate(str(metadata.get(_API_KEY, "")), context)
             answer = await self._receive(caller, context, record)
-            await asyncio.wrap_future(answer.stored)
+            await self._completions.wait_for(answer.stored)
             status = "OK"
             return answer.response
         except IngestError as error:

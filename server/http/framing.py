@@ -3,12 +3,14 @@
 import time
 from typing import Any
 
+from waitress.buffers import OverflowableBuffer
 from waitress.parser import HTTPRequestParser, ParsingError, get_header_lines
-from waitress.receiver import ChunkedReceiver
+from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
 from waitress.utilities import BadRequest
 
 from server.http.bodies import BodyBudget, DroppedBody
 from server.http.deferral import Deferral
+from server.http.heads import read_fields, read_start
 
 _MAX_CHUNK_LINE_BYTES = 16 * 1024
 # The first byte of a TLS handshake, and of no request.
@@ -62,7 +64,7 @@ class RequestParser(HTTPRequestParser):
     is_dropped = False
     held_bytes = 0  # as the budget knows them
     budget: BodyBudget | None = None
-    held_task: Any = None  # the task whose answer is held back
+    held_answer: Any = None  # until what it waits for is done
 
     def __init__(self, adj: Any) -> None:
         super().__init__(adj)
@@ -84,21 +86,53 @@ class RequestParser(HTTPRequestParser):
     def parse_header(self, header_plus: bytes) -> None:
         """Read the head; raises ParsingError for a malformed or an ambiguous one."""
         try:
-            super().parse_header(header_plus)
+            self._read_head(header_plus)
         except ValueError:  # a Content-Length of thousands of digits, an address that is none
             raise ParsingError("Invalid request") from None
+
+    def _read_head(self, header_plus: bytes) -> None:
+        """Read the head as waitress does, which takes thrice as long; a test compares both."""
+        first_line, *lines = header_plus.split(b"\r\n")
+        if b"\r\n " in header_plus or b"\r\n\t" in header_plus:
+            lines = get_header_lines(b"\r\n".join(lines))
+        headers = self.headers = read_fields(lines)
+        if "TRANSFER_ENCODING" in headers:
+            self._read_chunked(header_plus)
+            return
+        start = read_start(first_line)
+        self.command, self.request_uri, self.version, self.path, self.query = start
+        connection = headers.get("CONNECTION", "").lower()
         if self.version == "1.1":
-            # https://www.rfc-editor.org/rfc/rfc9112#section-3.2-6. No name of a host has a comma,
-            # by which waitress joins the values of headers with one name.
-            host = self.headers.get("HOST")
-            if host is None or "," in host:
-                raise ParsingError("Host is required, once")
-        elif "TRANSFER_ENCODING" in self.headers:
+            self._check_host()
+            self.expect_continue = headers.get("EXPECT", "").lower() == "100-continue"
+            self.connection_close = connection == "close"
+        else:
+            self.connection_close = connection != "keep-alive"
+        length = headers.get("CONTENT_LENGTH", "0")
+        if not (length.isascii() and length.isdigit()):
+            raise ParsingError("Content-Length is invalid")
+        self.content_length = int(length)
+        if self.content_length > 0:
+            buffer = OverflowableBuffer(self.adj.inbuf_overflow)
+            self.body_rcv = FixedStreamReceiver(self.content_length, buffer)
+
+    def _read_chunked(self, header_plus: bytes) -> None:
+        self.headers = {}
+        super().parse_header(header_plus)
+        if self.version != "1.1":
             # https://www.rfc-editor.org/rfc/rfc9112#section-6.1-16
             raise ParsingError("Transfer-Encoding requires HTTP/1.1")
+        self._check_host()
         if self.chunked:
             self._check_chunked(header_plus)
             self.body_rcv = StrictChunks(self.body_rcv.buf)
+
+    def _check_host(self) -> None:
+        # https://www.rfc-editor.org/rfc/rfc9112#section-3.2-6. No name of a host has a comma,
+        # by which waitress joins the values of headers with one name.
+        host = self.headers.get("HOST")
+        if host is None or "," in host:
+            raise ParsingError("Host is required, once")
 
     def _check_chunked(self, header_plus: bytes) -> None:
         # https://www.rfc-editor.org/rfc/rfc9112#section-6.1-15: it may be smuggling.
@@ -133,7 +167,7 @@ class RequestParser(HTTPRequestParser):
     def end_at_head(self) -> None:
         """Take the request as it is: its body is not waited for, so nothing can follow it."""
         self.completed = True
-        self.headers["CONNECTION"] = "close"
+        self.connection_close = True
         self.deferral.received_at = time.monotonic()
 
     def close(self) -> None:

@@ -15,22 +15,26 @@ the first of `requests`, and reads nothing else from the connection until it has
 """
 
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
-from waitress.task import ThreadedTaskDispatcher, WSGITask
+from waitress.task import ThreadedTaskDispatcher
 
 from server.errors import Unavailable
 from server.http.bodies import BodyBudget
 from server.http.deferral import ENVIRON_KEY
 from server.http.framing import TLS_HANDSHAKE, RequestParser
+from server.http.heads import Field, write_head
+from server.wakeups import wake
 
 # Up to this size a request is run by the loop.
 SMALL_BODY_BYTES = 64 * 1024
@@ -43,6 +47,8 @@ _LOOP_SECONDS = 1.0
 _DRAIN_LOOP_SECONDS = 0.05
 # While draining, a connection without a request is kept this long: one may be on its way.
 _IDLE_GRACE_SECONDS = 0.25
+# Fields that WSGI names as HTTP does.
+_ENVIRON_NAMES = {"CONTENT_LENGTH": "CONTENT_LENGTH", "CONTENT_TYPE": "CONTENT_TYPE"}
 
 
 def _want_no_body(_request: RequestParser) -> bool:
@@ -56,79 +62,64 @@ class _Held(BaseException):
     """
 
 
-class _OutputBuffer:
-    """Stands in for the channel of a held task, and keeps what it writes."""
+class _Answer(NamedTuple):
+    """An answer that is made, and may have to wait."""
 
-    def __init__(self, channel: HTTPChannel) -> None:
-        self.server = channel.server
-        self.adj = channel.adj
-        self.output: list[bytes] = []
-
-    def write_soon(self, data: bytes) -> int:
-        self.output.append(data)
-        return len(data)
+    start: str
+    fields: Sequence[Field]
+    body: bytes
 
 
-class _Task(WSGITask):
-    """Calls the application for one request."""
+class _Task:
+    """Answers one request: by the application, or with what that has made before."""
 
-    request: RequestParser
-    close_on_finish: bool
-    channel: Any  # an _OutputBuffer once the answer is held back
-
-    def __init__(self, channel: HTTPChannel, request: RequestParser) -> None:
-        super().__init__(channel, request)
-        environ = self.get_environment()
-        environ[ENVIRON_KEY] = request.deferral
-        if request.command == "HEAD":  # a GET, of whose answer only the head is sent
-            environ["REQUEST_METHOD"] = "GET"
-
-    def service(self) -> None:
-        super().service()
-        deferral = self.request.deferral
-        if deferral.handed_over or deferral.awaited is not None:
-            self.request.held_task = self
-            self.environ = None
-            raise _Held
-
-    def write(self, data: bytes) -> None:
-        if not self.wrote_header:
-            deferral = self.request.deferral
-            if deferral.awaited is not None or deferral.handed_over:
-                self.channel = _OutputBuffer(self.channel)
-        super().write(b"" if self.request.command == "HEAD" else data)
-
-    def build_response_header(self) -> bytes:
-        if self.channel.server.draining:
-            self.set_close_on_finish()
-        is_bodiless = self.version == "1.1" and self.status[:3] in ("204", "304")
-        if is_bodiless:
-            # waitress closes what has no length, even if there is nothing to be long.
-            closes = self.request.headers.get("CONNECTION", "").lower() == "close"
-            closes, self.close_on_finish = closes or self.close_on_finish, True
-        header: bytes = super().build_response_header()
-        if is_bodiless:
-            self.close_on_finish = closes
-        return header
-
-
-class _HeldAnswer:
-    """Sends what a held task has written."""
-
-    wrote_header = True
-
-    def __init__(self, channel: HTTPChannel, held: _Task) -> None:
-        self.request = held.request
-        self.close_on_finish = held.close_on_finish
+    def __init__(self, channel: "_Channel", request: RequestParser) -> None:
+        self.request = request
+        self.close_on_finish = False
+        self.wrote_header = False
         self._channel = channel
-        self._response = b"".join(held.channel.output)
+        self._status = ""
+        self._fields: Sequence[Field] = ()
 
     def service(self) -> None:
-        if self._channel.server.draining and not self.close_on_finish:
-            self.close_on_finish = True
-            status, head, rest = self._response.partition(b"\r\n")
-            self._response = b"".join((status, b"\r\nConnection: close", head, rest))
-        self._channel.write_soon(self._response)
+        answer, deferral = self.request.held_answer, self.request.deferral
+        if answer is None:
+            answer = self._make_answer()
+            if deferral.awaited is not None or deferral.handed_over:
+                self.request.held_answer = answer
+                raise _Held
+        self._send(answer)
+
+    def _make_answer(self) -> _Answer:
+        channel, request = self._channel, self.request
+        chunks = channel.server.application(channel.make_environ(request), self._start_answer)
+        try:
+            body = b"".join(chunks)
+        finally:
+            if hasattr(chunks, "close"):
+                chunks.close()
+        is_bodiless = self._status[:3] in ("204", "304")
+        fields = [field for field in self._fields if field[0].lower() != "content-length"]
+        if not is_bodiless:
+            fields.append(("Content-Length", str(len(body))))
+        start = f"HTTP/{'1.1' if request.version == '1.1' else '1.0'} {self._status}"
+        return _Answer(start, fields, b"" if request.command == "HEAD" or is_bodiless else body)
+
+    def _start_answer(
+        self, status: str, fields: Sequence[Field], _exception: object = None
+    ) -> None:
+        """Be WSGI's `start_response`, but for the deprecated function that it returns."""
+        self._status, self._fields = status, fields
+
+    def _send(self, answer: _Answer) -> None:
+        request = self.request
+        self.close_on_finish = request.connection_close or self._channel.server.draining
+        connection = "" if request.version == "1.1" else "Keep-Alive"
+        if self.close_on_finish:
+            connection = "close"
+        head = write_head(answer.start, answer.fields, connection)
+        self.wrote_header = True
+        self._channel.send_answer(head + answer.body)
 
 
 class _Channel(HTTPChannel):
@@ -141,6 +132,12 @@ class _Channel(HTTPChannel):
         super().__init__(*arguments, **options)
         self.completed_at = self.creation_time
         self.waits_for_gate = False
+        # What is the same for all requests of a connection; each gets a copy.
+        self._environ = self.server.environ | {
+            "REMOTE_ADDR": self.addr[0],
+            "REMOTE_HOST": self.addr[0],
+            "REMOTE_PORT": str(self.addr[1]),
+        }
 
     def readable(self) -> bool:
         # As waitress has it, but for the gate: it is asked for each connection in each round.
@@ -213,17 +210,39 @@ class _Channel(HTTPChannel):
                 if len(self.requests) == 1:
                     self.server.add_task(self)
 
-    def task_class(self, channel: HTTPChannel, request: RequestParser) -> _Task | _HeldAnswer:
+    def task_class(self, channel: "_Channel", request: RequestParser) -> _Task:
         deferral = request.deferral
         deferral.handed_over = False
-        if deferral.awaited is None:
-            return _Task(channel, request)
-        failure = deferral.awaited.exception()
-        if failure is None and not deferral.repeat:
-            return _HeldAnswer(channel, request.held_task)
-        deferral.failure = failure
-        deferral.awaited = None
+        failure = None if deferral.awaited is None else deferral.awaited.exception()
+        if deferral.awaited is None or deferral.repeat or failure is not None:
+            request.held_answer = deferral.awaited = None
+            deferral.failure = failure or deferral.failure
         return _Task(channel, request)
+
+    def make_environ(self, request: RequestParser) -> dict[str, Any]:
+        """Return what WSGI tells the application of a request."""
+        environ: dict[str, Any] = self._environ.copy()
+        environ["REQUEST_METHOD"] = "GET" if request.command == "HEAD" else request.command
+        environ["SERVER_PROTOCOL"] = f"HTTP/{request.version}"
+        # One slash, however many there are: with two, a path would look like a host's name.
+        path = request.path
+        environ["PATH_INFO"] = f"/{path.lstrip('/')}" if path.startswith("//") else path
+        environ["REQUEST_URI"] = request.request_uri
+        environ["QUERY_STRING"] = request.query
+        environ["wsgi.input"] = request.get_body_stream()
+        environ[ENVIRON_KEY] = request.deferral
+        for name, value in request.headers.items():
+            environ[_ENVIRON_NAMES.get(name) or f"HTTP_{name}"] = value
+        return environ
+
+    def send_answer(self, content: bytes) -> None:
+        """Send an answer, and leave to the loop what the connection does not take at once."""
+        with self.outbuf_lock:
+            if self.connected and not self.total_outbufs_len:
+                with suppress(OSError):  # which the loop meets again
+                    content = content[self.send(content, do_close=False) :]
+        if content:
+            self.write_soon(content)
 
     def service(self) -> None:
         request: RequestParser = self.requests[0]
@@ -308,6 +327,19 @@ class HTTPServer(TcpWSGIServer):
             sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
             bind_socket=False,
         )
+        self.environ = {
+            "SCRIPT_NAME": "",
+            "SERVER_NAME": self.server_name,
+            "SERVER_PORT": str(self.effective_port),
+            "SERVER_SOFTWARE": "",
+            "wsgi.errors": sys.stderr,
+            "wsgi.input_terminated": True,
+            "wsgi.multiprocess": False,
+            "wsgi.multithread": True,
+            "wsgi.run_once": False,
+            "wsgi.url_scheme": "http",
+            "wsgi.version": (1, 0),
+        }
 
     def serve(self) -> None:
         """Serve until `stop`; call `drain` next, in the same thread."""
@@ -363,7 +395,7 @@ class HTTPServer(TcpWSGIServer):
             is_first = not (self._completed or self._resumed)
             channels.append(channel)
         if is_first:
-            self.pull_trigger()
+            wake(self.pull_trigger)
 
     def pull_trigger(self) -> None:
         """Wake the loop, unless it is the loop that asks."""

@@ -21,6 +21,7 @@ from server.storage.connection import GuardedConnection
 from server.storage.database_thread import DatabaseThread
 from server.storage.errors import Conflict, Fault, RowLocked
 from server.storage.events import EventStore
+from server.wakeups import gathered_wakeups
 
 # A request whose outcome is still unknown is answered this long before its deadline, but never
 # spends more than this share of its time on that.
@@ -304,5 +305,6 @@ def _choose_answer(error: Exception) -> IngestError:
 
 
 def _settle(group: Sequence[Batch], error: IngestError | None = None) -> None:
-    for batch in group:
-        batch.settle(error)
+    with gathered_wakeups():
+        for batch in group:
+            batch.settle(error)

@@ -17,6 +17,7 @@ from server.ingest.group_commit import Writer
 from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.events import EventStore
 from server.storage.health import Watchdog
+from server.wakeups import wake
 from tests.support.events import ENCODER, make_row
 from tests.support.services import wait_until
 
@@ -131,6 +132,30 @@ def test_requests_during_a_commit_share_the_next(writer: Writer, table: Table) -
         future.result(60)
     commits = "SELECT count(*) FROM events WHERE project_id = 'groups' GROUP BY received_at"
     assert table.query(f"{commits} ORDER BY 1") == [(1,), (50,)]
+
+
+def test_a_group_wakes_a_loop_once(writer: Writer, table: Table) -> None:
+    """However many requests a commit has stored, the loop that waits is woken once, after all."""
+    done: list[str] = []
+    stored: list[Future[None]] = []
+
+    def add(project: str) -> None:
+        stored.append(submit(writer, project, f"event {len(stored)}"))
+        stored[-1].add_done_callback(lambda _: done.append(project))
+        stored[-1].add_done_callback(lambda _: wake(wake_loop))
+
+    def wake_loop() -> None:
+        done.append("woken")
+
+    with table.locked():
+        add("first")
+        table.wait_for_writer()
+        for _ in range(5):
+            add("second")
+    wait_until(lambda: done.count("woken") == 2)
+    assert done == ["first", "woken", *["second"] * 5, "woken"]
+    wake(wake_loop)
+    assert done[-2:] == ["woken", "woken"]
 
 
 def test_bytes_over_the_bound_are_refused_at_once(engine: Engine, table: Table) -> None:
