@@ -30,7 +30,7 @@ Send an event over HTTP:
     -d '{http_events}'
 
 and one over gRPC:
-  grpcurl {security} -H "x-pg-api-key: {key}" \\
+  grpcurl {security} -emit-defaults -H "x-pg-api-key: {key}" \\
     -d '{grpc_events}' \\
     {host}:{grpc} {method}
 """

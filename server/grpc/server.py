@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 import grpc
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
@@ -14,6 +15,7 @@ from server.events.schema import MAX_REQUEST_BYTES
 from server.grpc.api import SERVICE, IngestServicer
 from server.grpc.certificates import Certificates, CertificateSource
 from server.grpc.keyless import KeylessHandlers
+from server.grpc.symbols import SymbolPool
 
 _HEALTH_SECONDS = 0.5
 # Calls wait for their commits: thousands can, and all that a connection may have are cheap.
@@ -111,7 +113,9 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, keyless)
         if self._offer_reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
+            servicer = reflection.aio.ReflectionServicer(  # type: ignore[attr-defined]
+                names, SymbolPool(descriptor_pool.Default())
+            )
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, keyless)
         if self._certificates is None:
             server.add_insecure_port(self._address)

@@ -80,7 +80,7 @@ def translate_grpcurl(command: str) -> str:
     command, address, method = command.rsplit(maxsplit=2)
     buf = shlex.quote(str(Path(sys.executable).with_name("buf")))
     how = f"{buf} curl --protocol grpc --http2-prior-knowledge"
-    translated = re.sub(r"^ *grpcurl -plaintext", how, command)
+    translated = re.sub(r"^ *grpcurl -plaintext -emit-defaults", f"{how} --emit-defaults", command)
     assert translated != command
     return f"{translated} http://{address}/{method}"
 
@@ -123,7 +123,7 @@ def test_the_printed_curl_command_stores_an_event(first_start: FirstStart) -> No
 
 def test_the_printed_grpcurl_command_stores_an_event(first_start: FirstStart) -> None:
     """The printed grpcurl command stores another one."""
-    assert json.loads(first_start.grpcurl) == {"accepted": 1}
+    assert json.loads(first_start.grpcurl) == {"accepted": 1, "rejected": 0, "errors": []}
     assert first_start.rows == 2
 
 
@@ -137,7 +137,8 @@ def test_every_start_shows_how_to_send_events(first_start: FirstStart) -> None:
         answer = run_in_shell(f"{make_key}\n{find_command('curl', printed)}")
         assert json.loads(answer.splitlines()[-1]) == {"accepted": 1, "rejected": 0, "errors": []}
         grpcurl = translate_grpcurl(find_command("grpcurl", printed))
-        assert json.loads(run_in_shell(f"{make_key}\n{grpcurl}")) == {"accepted": 1}
+        answer = run_in_shell(f"{make_key}\n{grpcurl}")
+        assert json.loads(answer) == {"accepted": 1, "rejected": 0, "errors": []}
 
 
 def test_a_second_start_keeps_events_and_key(first_start: FirstStart) -> None:

@@ -75,13 +75,27 @@ def test_the_first_commands_of_the_readme_work_as_printed(started: Service) -> N
     assert "proj_demo  page.view  evt_1" in run_block(tail, started)
 
 
-def test_the_grpcurl_command_of_the_api_works_as_printed(started: Service) -> None:
-    """It stores an event with the key that the README's first command makes."""
+def run_grpcurl(started: Service, old: str = "", new: str = "") -> object:
+    """Return what the grpcurl command of the API prints, with a text in it changed to another."""
     commands, *_ = read_commands(read_section("README.md", "Send an event"))
     make_key = commands.splitlines()[0]
     grpcurl, *_ = read_commands(read_section("protos/README.md", "gRPC"))
     command = translate_grpcurl(grpcurl.replace("\\\n", ""))
-    assert json.loads(run_block(f"{make_key}\n{command}", started)) == {"accepted": 1}
+    assert old in command
+    command = command.replace(old, new) if old else command
+    return json.loads(run_block(f"{make_key}\n{command}", started))
+
+
+def test_the_grpcurl_command_of_the_api_works_as_printed(started: Service) -> None:
+    """It stores an event with the key that the README's first command makes."""
+    assert run_grpcurl(started) == {"accepted": 1, "rejected": 0, "errors": []}
+
+
+def test_the_grpcurl_command_shows_that_event_0_is_rejected(started: Service) -> None:
+    """Zeros are printed, so that the answer is the documented one."""
+    rejected = [{"index": 0, "error": "session.id: required"}]
+    expected = {"accepted": 0, "rejected": 1, "errors": rejected}
+    assert run_grpcurl(started, '"sess_1"', '""') == expected
 
 
 def test_productgraph_runs_from_any_directory(started: Service, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from contextlib import ExitStack
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.support.clients import INGEST, Tenant, accepted, encode_request
 from tests.support.events import to_message
@@ -98,3 +100,36 @@ def test_health_is_answered_beside_unfinished_checks(service: Service) -> None:
         channel = stack.enter_context(grpc.insecure_channel(service.grpc_target))
         answer = channel.unary_unary(HEALTH, bytes, bytes)(b"", timeout=30)
         assert answer == b"\x08\x01"
+
+
+def describe(service: Service, symbol: str) -> list[str]:
+    """Return the names of the files that reflection sends for a symbol, its own first."""
+    asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+    with grpc.insecure_channel(service.grpc_target) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        [answer] = stub.ServerReflectionInfo(iter([asked]), timeout=30)
+    files = answer.file_descriptor_response.file_descriptor_proto
+    return [FileDescriptorProto.FromString(file).name for file in files]
+
+
+@pytest.mark.parametrize(
+    ("symbol", "file"),
+    [
+        ("EventIngestionService", "event_ingestion_service"),
+        ("EventIngestionService.IngestEvents", "event_ingestion_service"),
+        ("IngestEventsRequest", "event_ingestion_service"),
+        ("Event.event_id", "event"),
+    ],
+)
+def test_reflection_describes_every_kind_of_symbol(
+    symbol: str, file: str, service: Service
+) -> None:
+    """The file of a service, method, message or field is found by its full name."""
+    found = describe(service, f"productgraph.v1.{symbol}")
+    assert found[0] == f"productgraph/v1/{file}.proto"
+
+
+@pytest.mark.parametrize("symbol", ["EventIngestionService.Nothing", "Event.nothing", "Nothing"])
+def test_reflection_knows_no_symbol_that_is_missing(symbol: str, service: Service) -> None:
+    """A name that stands for nothing is not found, though what it begins with is."""
+    assert describe(service, f"productgraph.v1.{symbol}") == []
