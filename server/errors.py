@@ -1,5 +1,7 @@
 """The errors that a caller may be told, each with the name of its gRPC code."""
 
+from collections.abc import Sequence
+
 
 class IngestError(Exception):
     """A request that was not carried out. Its text may be shown to the caller."""
@@ -12,6 +14,19 @@ class InvalidArgument(IngestError):
     """The request as a whole is malformed; sending it again cannot help."""
 
     code = "INVALID_ARGUMENT"
+
+
+class InvalidEvents(InvalidArgument):
+    """Events of a batch are invalid, and its sender wants all of it stored or nothing.
+
+    `errors` has the index of each such event and what is wrong with it.
+    """
+
+    errors: Sequence[tuple[int, str]] = ()
+
+    def __init__(self, errors: Sequence[tuple[int, str]], count: int) -> None:
+        super().__init__(f"events: {len(errors)} of {count} are invalid, nothing was stored")
+        self.errors = errors
 
 
 class Unauthenticated(IngestError):

@@ -18,7 +18,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from productgraph.v1.event_pb2 import Event
 from server.deadline import NEVER, Deadline
-from server.errors import InvalidArgument
+from server.errors import InvalidArgument, InvalidEvents
 from server.events.batch import ParsedBatch, ReadEvent
 from server.events.copy_rows import Row
 from server.events.free_form import LostDigits, fill_struct
@@ -256,3 +256,10 @@ def encode_response(response: IngestEventsResponse) -> bytes:
     return orjson.dumps(
         {"accepted": response.accepted, "rejected": response.rejected, "errors": errors}
     )
+
+
+def encode_invalid_events(refusal: InvalidEvents) -> bytes:
+    """Write why a batch was refused as a whole, its errors as a result has them."""
+    errors = [{"index": index, "error": text} for index, text in refusal.errors]
+    outcome = {"accepted": 0, "rejected": len(errors), "errors": errors}
+    return orjson.dumps({"error": str(refusal)} | outcome)

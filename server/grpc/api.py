@@ -2,23 +2,22 @@
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
 
 import grpc
-from google.protobuf.any_pb2 import Any
-from google.protobuf.duration_pb2 import Duration
-from google.rpc.error_details_pb2 import RetryInfo
-from google.rpc.status_pb2 import Status
 
 from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEventsResponse
 from server.caller import Caller
 from server.deadline import Deadline
-from server.errors import IngestError, Internal, InvalidArgument, Unavailable
+from server.errors import IngestError, Internal, InvalidArgument, InvalidEvents, Unavailable
 from server.grpc.completions import Completions
 from server.grpc.receiving import ReceivingSlots, Slot
+from server.grpc.statuses import TRAILER_BYTES, describe_error
 from server.ingest.ingestion import Answer
+from server.ingest.preferences import STRICT_APPLIED, is_strict
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
 from server.protocols import GRPC
@@ -34,6 +33,7 @@ _RECEIVING_CALLS = 12
 _SMALL_MESSAGE_BYTES = 64 * 1024
 _API_KEY = "x-pg-api-key"
 _REQUEST_ID = "x-request-id"
+_APPLIED = ("preference-applied", STRICT_APPLIED)
 
 _log = logging.getLogger("productgraph.grpc")
 
@@ -69,8 +69,11 @@ class IngestServicer:
         status = "CANCELLED"
         try:
             caller = await self._authenticate(str(metadata.get(_API_KEY, "")), context)
-            answer = await self._receive(caller, context, record)
+            strict = "prefer" in metadata and is_strict(find_preferences(context))
+            answer = await self._receive(caller, context, record, strict=strict)
             await self._completions.wait_for(answer.stored)
+            if strict:
+                context.set_trailing_metadata((*_trailers_of(record), _APPLIED))
             status = "OK"
             return answer.response
         except IngestError as error:
@@ -109,7 +112,9 @@ class IngestServicer:
         except TimeoutError:
             raise Unavailable("not answered in time") from None
 
-    async def _receive(self, caller: Caller, context: Context, record: RequestRecord) -> Answer:
+    async def _receive(
+        self, caller: Caller, context: Context, record: RequestRecord, *, strict: bool
+    ) -> Answer:
         """Receive a caller's message and take in what it holds."""
 
         async def end_call() -> None:
@@ -127,19 +132,25 @@ class IngestServicer:
             record.authenticated(caller.project_id)
             deadline = self._service.find_deadline(seconds=context.time_remaining())
             if len(message) <= _SMALL_MESSAGE_BYTES:
-                return self._service.ingest(caller, message, record, deadline)
-            return await self._read_in_thread(caller, message, record, deadline)
+                return self._service.ingest(caller, message, record, deadline, strict=strict)
+            ingest = partial(self._service.ingest, strict=strict)
+            reading = self._thread.submit(ingest, caller, message, record, deadline)
+            return await _wait_for(reading, deadline)
         finally:
             self._slots.release(slot)
 
-    async def _read_in_thread(
-        self, caller: Caller, message: bytes, record: RequestRecord, deadline: Deadline
-    ) -> Answer:
-        reading = self._thread.submit(self._service.ingest, caller, message, record, deadline)
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(reading), deadline.left())
-        except TimeoutError:
-            raise Unavailable("not answered in time") from None
+
+async def _wait_for(reading: "Future[Answer]", deadline: Deadline) -> Answer:
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(reading), deadline.left())
+    except TimeoutError:
+        raise Unavailable("not answered in time") from None
+
+
+def find_preferences(context: Context) -> str:
+    """Return what a client asks for beyond its request, as one list of RFC 7240."""
+    metadata = context.invocation_metadata() or ()
+    return ",".join(str(value) for name, value in metadata if name == "prefer")
 
 
 def _trailers_of(record: RequestRecord) -> tuple[tuple[str, str], ...]:
@@ -154,15 +165,13 @@ async def _abort(context: Context, record: RequestRecord, error: IngestError) ->
     await context.abort(grpc.StatusCode[error.code], str(error), trailing_metadata=trailers)
 
 
-def _details_of(error: IngestError) -> tuple[tuple[str, bytes], ...]:
-    """Return the trailer that carries google.rpc.RetryInfo, if a retry can help.
+def _details_of(error: IngestError) -> tuple[tuple[str, str | bytes], ...]:
+    """Return the trailer that carries an error's details, if it has any.
 
     https://grpc.io/docs/guides/error/#richer-error-model
     """
-    if error.retry_after_seconds is None:
+    status = describe_error(error, TRAILER_BYTES)
+    if not status.details:
         return ()
-    details = Any()
-    details.Pack(RetryInfo(retry_delay=Duration(seconds=error.retry_after_seconds)))
-    code = grpc.StatusCode[error.code].value[0]
-    status = Status(code=code, message=str(error), details=[details])
-    return (("grpc-status-details-bin", status.SerializeToString()),)
+    details = ("grpc-status-details-bin", status.SerializeToString())
+    return (details, _APPLIED) if isinstance(error, InvalidEvents) else (details,)

@@ -9,14 +9,15 @@ import orjson
 from falcon.constants import COMBINED_METHODS
 
 from server.caller import Caller
-from server.errors import IngestError, Internal
-from server.events.json_codec import encode_response
+from server.errors import IngestError, Internal, InvalidEvents
+from server.events.json_codec import encode_invalid_events, encode_response
 from server.events.schema import MAX_REQUEST_BYTES
 from server.http.body import read_json
 from server.http.cors import CrossOrigin
 from server.http.deferral import ENVIRON_KEY, Deferral
 from server.http.server import SMALL_BODY_BYTES
 from server.ingest.limits import Allowance
+from server.ingest.preferences import STRICT_APPLIED, is_strict
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
 from server.protocols import HTTP
@@ -24,6 +25,8 @@ from server.protocols import HTTP
 EVENTS_PATH = "/v1/events"
 # As proxies write it in their logs, for nobody is answered it: the client was gone.
 _CLIENT_GONE = 499
+_INVALID_EVENTS = 422
+_APPLIED = "Preference-Applied"
 
 _STATUS = {
     "INVALID_ARGUMENT": falcon.HTTP_400,
@@ -62,6 +65,7 @@ def create_app(
     app.set_error_serializer(_serialize_http_error)
     app.add_error_handler(Exception, _answer_unexpected)
     app.add_error_handler(IngestError, _answer_error)
+    app.add_error_handler(InvalidEvents, _answer_invalid_events)
     return app
 
 
@@ -130,11 +134,14 @@ class _Events:
             deferral.hand_over()
             return
         deadline = self._service.find_deadline(arrived_at=deferral.received_at)
-        answer = self._service.ingest(caller, body, request.record, deadline)
+        strict = is_strict(req.env.get("HTTP_PREFER"))
+        answer = self._service.ingest(caller, body, request.record, deadline, strict=strict)
         request.stored = answer.stored
         deferral.hold(answer.stored)
         resp.status = falcon.HTTP_202
         resp.data = encode_response(answer.response)
+        if strict:
+            resp.set_header(_APPLIED, STRICT_APPLIED)
 
 
 class _Health:
@@ -184,6 +191,8 @@ def _status_of(error: BaseException) -> int:
     """Return the status that answers an error."""
     if isinstance(error, falcon.HTTPError):
         return error.status_code
+    if isinstance(error, InvalidEvents):
+        return _INVALID_EVENTS
     code = error.code if isinstance(error, IngestError) else Internal.code
     return int(falcon.http_status_to_code(_STATUS[code]))
 
@@ -195,6 +204,14 @@ def _answer_error(
     resp.data = _encode_error(str(error))
     if error.retry_after_seconds is not None:
         resp.set_header("Retry-After", str(error.retry_after_seconds))
+
+
+def _answer_invalid_events(
+    _req: falcon.Request, resp: falcon.Response, error: InvalidEvents, _params: object
+) -> None:
+    resp.status = _INVALID_EVENTS
+    resp.data = encode_invalid_events(error)
+    resp.set_header(_APPLIED, STRICT_APPLIED)
 
 
 def _answer_unexpected(

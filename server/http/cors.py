@@ -6,7 +6,7 @@ import falcon
 
 # For so long a browser may go by an older list of origins, too.
 _PREFLIGHT_SECONDS = 86_400
-_EXPOSED_HEADERS = "RateLimit, RateLimit-Policy, Retry-After, X-Request-ID"
+_EXPOSED_HEADERS = "Preference-Applied, RateLimit, RateLimit-Policy, Retry-After, X-Request-ID"
 
 
 class CrossOrigin:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
 from server.deadline import Deadline
+from server.errors import InvalidEvents
 from server.events.batch import ParsedBatch, ReadEvent
 from server.events.copy_rows import Row, RowEncoder
 from server.events.parsed import MalformedEvent, ParsedEvent
@@ -45,10 +46,13 @@ class Ingestion:
         self._rows = RowEncoder(schema)
         self._on_rejected = on_rejected
 
-    def ingest(self, project_id: str, batch: ParsedBatch, deadline: Deadline) -> Answer:
+    def ingest(
+        self, project_id: str, batch: ParsedBatch, deadline: Deadline, *, strict: bool = False
+    ) -> Answer:
         """Validate a project's events and hand the valid ones over to be stored.
 
-        Raises Unavailable if they cannot be stored now, or not be read in time.
+        Raises Unavailable if they cannot be stored now, or not be read in time. If `strict`, one
+        invalid event is enough to store nothing and raise InvalidEvents.
         """
         rows: list[Row] = []
         problems: list[Problem] = []
@@ -62,6 +66,8 @@ class Ingestion:
             except InvalidEvent as invalid:
                 problems.append(invalid.problem)
                 errors.append(EventError(index=index, error=str(invalid)))
+        if errors and strict:
+            raise InvalidEvents([(each.index, each.error) for each in errors], batch.count)
         response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
         stored = self._store(rows, deadline)
         if errors and self._on_rejected is not None:

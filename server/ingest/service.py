@@ -56,30 +56,37 @@ class IngestService:
         return Deadline(start + (limit if seconds is None else min(seconds, limit)), self._clock)
 
     def ingest(
-        self, caller: Caller, body: bytes, record: RequestRecord, deadline: Deadline
+        self,
+        caller: Caller,
+        body: bytes,
+        record: RequestRecord,
+        deadline: Deadline,
+        *,
+        strict: bool = False,
     ) -> Answer:
         """Read a caller's request, validate its events and hand the valid ones over to be stored.
 
         Raises ResourceExhausted if it exceeds the caller's limits, InvalidArgument if it is
-        malformed as a whole, and Unavailable if it cannot be read in time or stored now. Blocks
-        while another large request is read, if this one is large, too.
+        malformed as a whole, and Unavailable if it cannot be read in time or stored now; if
+        `strict`, InvalidEvents for any invalid event. Blocks while another large request is read,
+        if this one is large, too.
         """
         if len(body) <= _LARGE_BYTES:
-            return self._read(caller, body, record, deadline)
+            return self._read(caller, body, record, deadline, strict)
         if not self._large.acquire(timeout=max(0.0, deadline.left())):
             raise Unavailable("not answered in time")
         try:
-            return self._read(caller, body, record, deadline)
+            return self._read(caller, body, record, deadline, strict)
         finally:
             self._large.release()
 
     def _read(
-        self, caller: Caller, body: bytes, record: RequestRecord, deadline: Deadline
+        self, caller: Caller, body: bytes, record: RequestRecord, deadline: Deadline, strict: bool
     ) -> Answer:
         record.size_bytes = len(body)
         self.admission.take_bytes(caller, len(body))
         batch = self._codecs[record.protocol].parse_batch(body, deadline, caller.project_id)
         self.admission.take_events(caller, batch.count)
-        answer = self._ingestion.ingest(caller.project_id, batch, deadline)
+        answer = self._ingestion.ingest(caller.project_id, batch, deadline, strict=strict)
         record.decoded(answer.response, answer.problems)
         return answer

@@ -447,7 +447,11 @@ def test_outcomes_of_events_can_be_read_across_origins(
     check_cors(answer)
 
 
-@pytest.mark.parametrize("wanted", ["content-type,x-pg-api-key", "X-PG-API-Key, X-Custom"])
+# Every header that is read, as a browser asks for those of a page.
+READ_HEADERS = "content-encoding,content-type,prefer,traceparent,x-pg-api-key,x-request-id"
+
+
+@pytest.mark.parametrize("wanted", [READ_HEADERS, "X-PG-API-Key, X-Custom"])
 def test_a_preflight_needs_no_key_and_lasts_a_day(service: Service, wanted: str) -> None:
     """A preflight needs no key, allows what it asks for, and holds for a day."""
     asked = {"origin": ORIGIN, "access_control_request_method": "POST"}

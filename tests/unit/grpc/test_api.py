@@ -47,7 +47,7 @@ class BlockingService:
         del seconds
         return Deadline(monotonic() + self._timeout_seconds)
 
-    def ingest(self, _caller: Caller, body: bytes, *_: object) -> Answer:
+    def ingest(self, _caller: Caller, body: bytes, *_: object, **__: object) -> Answer:
         """Accept a request at once, or block."""
         if len(body) > 1000:
             self.entered.set()
