@@ -1,23 +1,28 @@
-"""The gRPC edge: IngestEvents."""
+"""The gRPC edge: IngestEvents and StreamEvents."""
 
 import asyncio
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import NoReturn
+from typing import Any
 
 import grpc
 
-from productgraph.v1.event_ingestion_service_pb2 import DESCRIPTOR, IngestEventsResponse
+from productgraph.v1.event_ingestion_service_pb2 import (
+    DESCRIPTOR,
+    IngestEventsResponse,
+    StreamEventsResponse,
+)
 from server.caller import Caller
 from server.deadline import Deadline
-from server.errors import IngestError, Internal, InvalidArgument, InvalidEvents, Unavailable
+from server.errors import IngestError, Internal, InvalidArgument, Unavailable
 from server.grpc.completions import Completions
 from server.grpc.receiving import ReceivingSlots, Slot
-from server.grpc.statuses import TRAILER_BYTES, describe_error
+from server.grpc.statuses import APPLIED, REQUEST_ID, abort_call, trailers_of
+from server.grpc.streaming import EventStreams
 from server.ingest.ingestion import Answer
-from server.ingest.preferences import STRICT_APPLIED, is_strict
+from server.ingest.preferences import is_strict
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.ingest.service import IngestService
 from server.protocols import GRPC
@@ -25,19 +30,17 @@ from server.protocols import GRPC
 _DESCRIPTOR = DESCRIPTOR.services_by_name["EventIngestionService"]
 _METHOD = _DESCRIPTOR.methods_by_name["IngestEvents"].name
 SERVICE = _DESCRIPTOR.full_name
-_ROUTE = f"{SERVICE}/{_METHOD}"
+_STREAM = _DESCRIPTOR.methods_by_name["StreamEvents"].name
 
 # Each can hold a message of the largest size.
 _RECEIVING_CALLS = 12
 # Up to this size a message is read by the loop: handing it to the thread costs more.
 _SMALL_MESSAGE_BYTES = 64 * 1024
 _API_KEY = "x-pg-api-key"
-_REQUEST_ID = "x-request-id"
-_APPLIED = ("preference-applied", STRICT_APPLIED)
 
 _log = logging.getLogger("productgraph.grpc")
 
-Context = grpc.aio.ServicerContext[bytes, IngestEventsResponse]
+Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = dict[str, str]
 
 
@@ -54,18 +57,22 @@ class IngestServicer:
         self._slots = ReceivingSlots(_RECEIVING_CALLS)
         self._thread = ThreadPoolExecutor(1, "grpc-large")
         self._completions = Completions()
+        self.streams = EventStreams(self._completions)
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, IngestEventsResponse]":
         """Return what a server needs to serve this method."""
         method = grpc.stream_unary_rpc_method_handler(
             self.ingest_events, response_serializer=IngestEventsResponse.SerializeToString
         )
-        return grpc.method_handlers_generic_handler(SERVICE, {_METHOD: method})
+        stream = grpc.stream_stream_rpc_method_handler(
+            self.stream_events, response_serializer=StreamEventsResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {_METHOD: method, _STREAM: stream})
 
     async def ingest_events(self, _messages: object, context: Context) -> IngestEventsResponse:
         """Store an encoded IngestEventsRequest; return once it is committed."""
         metadata = dict(context.invocation_metadata() or ())
-        record = self._begin_record(context, metadata)
+        record = self._begin_record(context, metadata, _METHOD)
         status = "CANCELLED"
         try:
             caller = await self._authenticate(str(metadata.get(_API_KEY, "")), context)
@@ -73,30 +80,50 @@ class IngestServicer:
             answer = await self._receive(caller, context, record, strict=strict)
             await self._completions.wait_for(answer.stored)
             if strict:
-                context.set_trailing_metadata((*_trailers_of(record), _APPLIED))
+                context.set_trailing_metadata((*trailers_of(record), APPLIED))
             status = "OK"
             return answer.response
         except IngestError as error:
             status = error.code
-            return await _abort(context, record, error)
+            return await abort_call(context, record, error)
         except grpc.aio.AbortError:  # the call was ended to make room for others
             status = Unavailable.code
             raise
         except Exception:  # noqa: BLE001 - a fault is told without details
             status = Internal.code
             _log.exception("a request failed", extra={"request_id": record.request_id})
-            return await _abort(context, record, Internal())
+            return await abort_call(context, record, Internal())
         finally:
             record.finish(status)
+
+    async def stream_events(self, _messages: object, context: Context) -> None:
+        """Answer each encoded StreamEventsRequest once it is committed."""
+        metadata = dict(context.invocation_metadata() or ())
+        record = self._begin_record(context, metadata, _STREAM)
+        strict = "prefer" in metadata and is_strict(find_preferences(context))
+        key = str(metadata.get(_API_KEY, ""))
+
+        async def take(message: bytes, part: RequestRecord) -> Answer:
+            caller = await self._authenticate(key, context)
+            return await self._ingest(caller, message, part, context, strict=strict)
+
+        try:
+            caller = await self._authenticate(key, context)
+        except IngestError as error:
+            record.finish(error.code)
+            await abort_call(context, record, error)
+        applied = (APPLIED,) if strict else ()
+        await context.send_initial_metadata((*trailers_of(record), *applied))
+        await self.streams.serve(caller, context, record, take)
 
     def stop(self) -> None:
         """End the thread, once no call needs it any more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _begin_record(self, context: Context, metadata: Metadata) -> RequestRecord:
-        request_id, traceparent = map(metadata.get, (_REQUEST_ID, "traceparent"))
-        record = self._recorder.begin(GRPC, _ROUTE, request_id, traceparent)
-        context.set_trailing_metadata(_trailers_of(record))
+    def _begin_record(self, context: Context, metadata: Metadata, method: str) -> RequestRecord:
+        request_id, traceparent = map(metadata.get, (REQUEST_ID, "traceparent"))
+        record = self._recorder.begin(GRPC, f"{SERVICE}/{method}", request_id, traceparent)
+        context.set_trailing_metadata(trailers_of(record))
         return record
 
     async def _authenticate(self, key: str, context: Context) -> Caller:
@@ -119,7 +146,7 @@ class IngestServicer:
 
         async def end_call() -> None:
             with suppress(grpc.aio.AbortError):
-                await _abort(context, record, Unavailable("not received in time"))
+                await abort_call(context, record, Unavailable("not received in time"))
 
         slot = Slot(caller.key_id, end_call)
         try:
@@ -129,15 +156,26 @@ class IngestServicer:
             record.received()
             if not isinstance(message, bytes):
                 raise InvalidArgument("request: missing")
-            record.authenticated(caller.project_id)
-            deadline = self._service.find_deadline(seconds=context.time_remaining())
-            if len(message) <= _SMALL_MESSAGE_BYTES:
-                return self._service.ingest(caller, message, record, deadline, strict=strict)
-            ingest = partial(self._service.ingest, strict=strict)
-            reading = self._thread.submit(ingest, caller, message, record, deadline)
-            return await _wait_for(reading, deadline)
+            return await self._ingest(caller, message, record, context, strict=strict)
         finally:
             self._slots.release(slot)
+
+    async def _ingest(
+        self,
+        caller: Caller,
+        message: bytes,
+        record: RequestRecord,
+        context: Context,
+        *,
+        strict: bool,
+    ) -> Answer:
+        record.authenticated(caller.project_id)
+        deadline = self._service.find_deadline(seconds=context.time_remaining())
+        ingest = partial(self._service.ingest, strict=strict)
+        if len(message) <= _SMALL_MESSAGE_BYTES:
+            return ingest(caller, message, record, deadline)
+        reading = self._thread.submit(ingest, caller, message, record, deadline)
+        return await _wait_for(reading, deadline)
 
 
 async def _wait_for(reading: "Future[Answer]", deadline: Deadline) -> Answer:
@@ -151,27 +189,3 @@ def find_preferences(context: Context) -> str:
     """Return what a client asks for beyond its request, as one list of RFC 7240."""
     metadata = context.invocation_metadata() or ()
     return ",".join(str(value) for name, value in metadata if name == "prefer")
-
-
-def _trailers_of(record: RequestRecord) -> tuple[tuple[str, str], ...]:
-    return ((_REQUEST_ID, record.request_id),)
-
-
-async def _abort(context: Context, record: RequestRecord, error: IngestError) -> NoReturn:
-    trailers: tuple[tuple[str, str | bytes], ...] = (
-        *_trailers_of(record),
-        *_details_of(error),
-    )
-    await context.abort(grpc.StatusCode[error.code], str(error), trailing_metadata=trailers)
-
-
-def _details_of(error: IngestError) -> tuple[tuple[str, str | bytes], ...]:
-    """Return the trailer that carries an error's details, if it has any.
-
-    https://grpc.io/docs/guides/error/#richer-error-model
-    """
-    status = describe_error(error, TRAILER_BYTES)
-    if not status.details:
-        return ()
-    details = ("grpc-status-details-bin", status.SerializeToString())
-    return (details, _APPLIED) if isinstance(error, InvalidEvents) else (details,)

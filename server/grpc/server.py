@@ -15,6 +15,7 @@ from server.events.schema import MAX_REQUEST_BYTES
 from server.grpc.api import SERVICE, IngestServicer
 from server.grpc.certificates import Certificates, CertificateSource
 from server.grpc.keyless import KeylessHandlers
+from server.grpc.streaming import STREAM_SECONDS
 from server.grpc.symbols import SymbolPool
 
 _HEALTH_SECONDS = 0.5
@@ -24,7 +25,8 @@ _CALLS, _STREAMS_OF_CONNECTION = 4096, 256
 _PING_INTERVAL_MS = 5000
 # Connections, not calls, are spread over the workers: renewed now and then, they spread again.
 _MAX_CONNECTION_AGE_MS = 5 * 60 * 1000
-_CONNECTION_GRACE_MS = 30 * 1000
+# Calls on a connection past its age may end: the longest is a stream, with its last answers.
+_CONNECTION_GRACE_MS = int(STREAM_SECONDS + 30) * 1000
 
 T = TypeVar("T")
 
@@ -135,5 +137,6 @@ class GrpcServer:
     async def _stop(self, grace_seconds: float) -> None:
         self._refreshing.cancel()
         await self._health.enter_graceful_shutdown()
+        self._servicer.streams.stop()
         await self._server.stop(grace_seconds)
         self._servicer.stop()

@@ -75,6 +75,13 @@ class RequestRecord:
         self.started_at = time.time_ns()
         self._started = recorder.clock()
 
+    def begin_part(self, number: int) -> "RequestRecord":
+        """Record one message of a stream: its id is that of the stream with the number behind."""
+        request_id = f"{self.request_id}.{number}"
+        return RequestRecord(
+            self._recorder, self.protocol, self.route, request_id, self.traceparent
+        )
+
     def received(self) -> None:
         """Note that the whole request is there, if it was begun earlier: its time begins now."""
         self.started_at = time.time_ns()

@@ -13,7 +13,9 @@ _MANY_CONNECTIONS = 128
 
 @dataclass(frozen=True)
 class Cell:
-    """One load: `streams` are gRPC calls at a time, over all connections.
+    """One load: `streams` are gRPC calls, or messages of a stream, at a time.
+
+    They are spread over all connections.
 
     `events` names the kind of its events, one of those in `events.KINDS`.
     """
@@ -38,6 +40,12 @@ def _grpc(events_per_request: int, workers: int) -> Cell:
     name = f"grpc-{events_per_request}-{workers}"
     streams = {1: 64, 1000: 8}.get(events_per_request, 16)
     return Cell(name, "service", "grpc", events_per_request, workers, _GRPC_CONNECTIONS, streams)
+
+
+def _stream(events_per_request: int) -> Cell:
+    # As many messages in flight as gRPC calls have, but on one connection, in one call.
+    twin = _grpc(events_per_request, 1)
+    return replace(twin, name=f"stream-{events_per_request}-1", protocol="stream", connections=1)
 
 
 def name_twin(cell_name: str) -> str:
@@ -66,7 +74,10 @@ MEMORY = Cell("memory", "service", "http", 1000, 1, connections=8, events="long"
 EMPTY_TABLE = Cell("empty-table", "service", "http", 1000, 2, connections=8)
 LARGE_TABLE = Cell("large-table", "service", "http", 1000, 2, connections=8)
 
-ALL = (*BASELINE, *MATRIX, *LATENCY, MEMORY)
+# One call on one connection, beside the unary calls on several of the same sizes.
+STREAMS = tuple(_stream(size) for size in (1, 50, 1000))
+
+ALL = (*BASELINE, *MATRIX, *STREAMS, *LATENCY, MEMORY)
 QUICK = (
     *("baseline-1-2", "baseline-50-2", "baseline-1000-2"),
     *("http-1-2", "http-50-2", "http-1000-2", "grpc-1-2", "grpc-1000-2"),

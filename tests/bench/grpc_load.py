@@ -12,7 +12,7 @@ from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from tests.bench.events import NumberedRequest
 from tests.bench.meter import Meter
 from tests.bench.processes import find_client_ports
-from tests.support.clients import INGEST
+from tests.support.clients import INGEST, STREAM
 
 _CONNECT_SECONDS = 10.0
 _CALL_SECONDS = 30.0
@@ -29,11 +29,16 @@ class GrpcConnection:
         grpc.channel_ready_future(self._channel).result(_CONNECT_SECONDS)
         [self.local_port] = find_client_ports(port) - before
         self._ingest = self._channel.unary_unary(INGEST, None, None)  # bytes as they are
+        self._stream = self._channel.stream_stream(STREAM, None, None)
         self._metadata = (("x-pg-api-key", key),)
 
     def call(self, request: bytes) -> "grpc.CallFuture[bytes]":
         """Begin a call."""
         return self._ingest.future(request, timeout=_CALL_SECONDS, metadata=self._metadata)
+
+    def stream(self, messages: Iterator[bytes]) -> Iterator[bytes]:
+        """Begin a stream of messages, and return their answers."""
+        return cast("Iterator[bytes]", self._stream(messages, metadata=self._metadata))
 
     def close(self) -> None:
         """End the connection."""

@@ -12,6 +12,7 @@ from tests.bench.http_load import HttpConnection, HttpLoad
 from tests.bench.meter import Meter
 from tests.bench.processes import read_all_cpu_seconds
 from tests.bench.spread import Shares, open_evenly
+from tests.bench.stream_load import StreamLoad
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _read_cpu(plan: LoadPlan) -> dict[str, float]:
     return read_all_cpu_seconds(plan.families) | {"load_generator": time.process_time()}
 
 
-def _open(plan: LoadPlan) -> tuple[HttpLoad | GrpcLoad, Shares]:
+def _open(plan: LoadPlan) -> tuple[HttpLoad | GrpcLoad | StreamLoad, Shares]:
     count, first = plan.events_per_request, plan.first_number
     events = KINDS[plan.kind](count)
 
@@ -98,6 +99,9 @@ def _open(plan: LoadPlan) -> tuple[HttpLoad | GrpcLoad, Shares]:
         return HttpLoad(https, count, first), shares
     grpcs, shares = open_evenly(open_grpc, plan.connections, plan.workers)
     requests = [encode_protobuf(events) for _ in range(plan.streams)]
+    if plan.protocol == "stream":
+        [grpc] = grpcs
+        return StreamLoad(grpc, requests, count, first), shares
     return GrpcLoad(grpcs, requests, count, first), shares
 
 

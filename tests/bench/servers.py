@@ -29,7 +29,7 @@ def running_workers(
     own = {"DATA_DIR": str(data_directory), "WORKERS": str(workers)}
     with running_service(own | dict(settings or {})) as service:
         grpc_port = int(service.grpc_target.rpartition(":")[2])
-        ports = {"http": service.http_port, "grpc": grpc_port}
+        ports = {"http": service.http_port, "grpc": grpc_port, "stream": grpc_port}
         pids = [worker.pid for worker in service.find_workers()]
         yield Server(ports, service.process.pid, pids)
 

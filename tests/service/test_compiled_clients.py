@@ -110,6 +110,11 @@ POM = """
   <version>1</version>
   <dependencies>
     <dependency>
+      <groupId>com.google.api.grpc</groupId>
+      <artifactId>proto-google-common-protos</artifactId>
+      <version>2.81.0</version>
+    </dependency>
+    <dependency>
       <groupId>com.google.protobuf</groupId>
       <artifactId>protobuf-java</artifactId>
       <version>VERSION</version>
@@ -124,6 +129,8 @@ POM = """
   </dependencies>
 </project>
 """
+# Of Google's own types, the one in protos/ is for those languages alone that lack it.
+STATUS = "google/rpc/status.proto"
 NPM = {
     "@bufbuild/protobuf": "2.17.0",
     "@bufbuild/protoc-gen-es": "2.17.0",
@@ -179,10 +186,15 @@ def fetch(place: Path, *command: str) -> None:
         pytest.skip(f"{' '.join(command)}: {(done.stdout + done.stderr).decode()[-500:]}")
 
 
-def generate(place: Path, *options: str, protoc: tuple[str, ...] = PROTOC) -> None:
-    """Generate code from the public protos."""
+def generate(
+    place: Path,
+    *options: str,
+    protoc: tuple[str, ...] = PROTOC,
+    others: tuple[str, ...] = (),
+) -> None:
+    """Generate code from the public protos, and from others."""
     paths = [f"--proto_path={place}" for place in (ROOT / "protos", WELL_KNOWN)]
-    run(place, *protoc, *paths, *options, *PUBLIC)
+    run(place, *protoc, *paths, *options, *PUBLIC, *others)
 
 
 def test_go_client_sends_events(service: Service, project: Project, tmp_path: Path) -> None:
@@ -246,7 +258,7 @@ def test_protobuf_es_client_sends_events(
     fetch(tmp_path, "npm", "install", "--no-audit", "--no-fund", "--ignore-scripts")
     binaries = tmp_path / "node_modules/.bin"
     plugin = f"--plugin=protoc-gen-es={binaries / 'protoc-gen-es'}"
-    generate(tmp_path, plugin, "--es_out=.", "--es_opt=target=ts")
+    generate(tmp_path, plugin, "--es_out=.", "--es_opt=target=ts", others=(STATUS,))
     (tmp_path / "main.ts").write_text(TYPESCRIPT)
     options = ["--strict", "--target", "es2022", "--module", "commonjs", "--outDir", "out"]
     run(tmp_path, str(binaries / "tsc"), *options, "main.ts")

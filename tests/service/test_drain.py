@@ -6,13 +6,17 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from queue import SimpleQueue
+from typing import Any, cast
 
 import grpc
 import psycopg2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.events import make_event
+from productgraph.v1.event_ingestion_service_pb2 import StreamEventsResponse
+from tests.support.clients import STREAM, encode_request
+from tests.support.events import make_event, to_message
 from tests.support.load import (
     STORED,
     Client,
@@ -66,6 +70,14 @@ def begin_all(clients: Sequence[Client], project: Project) -> set[str]:
         if isinstance(client, GrpcClient):  # what follows the call on its connection is answered
             health_pb2_grpc.HealthStub(client.channel).Check(health_pb2.HealthCheckRequest())
     return {event["event_id"] for event in events}
+
+
+def is_waiting_for_lock(service: Service) -> bool:
+    """Whether a commit has begun and waits."""
+    with closing(psycopg2.connect(service.database_url)) as connection:
+        cursor = connection.cursor()
+        cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        return bool(cursor.fetchone()[0])  # type: ignore[index]
 
 
 def is_listening(service: Service) -> bool:
@@ -166,3 +178,32 @@ def test_a_rolling_restart_loses_no_accepted_request(create_migrated: Callable[[
 def has_logged(service: Service, message: str) -> bool:
     """Whether the log has a record with this message."""
     return any(record["message"] == message for record in service.read_log())
+
+
+def test_messages_of_a_stream_at_sigterm_are_all_answered(
+    leaver: Service, project: Project
+) -> None:
+    """What a stream took before SIGTERM is stored and answered, and then the stream ends."""
+    messages: SimpleQueue[bytes | None] = SimpleQueue()
+    events = [make_event(project.id) for _ in range(40)]
+    with grpc.insecure_channel(leaver.grpc_target) as channel:
+        begin = channel.stream_stream(STREAM, bytes, StreamEventsResponse.FromString)
+        metadata = (("x-pg-api-key", project.key),)
+        answers: Any = begin(iter(messages.get, None), metadata=metadata)
+        messages.put(b"")
+        assert next(answers).response.accepted == 0
+        with locked_events(leaver):
+            for event in events:
+                messages.put(encode_request([to_message(event)]))
+            wait_until(lambda: is_waiting_for_lock(leaver))
+            leaver.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not is_listening(leaver))
+        found: list[StreamEventsResponse] = []
+        with pytest.raises(grpc.RpcError) as ended:
+            found.extend(answers)
+        assert cast(grpc.Call, ended.value).code() is grpc.StatusCode.UNAVAILABLE
+        assert leaver.process.wait(END_SECONDS) == 0
+    assert found
+    assert {answer.response.accepted for answer in found} == {1}
+    answered = {event["event_id"] for event in events[: len(found)]}
+    assert set(read_stored(leaver, project)) == answered

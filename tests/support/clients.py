@@ -21,6 +21,7 @@ from tests.support.services import Service
 Outcome = dict[str, Any]
 
 INGEST = "/productgraph.v1.EventIngestionService/IngestEvents"
+STREAM = "/productgraph.v1.EventIngestionService/StreamEvents"
 _ANSWER_SECONDS = 30.0
 
 

@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from productgraph.v1 import event_pb2 as productgraph_dot_v1_dot_event__pb2
 from productgraph.v1 import rules_pb2 as productgraph_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-productgraph/v1/event_ingestion_service.proto\x12\x0fproductgraph.v1\x1a\x1bproductgraph/v1/event.proto\x1a\x1bproductgraph/v1/rules.proto\"Q\n\x13IngestEventsRequest\x12/\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.productgraph.v1.EventB\x07\xe2\xcb\x1a\x03 \xe8\x07:\t\xb2\x94\'\x05\x08\x80\x80\x80\x05\"g\n\x14IngestEventsResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x05\x12\x10\n\x08rejected\x18\x02 \x01(\x05\x12+\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x1b.productgraph.v1.EventError\"*\n\nEventError\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05\x65rror\x18\x02 \x01(\t2t\n\x15\x45ventIngestionService\x12[\n\x0cIngestEvents\x12$.productgraph.v1.IngestEventsRequest\x1a%.productgraph.v1.IngestEventsResponseB7\n\x13\x63om.productgraph.v1P\x01Z\x1eproductgraph/v1;productgraphv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-productgraph/v1/event_ingestion_service.proto\x12\x0fproductgraph.v1\x1a\x17google/rpc/status.proto\x1a\x1bproductgraph/v1/event.proto\x1a\x1bproductgraph/v1/rules.proto\"Q\n\x13IngestEventsRequest\x12/\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.productgraph.v1.EventB\x07\xe2\xcb\x1a\x03 \xe8\x07:\t\xb2\x94\'\x05\x08\x80\x80\x80\x05\"g\n\x14IngestEventsResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x05\x12\x10\n\x08rejected\x18\x02 \x01(\x05\x12+\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x1b.productgraph.v1.EventError\"*\n\nEventError\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"Q\n\x13StreamEventsRequest\x12/\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.productgraph.v1.EventB\x07\xe2\xcb\x1a\x03 \xe8\x07:\t\xb2\x94\'\x05\x08\x80\x80\x80\x05\"\x81\x01\n\x14StreamEventsResponse\x12\x39\n\x08response\x18\x01 \x01(\x0b\x32%.productgraph.v1.IngestEventsResponseH\x00\x12$\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result2\xd5\x01\n\x15\x45ventIngestionService\x12[\n\x0cIngestEvents\x12$.productgraph.v1.IngestEventsRequest\x1a%.productgraph.v1.IngestEventsResponse\x12_\n\x0cStreamEvents\x12$.productgraph.v1.StreamEventsRequest\x1a%.productgraph.v1.StreamEventsResponse(\x01\x30\x01\x42\x37\n\x13\x63om.productgraph.v1P\x01Z\x1eproductgraph/v1;productgraphv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +39,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INGESTEVENTSREQUEST'].fields_by_name['events']._serialized_options = b'\342\313\032\003 \350\007'
   _globals['_INGESTEVENTSREQUEST']._loaded_options = None
   _globals['_INGESTEVENTSREQUEST']._serialized_options = b'\262\224\'\005\010\200\200\200\005'
-  _globals['_INGESTEVENTSREQUEST']._serialized_start=124
-  _globals['_INGESTEVENTSREQUEST']._serialized_end=205
-  _globals['_INGESTEVENTSRESPONSE']._serialized_start=207
-  _globals['_INGESTEVENTSRESPONSE']._serialized_end=310
-  _globals['_EVENTERROR']._serialized_start=312
-  _globals['_EVENTERROR']._serialized_end=354
-  _globals['_EVENTINGESTIONSERVICE']._serialized_start=356
-  _globals['_EVENTINGESTIONSERVICE']._serialized_end=472
+  _globals['_STREAMEVENTSREQUEST'].fields_by_name['events']._loaded_options = None
+  _globals['_STREAMEVENTSREQUEST'].fields_by_name['events']._serialized_options = b'\342\313\032\003 \350\007'
+  _globals['_STREAMEVENTSREQUEST']._loaded_options = None
+  _globals['_STREAMEVENTSREQUEST']._serialized_options = b'\262\224\'\005\010\200\200\200\005'
+  _globals['_INGESTEVENTSREQUEST']._serialized_start=149
+  _globals['_INGESTEVENTSREQUEST']._serialized_end=230
+  _globals['_INGESTEVENTSRESPONSE']._serialized_start=232
+  _globals['_INGESTEVENTSRESPONSE']._serialized_end=335
+  _globals['_EVENTERROR']._serialized_start=337
+  _globals['_EVENTERROR']._serialized_end=379
+  _globals['_STREAMEVENTSREQUEST']._serialized_start=381
+  _globals['_STREAMEVENTSREQUEST']._serialized_end=462
+  _globals['_STREAMEVENTSRESPONSE']._serialized_start=465
+  _globals['_STREAMEVENTSRESPONSE']._serialized_end=594
+  _globals['_EVENTINGESTIONSERVICE']._serialized_start=597
+  _globals['_EVENTINGESTIONSERVICE']._serialized_end=810
 # @@protoc_insertion_point(module_scope)

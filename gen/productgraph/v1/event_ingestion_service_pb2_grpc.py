@@ -40,6 +40,11 @@ class EventIngestionServiceStub(object):
                 request_serializer=productgraph_dot_v1_dot_event__ingestion__service__pb2.IngestEventsRequest.SerializeToString,
                 response_deserializer=productgraph_dot_v1_dot_event__ingestion__service__pb2.IngestEventsResponse.FromString,
                 _registered_method=True)
+        self.StreamEvents = channel.stream_stream(
+                '/productgraph.v1.EventIngestionService/StreamEvents',
+                request_serializer=productgraph_dot_v1_dot_event__ingestion__service__pb2.StreamEventsRequest.SerializeToString,
+                response_deserializer=productgraph_dot_v1_dot_event__ingestion__service__pb2.StreamEventsResponse.FromString,
+                _registered_method=True)
 
 
 class EventIngestionServiceServicer(object):
@@ -56,6 +61,16 @@ class EventIngestionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamEvents(self, request_iterator, context):
+        """The same for many batches over one call, for services with many events. Each message is answered
+        by itself, in order, once its events are committed; none of them ends the stream, but a key that
+        is revoked meanwhile. The server ends it every few minutes with UNAVAILABLE, after it has
+        answered what it took: open another stream, and send there what was not answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EventIngestionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -63,6 +78,11 @@ def add_EventIngestionServiceServicer_to_server(servicer, server):
                     servicer.IngestEvents,
                     request_deserializer=productgraph_dot_v1_dot_event__ingestion__service__pb2.IngestEventsRequest.FromString,
                     response_serializer=productgraph_dot_v1_dot_event__ingestion__service__pb2.IngestEventsResponse.SerializeToString,
+            ),
+            'StreamEvents': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamEvents,
+                    request_deserializer=productgraph_dot_v1_dot_event__ingestion__service__pb2.StreamEventsRequest.FromString,
+                    response_serializer=productgraph_dot_v1_dot_event__ingestion__service__pb2.StreamEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -93,6 +113,33 @@ class EventIngestionService(object):
             '/productgraph.v1.EventIngestionService/IngestEvents',
             productgraph_dot_v1_dot_event__ingestion__service__pb2.IngestEventsRequest.SerializeToString,
             productgraph_dot_v1_dot_event__ingestion__service__pb2.IngestEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamEvents(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/productgraph.v1.EventIngestionService/StreamEvents',
+            productgraph_dot_v1_dot_event__ingestion__service__pb2.StreamEventsRequest.SerializeToString,
+            productgraph_dot_v1_dot_event__ingestion__service__pb2.StreamEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,12 @@ class EventIngestionServiceStub:
 
     The project's API key is sent in the metadata as `x-pg-api-key`.
     """
+    StreamEvents: _grpc.StreamStreamMultiCallable[_event_ingestion_service_pb2.StreamEventsRequest, _event_ingestion_service_pb2.StreamEventsResponse]
+    """The same for many batches over one call, for services with many events. Each message is answered
+    by itself, in order, once its events are committed; none of them ends the stream, but a key that
+    is revoked meanwhile. The server ends it every few minutes with UNAVAILABLE, after it has
+    answered what it took: open another stream, and send there what was not answered.
+    """
 
 @_typing.type_check_only
 class EventIngestionServiceAsyncStub(EventIngestionServiceStub):
@@ -50,6 +56,12 @@ class EventIngestionServiceAsyncStub(EventIngestionServiceStub):
     that breaks a rule is rejected alone and reported; its neighbours are accepted.
 
     The project's API key is sent in the metadata as `x-pg-api-key`.
+    """
+    StreamEvents: _aio.StreamStreamMultiCallable[_event_ingestion_service_pb2.StreamEventsRequest, _event_ingestion_service_pb2.StreamEventsResponse]  # type: ignore[assignment]
+    """The same for many batches over one call, for services with many events. Each message is answered
+    by itself, in order, once its events are committed; none of them ends the stream, but a key that
+    is revoked meanwhile. The server ends it every few minutes with UNAVAILABLE, after it has
+    answered what it took: open another stream, and send there what was not answered.
     """
 
 class EventIngestionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -65,6 +77,18 @@ class EventIngestionServiceServicer(metaclass=_abc_1.ABCMeta):
         that breaks a rule is rejected alone and reported; its neighbours are accepted.
 
         The project's API key is sent in the metadata as `x-pg-api-key`.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamEvents(
+        self,
+        request_iterator: _MaybeAsyncIterator[_event_ingestion_service_pb2.StreamEventsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_event_ingestion_service_pb2.StreamEventsResponse], _abc.AsyncIterator[_event_ingestion_service_pb2.StreamEventsResponse]]:
+        """The same for many batches over one call, for services with many events. Each message is answered
+        by itself, in order, once its events are committed; none of them ends the stream, but a key that
+        is revoked meanwhile. The server ends it every few minutes with UNAVAILABLE, after it has
+        answered what it took: open another stream, and send there what was not answered.
         """
 
 def add_EventIngestionServiceServicer_to_server(servicer: EventIngestionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
