@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from server.app.parts import open_tracing, opened_database
+from server.app.probes import Probes
 from server.config import Settings
 from server.forwarding.abandoned import AbandonedLanes
 from server.forwarding.http_client import Transport
@@ -88,7 +89,8 @@ async def _forward(settings: Settings, engine: Engine, stack: ExitStack) -> None
         lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
     # Without a lane it waits too: if it ended, a supervisor would start it again and again.
     runs = [lane.run() for lane in lanes]
-    await asyncio.gather(stop.wait(), heart.beat(stop), abandoned.run(stop), *runs)
+    on_beat = (lambda: None) if lifeline is None else lifeline.report_beat
+    await asyncio.gather(stop.wait(), heart.beat(stop, on_beat), abandoned.run(stop), *runs)
 
 
 def _announce(settings: Settings) -> None:
@@ -113,10 +115,11 @@ class _Heart:
         """Return whether the loop has run lately."""
         return time.monotonic() - self._beat_at < _HUNG_SECONDS
 
-    async def beat(self, stop: asyncio.Event) -> None:
-        """Note every second that the loop runs, until `stop` is set."""
+    async def beat(self, stop: asyncio.Event, on_beat: Callable[[], object]) -> None:
+        """Note every second that the loop runs, and call `on_beat`, until `stop` is set."""
         while not stop.is_set():
             self._beat_at = time.monotonic()
+            on_beat()
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _BEAT_SECONDS)
 
@@ -152,9 +155,10 @@ def _serve_metrics(
     monitor = OutboxMonitor(GuardedConnection(engine))
     state = ServiceCollector(readiness.is_ready, monitor.lanes, tuple(settings.destinations))
     totals = CountsCollector(Totals(FORWARDER_METRICS, counts))
-    page = MetricsPage(totals, state, is_healthy=is_healthy)
+    probes = Probes(MetricsPage(totals, state), readiness.is_ready)
+    probes.watch(is_healthy)
     listener = listen(settings.host, ports["METRICS_PORT"])
-    server = HTTPServer(page, listener)
+    server = HTTPServer(probes, listener)
     for part in (Watchdog(readiness.check, monitor.check), readiness, monitor):
         stack.enter_context(part)
     page_server = MetricsServer(server)

@@ -91,7 +91,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         if not has_terminal:
             signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
         if metrics is not None:
-            metrics.probes.watch(supervisor.count_serving)
+            metrics.probes.watch(supervisor.is_serving)
         supervisors = [supervisor]
         supervisor.start()
         stack.callback(_stop_together, supervisors)

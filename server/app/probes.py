@@ -1,4 +1,4 @@
-"""Health probes on the metrics port, which tell of the workers."""
+"""Health probes on the metrics port, which tell of those who do the work."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 class Probes:
     """A WSGI application that answers `/health` and `/ready`, and hands the rest to a page.
 
-    Healthy means that a worker serves, ready that the database answers as well.
+    Healthy means what `watch` is given, ready that the database answers as well.
     """
 
     def __init__(self, page: "WSGIApplication", is_ready: Callable[[], bool]) -> None:
         self._page = page
         self._is_ready = is_ready
-        self._count_serving: Callable[[], int] = lambda: 0
+        self._is_healthy: Callable[[], bool] = lambda: False
 
-    def watch(self, count_serving: Callable[[], int]) -> None:
-        """Ask this from now on how many workers serve."""
-        self._count_serving = count_serving
+    def watch(self, is_healthy: Callable[[], bool]) -> None:
+        """Ask this from now on whether those who do the work do it."""
+        self._is_healthy = is_healthy
 
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
@@ -29,7 +29,7 @@ class Probes:
         path = environ["PATH_INFO"]
         if path not in ("/health", "/ready"):
             return self._page(environ, start_response)
-        is_good = self._count_serving() > 0 and (path == "/health" or self._is_ready())
+        is_good = self._is_healthy() and (path == "/health" or self._is_ready())
         status = "200 OK" if is_good else "503 Service Unavailable"
         start_response(status, [("Content-Type", "application/json")])
         good = {"/health": b"ok", "/ready": b"ready"}[path]

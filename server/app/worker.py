@@ -33,6 +33,7 @@ from server.ingest.request_record import RequestRecorder, Sink
 from server.ingest.service import IngestService
 from server.processes.lifeline import Lifeline
 from server.processes.ports import listen
+from server.processes.pulse import Pulse
 from server.protocols import GRPC, HTTP
 from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.events import EventStore
@@ -70,7 +71,7 @@ class Worker:
             on_group=metrics.count_group,
         )
         self._rejections = _open_rejection_writers(settings, engine, metrics.count_dropped)
-        self._watchdog = Watchdog(
+        self._checks = (
             self._writer.check,
             self._keys.check,
             self._readiness.check,
@@ -133,15 +134,19 @@ class Worker:
             certificates=CertificateSource(settings.grpc_tls) if settings.grpc_tls else None,
         )
 
-    def run(self, on_ready: Callable[[], None]) -> None:
-        """Serve until `stop` is called, then answer what has been accepted."""
+    def run(self, on_ready: Callable[[], None], on_beat: Callable[[], None]) -> None:
+        """Serve until `stop` is called, then answer what has been accepted.
+
+        Calls `on_beat` about every second, unless a loop hangs.
+        """
+        pulse = Pulse(on_beat, lambda: self._http.turned_at, lambda: self._grpc.turned_at)
         with ExitStack() as stack:
             if self._tracing is not None:
                 stack.callback(self._tracing.stop)
             if self._reporter is not None:
                 self._reporter.start()
                 stack.callback(self._reporter.stop)
-            stack.enter_context(self._watchdog)
+            stack.enter_context(Watchdog(*self._checks, pulse.check))
             for part in (self._keys, *self._rejections, self._writer, self._readiness):
                 stack.enter_context(part)
             self._grpc.start()
@@ -195,7 +200,7 @@ def run_worker(settings: Settings) -> None:
         lifeline.on_parent_exit(worker.stop)
         # Modules live for ever; collecting garbage among them took a tenth of the instructions.
         gc.freeze()
-        worker.run(lifeline.report_ready)
+        worker.run(lifeline.report_ready, lifeline.report_beat)
 
 
 def _raise_file_limit() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
@@ -77,6 +78,8 @@ class GrpcServer:
         self._loop = asyncio.new_event_loop()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stubs lack aio
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
+        # When the loop last turned, by `time.monotonic`.
+        self.turned_at = time.monotonic()
 
     def start(self) -> None:
         """Return once the port is listened on; raises RuntimeError if it cannot be."""
@@ -128,6 +131,7 @@ class GrpcServer:
 
     async def _refresh_health(self) -> None:
         while True:
+            self.turned_at = time.monotonic()
             states = health_pb2.HealthCheckResponse
             state = states.SERVING if self._is_ready() else states.NOT_SERVING
             for name in ("", SERVICE):

@@ -318,6 +318,8 @@ class HTTPServer(TcpWSGIServer):
         self._resumed: list[_Channel] = []
         self._completed_lock = threading.Lock()
         self._loop_thread: int | None = None
+        # When the loop last turned, by `time.monotonic`.
+        self.turned_at = time.monotonic()
         super().__init__(
             application,
             map={},
@@ -418,6 +420,7 @@ class HTTPServer(TcpWSGIServer):
         for channel in completed:
             channel.requests[0].deferral.in_loop = True
             channel.service()
+        self.turned_at = time.monotonic()
 
     def _make_room(self) -> None:
         """Close the connection that has gone longest without completing a request.

@@ -1,7 +1,7 @@
 """The lifeline between a worker and its parent: one socket pair.
 
-Over it the worker reports that it is ready, and its end of file tells the worker that the parent is
-gone.
+Over it the worker reports that it is ready, and then again and again that it does not hang. Its end
+of file tells the worker that the parent is gone.
 """
 
 import os
@@ -36,6 +36,11 @@ class Lifeline:
         """Tell the parent that this worker serves; call it once both servers listen."""
         with suppress(ConnectionError):  # the parent is gone, which on_parent_exit deals with
             self._connection.sendall(b"ready\n")
+
+    def report_beat(self) -> None:
+        """Tell the parent that this worker does not hang; never waits."""
+        with suppress(BlockingIOError, ConnectionError):  # the parent may hang or be gone
+            self._connection.send(b".", socket.MSG_DONTWAIT)
 
     def on_parent_exit(self, callback: Callable[[], object]) -> None:
         """Call `callback` once, in a thread of its own, when the parent is gone."""

@@ -22,6 +22,8 @@ _TICK_SECONDS = 1.0
 _START_SECONDS = 30.0
 _YOUNG_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
+# A worker beats every second: one that has been silent for so long hangs.
+_SILENT_SECONDS = 10.0
 
 
 class WorkerFailed(Exception):
@@ -57,7 +59,8 @@ class _Worker:
         self.deadline = self._born + _START_SECONDS  # to be ready, or gone; then killed
         self.due = 0.0  # when its successor may start after its exit
         self.status: int | None = None
-        self.ready = self.leaving = False
+        self.ready = self.leaving = self.hangs = False
+        self._heard_at = self._born
         self.successor: _Worker | None = None
 
     def has_exited(self) -> bool:
@@ -73,11 +76,25 @@ class _Worker:
     def becomes_ready(self) -> bool:
         if self.ready or self.leaving:
             return False
-        with suppress(BlockingIOError):
-            self.ready = bool(self._lifeline.recv(16))
+        self.ready = self._hear()
         if self.ready:
             self.deadline = float("inf")
         return self.ready
+
+    def is_serving(self) -> bool:
+        return self.ready and not self.leaving
+
+    def is_silent(self) -> bool:
+        self._hear()
+        return time.monotonic() - self._heard_at > _SILENT_SECONDS
+
+    def _hear(self) -> bool:
+        """Return whether the worker has said anything since the last time."""
+        with suppress(OSError):  # nothing was said, or the lifeline has just been closed
+            if self._lifeline.recv(4096):
+                self._heard_at = time.monotonic()
+                return True
+        return False
 
     def leave(self, drain_seconds: float) -> None:
         if not self.leaving:
@@ -162,9 +179,10 @@ class Supervisor:
         """
         self._restart_requested = True
 
-    def count_serving(self) -> int:
-        """Return how many workers are ready and not told to leave; from any thread."""
-        return sum(worker.ready and not worker.leaving for worker in tuple(self._running))
+    def is_serving(self) -> bool:
+        """Return whether a worker is ready and not told to leave, and none hangs; in any thread."""
+        serving = [worker for worker in tuple(self._running) if worker.is_serving()]
+        return bool(serving) and not any(worker.is_silent() for worker in serving)
 
     def stop(self) -> None:
         """Let all workers drain (SIGTERM), and kill those that remain after `drain_seconds`."""
@@ -181,7 +199,7 @@ class Supervisor:
         return worker
 
     def _watch(self) -> None:
-        """Reap workers that have exited, note those that are ready, kill those that are overdue."""
+        """Note which workers have exited, are ready or hang; kill those that are overdue."""
         for worker in tuple(self._running):
             if worker.has_exited():
                 self._running.remove(worker)
@@ -195,6 +213,10 @@ class Supervisor:
             elif time.monotonic() >= worker.deadline:
                 logger.error("worker overdue, killing it", extra=worker.fields)
                 worker.kill()
+            elif worker.is_serving() and worker.is_silent() is not worker.hangs:
+                worker.hangs = not worker.hangs
+                state = "worker hangs" if worker.hangs else "worker no longer hangs"
+                logger.warning(state, extra=worker.fields)
 
     def _revive(self) -> None:
         """Start a worker in each place whose worker has exited, unless a successor starts."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
 PATH = "/metrics"
-_HEALTH_PATH = "/health"
 # How `productgraph doctor` calls itself, whose reading is none that alerts could depend on.
 DOCTOR = "productgraph-doctor"
 LAST_SCRAPE = "productgraph_last_scrape_timestamp_seconds"
@@ -33,12 +32,9 @@ _STOP_SECONDS = 2.0
 
 
 class MetricsPage:
-    """A WSGI application: `GET /metrics` and `GET /health`, and nothing else."""
+    """A WSGI application: `GET /metrics`, and nothing else."""
 
-    def __init__(
-        self, *collectors: Collector, is_healthy: Callable[[], bool] = lambda: True
-    ) -> None:
-        self._is_healthy = is_healthy
+    def __init__(self, *collectors: Collector) -> None:
         registry = CollectorRegistry()
         self._scrapes = _Scrapes()
         for collector in (*collectors, self._scrapes):
@@ -49,10 +45,6 @@ class MetricsPage:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         """Answer a request."""
-        if environ["PATH_INFO"] == _HEALTH_PATH:
-            status, word = ("200 OK", "ok") if self._is_healthy() else ("503 Hung", "hung")
-            start_response(status, [("Content-Type", "text/plain")])
-            return [f"{word}\n".encode()]
         if environ["PATH_INFO"] != PATH:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [f"See {PATH}.\n".encode()]

@@ -206,6 +206,27 @@ def test_probes_on_the_metrics_port_tell_of_the_workers(
         wait_until(lambda: ask(f"{port}/health") == 200)
 
 
+@pytest.mark.slow
+def test_probes_on_the_metrics_port_see_a_hung_worker(
+    create_migrated: Callable[[], str],
+) -> None:
+    """The metrics port says unhealthy and unready while one of two workers hangs."""
+    with running_service({"DATABASE_URL": create_migrated(), "WORKERS": "2"}) as service:
+        port = service.metrics_url.rpartition("/")[0]
+        wait_until(lambda: ask(f"{port}/ready") == 200)
+        victim, _ = service.find_workers()
+        victim.suspend()
+        wait_until(lambda: ask(f"{port}/health") == ask(f"{port}/ready") == 503)
+
+        def find_hung() -> list[int]:
+            log = service.read_log()
+            return [said["worker_pid"] for said in log if said["message"] == "worker hangs"]
+
+        wait_until(lambda: find_hung() == [victim.pid])
+        victim.resume()
+        wait_until(lambda: ask(f"{port}/health") == ask(f"{port}/ready") == 200)
+
+
 def test_a_preflight_keeps_its_connection_open(service: Service) -> None:
     """Preflights are answered on one connection, and may be remembered for a day."""
     headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}

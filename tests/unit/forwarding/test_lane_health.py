@@ -214,6 +214,7 @@ def test_a_forwarder_of_its_own_serves_metrics(bench: Bench) -> None:
             assert (line["provider"], line["endpoint"]) == (name, bench.servers[name].url)
         url = f"http://127.0.0.1:{lines[2]['port']}"
         assert ask(f"{url}/health") == 200
+        wait_until(lambda: ask(f"{url}/ready") == 200)
 
         def read_page() -> str:
             with urlopen(f"{url}/metrics") as page:

@@ -22,6 +22,7 @@ from server.ingest.request_record import RequestRecorder
 from server.ingest.service import IngestService
 from tests.support.clients import bind_ingest
 from tests.support.http2 import ACK, GOAWAY, PING, connected
+from tests.support.services import wait_until
 
 LARGE, SMALL = b"x" * 100_000, b"x"
 SECONDS = 20.0
@@ -65,6 +66,31 @@ def serving(service: BlockingService, port: int) -> Iterator[str]:
     server.start()
     try:
         yield f"127.0.0.1:{port}"
+    finally:
+        service.go.set()
+        server.stop(1.0)
+
+
+def test_a_blocked_event_loop_does_not_turn(free_port: int) -> None:
+    """When the event loop has last turned is known, and does not change while it is blocked."""
+    service = BlockingService()
+    servicer = IngestServicer(cast(IngestService, service), RequestRecorder())
+    address = f"127.0.0.1:{free_port}"
+    server = GrpcServer(servicer, lambda: True, address=address, offer_reflection=False)
+    server.start()
+    try:
+        begun = server.turned_at
+        wait_until(lambda: server.turned_at > begun)
+        with grpc.insecure_channel(address) as channel:
+            # Few enough bytes to be read in the loop, in which this service blocks.
+            calling = call(channel, b"x" * 2000)
+            assert service.entered.wait(SECONDS)
+            blocked = server.turned_at
+            sleep(1.2)
+            assert server.turned_at == blocked
+            service.go.set()
+            assert calling.result()
+            wait_until(lambda: server.turned_at > blocked)
     finally:
         service.go.set()
         server.stop(1.0)

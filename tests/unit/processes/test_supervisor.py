@@ -2,11 +2,13 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from server.processes.ports import PortTaken, listen, reserve_ports
+from server.processes.pulse import Pulse
 from server.processes.supervisor import Supervisor, WorkerFailed
-from tests.support.services import ROOT
+from tests.support.services import ROOT, clean_environment, wait_until
 
 HOST = "127.0.0.1"
 
@@ -93,6 +96,18 @@ while accept():
     pass
 listener.close()
 (folder / f"drained-{os.getpid()}").touch()
+"""
+
+# Gives a sign of life ten times a second.
+BEATING = """
+import threading
+from server.processes.lifeline import Lifeline
+
+lifeline, over = Lifeline.from_environment(), threading.Event()
+lifeline.on_parent_exit(over.set)
+lifeline.report_ready()
+while not over.wait(0.1):
+    lifeline.report_beat()
 """
 
 
@@ -185,14 +200,6 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             for pid in set(service.started()) - service.exited():
                 os.kill(pid, signal.SIGKILL)
             raise
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 15.0) -> None:
-    """Wait for a condition, asked every 20 ms."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def bound(*options: int, port: int = 0) -> socket.socket:
@@ -359,6 +366,56 @@ def test_a_missing_command_fails_the_start_cleanly(tmp_path: Path) -> None:
     supervisor = Supervisor([str(tmp_path / "missing")], 1, environment={})
     with pytest.raises(FileNotFoundError):
         supervisor.start()
+
+
+def test_a_silent_worker_hangs_until_it_is_heard_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that gives no sign of life is said to hang, beside others that do, until it does."""
+    monkeypatch.setattr("server.processes.supervisor._SILENT_SECONDS", 2.0)
+    supervisor = Supervisor([sys.executable, "-c", BEATING], 2, environment=clean_environment({}))
+    stop = threading.Event()
+    watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop))
+    caplog.set_level(logging.INFO)
+    assert not supervisor.is_serving()
+    supervisor.start()
+    watching.start()
+    try:
+        wait_until(supervisor.is_serving)
+        [victim, _] = [r.worker_pid for r in caplog.records if r.message == "worker ready"]  # type: ignore[attr-defined]
+        os.kill(victim, signal.SIGSTOP)
+        wait_until(lambda: not supervisor.is_serving())
+        wait_until(lambda: "worker hangs" in caplog.messages)
+        os.kill(victim, signal.SIGCONT)
+        wait_until(supervisor.is_serving)
+        wait_until(lambda: "worker no longer hangs" in caplog.messages)
+    finally:
+        stop.set()
+        watching.join()
+        supervisor.stop()
+    assert not supervisor.is_serving()
+
+
+def test_a_pulse_ends_while_any_loop_stands_still() -> None:
+    """A process beats about every second, and not while one of its loops stands still."""
+    now, turns, beats = [100.0], [100.0, 100.0], []
+
+    def check(moment: float) -> None:
+        now[0] = moment
+        pulse.check()
+
+    pulse = Pulse(
+        lambda: beats.append(now[0]), lambda: turns[0], lambda: turns[1], clock=lambda: now[0]
+    )
+    for moment in (100.0, 100.5, 101.0, 101.9, 102.0):
+        check(moment)
+    assert beats == [100.0, 101.0, 102.0]
+    turns[0] = 119.0
+    check(120.0)
+    assert len(beats) == 3
+    turns[1] = 119.0
+    check(120.0)
+    assert beats[3:] == [120.0]
 
 
 def test_a_killed_worker_is_replaced_while_others_serve(serve: Serve) -> None:
