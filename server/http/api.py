@@ -129,8 +129,12 @@ class _Events:
             deferral.hold(admission.look_up(key), repeat=True)
             return
         request.record.authenticated(caller.project_id)
-        body = read_json(req, SMALL_BODY_BYTES if deferral.in_loop else MAX_REQUEST_BYTES)
+        max_bytes = SMALL_BODY_BYTES if deferral.in_loop else MAX_REQUEST_BYTES
+        room = admission.find_room(caller)
+        body = read_json(req, max_bytes if room is None else min(max_bytes, room))
         if body is None:
+            if room is not None and room < max_bytes:
+                raise admission.refuse_bytes(caller)
             deferral.hand_over()
             return
         deadline = self._service.find_deadline(arrived_at=deferral.received_at)

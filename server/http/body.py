@@ -46,6 +46,8 @@ def _is_compressed(content_encoding: str) -> bool:
 
 
 def _decompress(body: bytes, max_bytes: int) -> bytes | None:
+    if not max_bytes:
+        return None
     content = b""
     for _ in range(_MAX_MEMBERS):
         member = zlib.decompressobj(_GZIP_WINDOW)

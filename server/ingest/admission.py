@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from server.caller import Caller
+from server.errors import ResourceExhausted
 from server.ingest.key_cache import KeyCache
 from server.ingest.limits import Allowance, RateLimiter
 
@@ -30,6 +31,15 @@ class Admission:
         """Count the bytes of a request; raises ResourceExhausted if they are too many now."""
         if self._limiter is not None:
             self._limiter.take_bytes(caller, size)
+
+    def find_room(self, caller: Caller) -> int | None:
+        """Return how many bytes a request may have at this moment; None if any number."""
+        return None if self._limiter is None else self._limiter.find_room(caller)
+
+    def refuse_bytes(self, caller: Caller) -> ResourceExhausted:
+        """Return the error for a request with more bytes than `find_room` has named."""
+        assert self._limiter is not None
+        return self._limiter.refuse_bytes(caller)
 
     def take_events(self, caller: Caller, count: int) -> None:
         """Count the events of a request; raises ResourceExhausted if they are too many now."""

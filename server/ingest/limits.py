@@ -35,6 +35,17 @@ class RateLimiter:
         if rate := self._byte_rate(caller):
             self._take(2 * caller.key_id + 1, rate, count, "bytes")
 
+    def find_room(self, caller: Caller) -> int | None:
+        """Return how many bytes a request may have at this moment; None if any number."""
+        if rate := self._byte_rate(caller):
+            allowance = self._measure(2 * caller.key_id + 1, rate, "bytes")
+            return allowance.remaining if allowance.seconds_to_full else None
+        return None
+
+    def refuse_bytes(self, caller: Caller) -> ResourceExhausted:
+        """Return the error for a request with more bytes than `find_room` has named."""
+        return self._refuse(2 * caller.key_id + 1, self._byte_rate(caller), "bytes")
+
     def allowances_of(self, caller: Caller) -> list[Allowance]:
         """Return what a caller may still send by each of its limits; empty if it has none."""
         allowances = []
@@ -54,8 +65,11 @@ class RateLimiter:
 
     def _take(self, bucket: int, rate: int, count: int, unit: str) -> None:
         if not self._buckets.take(bucket, count * SECOND // rate):
-            seconds = max(1, ceil(self._buckets.seconds_to_full(bucket)))
-            raise ResourceExhausted(f"rate limit exceeded: {rate} {unit}/s", seconds)
+            raise self._refuse(bucket, rate, unit)
+
+    def _refuse(self, bucket: int, rate: int, unit: str) -> ResourceExhausted:
+        seconds = max(1, ceil(self._buckets.seconds_to_full(bucket)))
+        return ResourceExhausted(f"rate limit exceeded: {rate} {unit}/s", seconds)
 
     def _measure(self, bucket: int, rate: int, unit: str) -> Allowance:
         seconds = self._buckets.seconds_to_full(bucket)

@@ -139,6 +139,16 @@ def test_bytes_over_http_count_before_they_are_read(chunked: bool, tenant: Tenan
     assert 40 < int(answer.headers["Retry-After"]) <= 50
 
 
+def test_a_gzip_body_over_its_limit_is_not_unpacked(tenant: Tenant) -> None:
+    """A key that may send nothing now is answered 429 before its body is unpacked."""
+    assert tenant.post(b"no gzip", content_encoding="gzip").status == 400
+    slow = limited(tenant, byte_rate=1024)
+    assert slow.post_events([slow.make_event({"page.path": "/" * 90_000})]) == accepted(1)
+    answer = slow.post(b"no gzip", content_encoding="gzip")
+    assert (answer.status, answer.json) == (429, {"error": "rate limit exceeded: 1024 bytes/s"})
+    assert int(answer.headers["Retry-After"]) > 60
+
+
 def test_bytes_over_grpc_count_before_they_are_read(tenant: Tenant) -> None:
     """The same holds for the messages of gRPC."""
     slow = limited(tenant, byte_rate=1024)

@@ -1,6 +1,7 @@
 """Buckets let through what their rates say, for all processes together."""
 
 import fcntl
+import itertools
 import os
 import subprocess
 import sys
@@ -12,10 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.caller import Caller
+from server.errors import ResourceExhausted
 from server.ingest.buckets import SECOND, BucketTable, take
+from server.ingest.limits import RateLimiter
 from tests.support.services import clean_environment
 
 NOW = 50 * SECOND
+TABLE, KEY_IDS = BucketTable(), itertools.count()
 GAPS_AND_COSTS = st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 3 * SECOND)))
 
 
@@ -151,3 +156,23 @@ def test_numbers_beyond_the_table_share_its_buckets() -> None:
     assert not table.take(3, 1)
     assert table.take(2, 1)
     os.close(table.descriptor)
+
+
+@given(st.integers(1024, 10**9), st.integers(0, 3 * 10**9), st.integers(0, 2 * SECOND))
+def test_a_request_passes_up_to_its_room(rate: int, sent: int, later: int) -> None:
+    """What a caller has room for at a moment may be sent, and more than that is refused."""
+    times, caller = [NOW], Caller("proj", next(KEY_IDS))
+    table = BucketTable(TABLE.descriptor, clock=lambda: times[-1])
+    limiter = RateLimiter(table, event_rate=0, byte_rate=rate)
+    limiter.take_bytes(caller, sent)
+    times.append(NOW + later)
+    room = limiter.find_room(caller)
+    if room is None:
+        limiter.take_bytes(caller, 100 * rate)
+        return
+    # As far as nanoseconds tell bytes apart.
+    with pytest.raises(ResourceExhausted) as refusal:
+        limiter.take_bytes(caller, room + 2)
+    assert str(refusal.value) == str(limiter.refuse_bytes(caller))
+    if room >= 2:
+        limiter.take_bytes(caller, room - 2)
