@@ -46,7 +46,7 @@ class Ledger:
         for batch in load.sent:
             self._add_batch(batch)
         for batch in load.acknowledged:
-            self.acknowledged |= batch.insert_ids.keys()
+            self.acknowledged.update(batch.insert_ids)
 
     def _add_batch(self, batch: Batch) -> None:
         self.insert_ids |= batch.insert_ids

@@ -55,10 +55,12 @@ class EventSource:
         size: int | None = None,
         refused: int = 0,
         change: Callable[[int, Event], None] = lambda _index, _event: None,
+        has_body: bool = True,
     ) -> Batch:
         """Make a batch of `size` events, or of a few; the providers refuse the first `refused`.
 
-        `change` is given each event with its index, before they are mixed.
+        `change` is given each event with its index, before they are mixed. Without a body, the
+        batch is for gRPC alone.
         """
         with self._lock:
             count = size or self._random.randint(1, _MOST_EVENTS)
@@ -72,7 +74,7 @@ class EventSource:
             insert_ids={event.event_id: make_insert_id(event) for event in events},
             rejected={event.event_id: make_insert_id(event) for event in bad},
             refused=frozenset(event.event_id for event in events[:refused]),
-            body=json.dumps({"events": list(map(_to_json, mixed))}).encode(),
+            body=_encode_body(mixed) if has_body else b"",
             request=IngestEventsRequest(events=mixed).SerializeToString(),
         )
 
@@ -96,6 +98,10 @@ class EventSource:
         event.event_type = "no.such.type"
         event.event_id = f"rejected-{event.event_id}"
         return event
+
+
+def _encode_body(events: list[Event]) -> bytes:
+    return json.dumps({"events": list(map(_to_json, events))}).encode()
 
 
 def _to_json(event: Event) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Session:
 
     def finish(self, tally: Tally, *, in_a_hurry: bool = False) -> None:
         """Wait until all is forwarded, and check everything once more."""
-        self._drain(in_a_hurry)
+        self._drain(_SHORT_DRAIN_SECONDS if in_a_hurry else _DRAIN_SECONDS, bool(tally.violations))
         findings = check(
             self.cluster,
             self._ledger,
@@ -127,11 +127,12 @@ class Session:
         tally.note(findings.violations)
         tally.note(find_leaks(self.cluster))
 
-    def _drain(self, in_a_hurry: bool) -> None:
+    def _drain(self, lease_seconds: float, is_found_broken: bool) -> None:
+        """Wait until all is forwarded; not for long if a violation is known anyway."""
         self.cluster.query(_HURRY_RETRIES)
-        if not self._is_drained(_SHORT_DRAIN_SECONDS if in_a_hurry else _DRAIN_SECONDS):
+        if not self._is_drained(lease_seconds):
             self.cluster.query(_END_LEASES)
-            self._is_drained(_DRAIN_SECONDS)
+            self._is_drained(_SHORT_DRAIN_SECONDS if is_found_broken else _DRAIN_SECONDS)
 
     def _is_drained(self, seconds: float) -> bool:
         """Wait until nothing is pending, for as long as it gets less within `seconds`."""

@@ -67,6 +67,13 @@ LEASE_IGNORED = Bug(
     "forwarder-kill",
     "again within their lease",
 )
+DEADLINE_BEFORE_MAPPING = Bug(
+    "forwarding/lane.py",
+    "Window(begun + _ROUND_SECONDS, latest)",
+    "Window(begun + 0.2, begun + 0.2)",
+    "dense-events",
+    "was sent nothing in",
+)
 LOGS_EVENTS = Bug(
     "ingest/group_commit.py",
     '_log.warning("storage is unavailable",',
