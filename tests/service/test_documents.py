@@ -53,7 +53,13 @@ def read_rows(section: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def started(open_directory: Path) -> Iterator[Service]:
-    """Provide a service on a data directory of its own, as `scripts/serve` starts it."""
+    """Provide a service on a data directory of its own, as `scripts/serve` starts it.
+
+    The scripts first bring their environment up to date, and say so, if it was made before a change
+    of what it depends on.
+    """
+    script = ROOT / "scripts/productgraph"
+    subprocess.run([script, "--help"], check=True, capture_output=True, env=clean_environment({}))
     with running_service({"DATA_DIR": str(open_directory / "documents")}) as service:
         yield service
 
