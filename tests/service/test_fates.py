@@ -5,13 +5,18 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import orjson
 import pytest
 
+from server.forwarding.providers.mapping import make_insert_id
 from tests.support.clients import Tenant, accepted, open_tenant
+from tests.support.events import to_message
 from tests.support.provider_servers import AmplitudeServer, MixpanelServer
 from tests.support.services import running_service, wait_until
 
 SECRET = "secret"
+# So many of the number 1 make nearly the largest event; of a list, Mixpanel takes this many items.
+GROWING_VALUES, MIXPANEL_ITEMS = 50_000, 254
 NOW = datetime.now(UTC)
 
 
@@ -23,22 +28,30 @@ def amplitude() -> Iterator[AmplitudeServer]:
 
 
 @pytest.fixture(scope="module")
-def tenant(create_migrated: Callable[[], str], amplitude: AmplitudeServer) -> Iterator[Tenant]:
+def mixpanel() -> Iterator[MixpanelServer]:
+    """Serve the stand-in for Mixpanel."""
+    with MixpanelServer(SECRET) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tenant(
+    create_migrated: Callable[[], str], amplitude: AmplitudeServer, mixpanel: MixpanelServer
+) -> Iterator[Tenant]:
     """Yield a tenant of a service that forwards to both providers."""
-    with MixpanelServer(SECRET) as mixpanel:
-        settings = {
-            "DATABASE_URL": create_migrated(),
-            "ANALYTICS_ENABLED": "true",
-            "AMPLITUDE_ENABLED": "true",
-            "AMPLITUDE_API_KEY": SECRET,
-            "AMPLITUDE_ENDPOINT": amplitude.url,
-            "MIXPANEL_ENABLED": "true",
-            "MIXPANEL_TOKEN": SECRET,
-            "MIXPANEL_ENDPOINT": mixpanel.url,
-        }
-        with running_service(settings) as service, open_tenant(service) as tenant:
-            wait_until(lambda: query(tenant, "SELECT 1 FROM forward_history") != [])
-            yield tenant
+    settings = {
+        "DATABASE_URL": create_migrated(),
+        "ANALYTICS_ENABLED": "true",
+        "AMPLITUDE_ENABLED": "true",
+        "AMPLITUDE_API_KEY": SECRET,
+        "AMPLITUDE_ENDPOINT": amplitude.url,
+        "MIXPANEL_ENABLED": "true",
+        "MIXPANEL_TOKEN": SECRET,
+        "MIXPANEL_ENDPOINT": mixpanel.url,
+    }
+    with running_service(settings) as service, open_tenant(service) as tenant:
+        wait_until(lambda: query(tenant, "SELECT 1 FROM forward_history") != [])
+        yield tenant
 
 
 def query(tenant: Tenant, statement: str) -> list[tuple[Any, ...]]:
@@ -198,3 +211,24 @@ def test_a_replayed_event_is_shown_as_stored(tenant: Tenant) -> None:
         {"event"},
         {"rejected"},
     ]
+
+
+def test_events_that_grow_as_protobuf_are_forwarded_whole(
+    tenant: Tenant, amplitude: AmplitudeServer, mixpanel: MixpanelServer
+) -> None:
+    """Events of 100 KB of JSON, six times that as protobuf, pass the outbox and reach providers."""
+    numbers = [1] * GROWING_VALUES
+    changes = {"event.timestamp": NOW.isoformat(), "metadata": {"numbers": numbers}}
+    events = [tenant.make_event(changes | {"event_id": f"growing-{n}"}) for n in range(4)]
+    messages = [to_message(event) for event in events]
+    assert all(len(orjson.dumps(event)) < 102_400 for event in events)
+    assert all(message.ByteSize() > 500_000 for message in messages)
+    assert tenant.post_events(events) == accepted(4)
+    ids = {make_insert_id(message) for message in messages}
+    wait_until(lambda: ids <= amplitude.insert_ids & mixpanel.insert_ids)
+    for insert_id in ids:
+        [payload] = map(orjson.loads, amplitude.payloads_of(insert_id))
+        assert payload["event_properties"]["numbers"] == numbers
+        [payload] = map(orjson.loads, mixpanel.payloads_of(insert_id))
+        assert payload["properties"]["numbers"] == numbers[:MIXPANEL_ITEMS]
+    wait_until(lambda: has_state(tenant, "growing-3", "mixpanel", "delivered"))

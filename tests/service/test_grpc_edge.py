@@ -7,10 +7,10 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.support.clients import INGEST, Tenant, accepted, encode_request
+from tests.support.clients import INGEST, Tenant, accepted, bind_ingest, encode_request
 from tests.support.events import to_message
 from tests.support.http2 import END_STREAM, HEADERS, connected
-from tests.support.services import Service
+from tests.support.services import Service, wait_until
 
 MEGABYTE = 1 << 20
 HEALTH = "/grpc.health.v1.Health/Check"
@@ -87,6 +87,27 @@ def test_a_message_of_the_largest_size_is_taken(tenant: Tenant) -> None:
     events = [event | {"page.path": "/" * 1000} for event in tenant.make_events(1000)]
     assert tenant.ingest(map(to_message, events)) == accepted(1000)
     assert len(encode_request(map(to_message, events))) > MEGABYTE
+
+
+@pytest.mark.parametrize("seconds", [0.25, 0.1])
+def test_calls_with_a_short_deadline_can_succeed(seconds: float, tenant: Tenant) -> None:
+    """A call whose client waits for a quarter of a second or less is answered in that time."""
+    request = encode_request([to_message(tenant.make_event())])
+    key = (("x-pg-api-key", tenant.project.key),)
+    with grpc.insecure_channel(tenant.service.grpc_target) as channel:
+        ingest = bind_ingest(channel)
+        codes: list[grpc.StatusCode] = []
+
+        def is_answered() -> bool:
+            calling = ingest.future(request, timeout=seconds, metadata=key)
+            codes.append(calling.code())
+            return codes[-1] is grpc.StatusCode.OK and calling.result().accepted == 1
+
+        # A busy machine may be too slow for some of them, and says so.
+        wait_until(is_answered)
+    too_late = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert set(codes[:-1]) <= too_late
+    assert len(tenant.read_rows()) == 1
 
 
 def test_health_is_answered_beside_unfinished_checks(service: Service) -> None:

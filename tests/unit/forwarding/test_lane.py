@@ -526,6 +526,22 @@ def test_forward_commands_manage_lanes_and_dead_events(bench: Bench) -> None:
     assert run(bench, "forward", "dead", "list") == ""
 
 
+def test_forward_purge_deletes_one_providers_queue_if_told(bench: Bench) -> None:
+    """The command counts what waits for one provider, and with --yes deletes that and no more."""
+    bench.store(make_events("p", 10))
+    purge = ("forward", "purge", "--provider", "amplitude")
+    assert run(bench, *purge) == "10 events wait for amplitude; --yes deletes them\n"
+    assert len(bench.read_pending("amplitude")) == 10
+    assert run(bench, *purge, "--yes") == "10 deleted\n"
+    assert bench.read_pending("amplitude") == set()
+    assert len(bench.read_pending("mixpanel")) == 10
+    assert bench.query("SELECT count(*) FROM events") == [(10,)]
+    assert run(bench, *purge, "--yes") == "0 deleted\n"
+    refused = run_command("forward", "purge", "--yes", settings=bench.settings)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--provider" in refused.stderr
+
+
 def run(bench: Bench, *arguments: str) -> str:
     """Return what a command prints; fail if it fails."""
     done = run_command(*arguments, settings=bench.settings)
