@@ -43,6 +43,9 @@ SMALL_BODY_BYTES = 64 * 1024
 Gate = Callable[[RequestParser], "bool | Exception | Future[Any]"]
 
 _CONNECTIONS = 2000
+# So many connections are accepted in one turn of the loop. With one, a flood of them would keep
+# others in the queue for as many turns, which are slow with thousands of connections.
+_ACCEPTED_AT_ONCE = 64
 _LOOP_SECONDS = 1.0
 _DRAIN_LOOP_SECONDS = 0.05
 # While draining, a connection without a request is kept this long: one may be on its way.
@@ -368,6 +371,16 @@ class HTTPServer(TcpWSGIServer):
                     channel.will_close = channel.will_close or channel.is_idle()
         self.task_dispatcher.shutdown()
         wasyncore.close_all(self._map)
+
+    def handle_accept(self) -> None:
+        """Accept what is queued, up to a bound, and make room for it."""
+        for _ in range(_ACCEPTED_AT_ONCE):
+            known = len(self.active_channels)
+            super().handle_accept()
+            if len(self.active_channels) == known:
+                return
+            if len(self._map) > _CONNECTIONS and not self.draining:
+                self._make_room()
 
     def add_task(self, channel: _Channel) -> None:
         """Take up a request: in the loop if it is quick to answer, else in a thread."""

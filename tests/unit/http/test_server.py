@@ -433,6 +433,21 @@ def test_the_connection_idle_longest_makes_room(
         assert held.getresponse().read() == b"/held"
 
 
+def test_a_flood_of_connections_delays_nobody_behind_it(app: HoldingApp) -> None:
+    """Connections that queue up are accepted many in a turn: who is behind them waits for few."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = HTTPServer(app, listener)
+    with ExitStack() as stack:
+        stack.callback(server.drain, 0.0)
+        for _ in range(300):
+            stack.enter_context(connect(listener.getsockname()[1]))
+        last = stack.enter_context(connect(listener.getsockname()[1]))
+        last.sendall(b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        for _ in range(10):
+            server._run_loop(1.0)
+        assert read_to_end(last).endswith("/last")
+
+
 # What a proxy that reads the framing differently would take for a request of its own, and what
 # closes the connection where it is read as one.
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
