@@ -104,6 +104,13 @@ def test_the_grpcurl_command_shows_that_event_0_is_rejected(started: Service) ->
     assert run_grpcurl(started, '"sess_1"', '""') == expected
 
 
+def test_the_page_shows_the_client_that_browsers_were_tested_with() -> None:
+    """What people paste from the API's document is what the tests in Chromium run."""
+    section = read_section("protos/README.md", "From a browser")
+    [shown] = re.findall(r"^```js\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert shown == (ROOT / "tests/browser/client.js").read_text()
+
+
 def test_productgraph_runs_from_any_directory(started: Service, tmp_path: Path) -> None:
     """`scripts/productgraph` finds the service's data wherever it is called."""
     done = subprocess.run(

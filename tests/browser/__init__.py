@@ -1,0 +1,1 @@
+"""A client for pages, and its tests in Chromium."""
