@@ -14,14 +14,18 @@ from server.rates import parse_byte_rate, parse_event_rate
 from server.values import (
     FALSE,
     hide_credentials,
+    is_loopback,
     parse_collector,
+    parse_console,
     parse_database_url,
     parse_duration,
     parse_endpoint,
     parse_flag,
+    parse_hosts,
     parse_level,
     parse_optional_port,
     parse_origins,
+    parse_password,
     parse_path,
     parse_protocol,
     parse_seconds,
@@ -73,6 +77,14 @@ class RejectedKeep:
 
 
 @dataclass(frozen=True)
+class ConsoleSettings:
+    """Under which names of hosts the console may be asked for, and the password if it needs one."""
+
+    hosts: frozenset[str]
+    password: str | None = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the service runs with; the README's table explains each."""
 
@@ -81,6 +93,8 @@ class Settings:
     grpc_port: int
     # None: no metrics.
     metrics_port: int | None
+    # None: no console.
+    console: ConsoleSettings | None
     # Not shown: it may hold a password. None: an embedded PostgreSQL in data_dir.
     database_url: str | None = field(repr=False)
     data_dir: Path
@@ -155,6 +169,27 @@ _PORT = Setting("PORT", "8080", "HTTP port", whole_number(0, 65535))
 _GRPC_PORT = Setting("GRPC_PORT", "50051", "gRPC port", whole_number(0, 65535))
 _METRICS_PORT = Setting(
     "METRICS_PORT", "9464", "port of `GET /metrics`; `off`: none", parse_optional_port
+)
+_CONSOLE = Setting(
+    "CONSOLE",
+    "auto",
+    "whether the port of the metrics shows the console: `on`, `off`; `auto`: only with"
+    " the embedded PostgreSQL, and if `HOST` is this machine's loopback address",
+    parse_console,
+)
+_CONSOLE_PASSWORD = Setting(
+    "CONSOLE_PASSWORD",
+    "",
+    "password that the console asks for, at least 12 characters; `CONSOLE=on` needs it unless"
+    " `auto` would do",
+    parse_password,
+    _mask,
+)
+_CONSOLE_HOSTS = Setting(
+    "CONSOLE_HOSTS",
+    "localhost,127.0.0.1,::1",
+    "names of hosts under which browsers may ask for the console, separated by commas",
+    parse_hosts,
 )
 _HOST = Setting(
     "HOST",
@@ -271,7 +306,8 @@ _LOG_LEVEL = Setting("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR", parse
 _DEBUG = Setting("DEBUG", "false", "true: the same as `LOG_LEVEL=DEBUG`", parse_flag)
 # In the order of the table.
 SETTINGS: tuple[Setting[Any], ...] = (
-    *(_PORT, _GRPC_PORT, _METRICS_PORT, _HOST, _DATABASE_URL, _DATA_DIR, _WORKERS),
+    *(_PORT, _GRPC_PORT, _METRICS_PORT, _CONSOLE, _CONSOLE_PASSWORD, _CONSOLE_HOSTS),
+    *(_HOST, _DATABASE_URL, _DATA_DIR, _WORKERS),
     *(_CORS_ALLOWED_ORIGINS, _GRPC_REFLECTION, _TLS_CHAIN, _TLS_KEY, _TLS_CLIENT_CA),
     *(_REQUEST_TIMEOUT_SECONDS, _MAX_WAITING_MB, _RATE_LIMIT, _BYTE_RATE_LIMIT),
     *(_ANALYTICS_ENABLED, _AMPLITUDE_ENABLED, _AMPLITUDE_API_KEY, _AMPLITUDE_ENDPOINT),
@@ -306,6 +342,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         port=_PORT.read(environment),
         grpc_port=_GRPC_PORT.read(environment),
         metrics_port=_METRICS_PORT.read(environment),
+        console=_read_console(environment),
         database_url=_DATABASE_URL.read(environment),
         data_dir=_find_data_dir(environment).read(environment),
         data_dir_is_default=not environment.get(_DATA_DIR.name, "").strip(),
@@ -336,6 +373,20 @@ def show_settings(environment: Mapping[str, str] = os.environ) -> Iterator[tuple
 def _find_data_dir(environment: Mapping[str, str]) -> Setting[Path]:
     default = environment.get(DEFAULT_DATA_DIR, "").strip() or _DATA_DIR.default
     return replace(_DATA_DIR, default=default)
+
+
+def _read_console(environment: Mapping[str, str]) -> ConsoleSettings | None:
+    """Return how the console is shown, or None; to others than this machine only by a password."""
+    wanted, password = _CONSOLE.read(environment), _CONSOLE_PASSWORD.read(environment)
+    is_private = _DATABASE_URL.read(environment) is None and is_loopback(_HOST.read(environment))
+    has_port = _METRICS_PORT.read(environment) is not None
+    if wanted is False or (wanted is None and not (is_private and has_port)):
+        return None
+    if not has_port:
+        raise InvalidSetting(f"{_METRICS_PORT.name}: must not be off, since {_CONSOLE.name} is on")
+    if password is None and not is_private:
+        raise InvalidSetting(f"{_CONSOLE_PASSWORD.name}: must be set, since {_CONSOLE.name} is on")
+    return ConsoleSettings(_CONSOLE_HOSTS.read(environment), password)
 
 
 def _read_tracing(environment: Mapping[str, str]) -> bool:

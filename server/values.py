@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_PASSWORD_LENGTH = 12
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
 
@@ -59,6 +61,40 @@ def parse_flag(text: str) -> bool:
     if text.lower() in FALSE:
         return False
     raise ValueError(f"must be true or false, is {text!r}")
+
+
+def parse_console(text: str) -> bool | None:
+    """Return whether the console is on, or None for auto."""
+    if text.lower() == "auto":
+        return None
+    try:
+        return parse_flag(text)
+    except ValueError:
+        raise ValueError(f"must be auto, on or off, is {text!r}") from None
+
+
+def parse_password(text: str) -> str | None:
+    """Return a password, or None for none. The text is never shown."""
+    if text and len(text) < _PASSWORD_LENGTH:
+        raise ValueError(f"must have at least {_PASSWORD_LENGTH} characters")
+    return text or None
+
+
+def parse_hosts(text: str) -> frozenset[str]:
+    """Return the names of hosts in a list separated by commas, without ports."""
+    names = frozenset(name.strip().strip("[]").lower() for name in text.split(","))
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]+", name, re.ASCII):
+            raise ValueError(f"must be names of hosts without ports, has {name!r}")
+    return names
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on reaches this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_level(text: str) -> str:

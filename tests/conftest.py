@@ -18,6 +18,7 @@ from sqlalchemy.engine import make_url
 from server.storage.connection import Engine, open_engine
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.migrate import migrate
+from tests.support import console
 from tests.support.clients import Tenant, open_tenant
 from tests.support.projects import Project, create_project
 from tests.support.services import Service, for_sqlalchemy, running_service
@@ -122,7 +123,7 @@ def engine(url: str) -> Engine:
 @pytest.fixture(scope="session")
 def service(create_migrated: Callable[[], str]) -> Iterator[Service]:
     """Provide a running service that all tests share."""
-    with running_service({"DATABASE_URL": create_migrated()}) as running:
+    with running_service({"DATABASE_URL": create_migrated(), **console.SETTINGS}) as running:
         yield running
 
 

@@ -2,12 +2,13 @@
 
 from server.app.forwarder import run_forwarder
 from server.app.parent import DEMO_PROJECT, run_service
-from server.app.parts import find_data, opened_database
+from server.app.parts import find_data, name_command, opened_database
 from server.app.worker import opened_replay, run_worker
 
 __all__ = [
     "DEMO_PROJECT",
     "find_data",
+    "name_command",
     "opened_database",
     "opened_replay",
     "run_forwarder",

@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from server.app.parts import BUCKETS, find_data
-from server.app.probes import Probes
+from server.app.probes import Pages, Probes
 from server.config import AMPLITUDE, MIXPANEL, Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
 from server.grpc.certificates import read_certificates
@@ -137,8 +137,14 @@ def _serve_metrics(
     receiver = ReportReceiver(totals)
     state = ServiceCollector(readiness.is_ready, monitor.lanes, tuple(settings.destinations))
     page = MetricsPage(CountsCollector(totals), state)
+    console = None
+    if settings.console is not None:
+        from server.app.console import Vitals, open_console  # with Falcon, for nothing else here
+
+        vitals = Vitals(totals, readiness, monitor)
+        console = open_console(settings, settings.console, engine, vitals, stack)
     listener = listen(settings.host, ports["METRICS_PORT"])
-    probes = Probes(page, readiness.is_ready)
+    probes = Probes(Pages(page, console), readiness.is_ready)
     server = HTTPServer(probes, listener)
     stack.enter_context(Watchdog(readiness.check, monitor.check))
     stack.enter_context(readiness)

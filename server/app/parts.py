@@ -1,6 +1,8 @@
 """Parts that more than one kind of process is built from."""
 
 import logging
+import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 # The variable by which a worker learns the file descriptor of the buckets that all of them share.
 BUCKETS = "PRODUCTGRAPH_BUCKETS"
+
+# By which scripts/serve tells how to run other commands.
+_COMMAND_VARIABLE = "PRODUCTGRAPH_COMMAND"
 
 _log = logging.getLogger("productgraph")
 
@@ -47,6 +52,11 @@ def find_data(settings: Settings, *, create: bool = False) -> Path:
     if not settings.data_dir_is_default:
         return settings.data_dir
     return locate_data(settings.data_dir, create=create)
+
+
+def name_command() -> str:
+    """Return how a shell calls the other commands."""
+    return shlex.quote(os.environ.get(_COMMAND_VARIABLE, "productgraph"))
 
 
 def open_outbox(settings: Settings) -> AlsoStore | None:

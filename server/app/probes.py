@@ -1,10 +1,31 @@
-"""Health probes on the metrics port, which tell of those who do the work."""
+"""The metrics port: health probes, which tell of those who do the work, and the pages."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from server.telemetry.metrics_page import PATH as METRICS_PATH
+
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+
+class Pages:
+    """A WSGI application that answers for the metrics, and leaves all other paths to the console.
+
+    Without a console, the page of the metrics answers for all.
+    """
+
+    def __init__(self, metrics: "WSGIApplication", console: "WSGIApplication | None") -> None:
+        self._metrics = metrics
+        self._console = console
+
+    def __call__(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> Iterable[bytes]:
+        """Answer a request."""
+        if self._console is None or environ["PATH_INFO"] == METRICS_PATH:
+            return self._metrics(environ, start_response)
+        return self._console(environ, start_response)
 
 
 class Probes:

@@ -1,8 +1,6 @@
 """What `serve` prints once the service answers."""
 
 import json
-import os
-import shlex
 import uuid
 from datetime import UTC, datetime
 
@@ -15,6 +13,9 @@ ProductGraph event ingestion
   gRPC  {host}:{grpc}
 """
 _METRICS = "  metrics  http://{host}:{metrics}/metrics\n"
+_CONSOLE = """
+See events at http://{host}:{metrics}/
+"""
 _FIRST_KEY = """
 A first API key, for project {project}. It is shown this once:
   {key}
@@ -35,8 +36,6 @@ and one over gRPC:
     {host}:{grpc} {method}
 """
 _METHOD = "productgraph.v1.EventIngestionService/IngestEvents"
-# By which scripts/serve tells how to run other commands.
-_COMMAND_VARIABLE = "PRODUCTGRAPH_COMMAND"
 
 
 def describe_service(settings: Settings, ports: dict[str, int], key: str | None) -> str:
@@ -53,9 +52,9 @@ def describe_service(settings: Settings, ports: dict[str, int], key: str | None)
     banner += (_FIRST_KEY if key else _MAKE_KEY).format(
         key=key,
         project=app.DEMO_PROJECT,
-        command=shlex.quote(os.environ.get(_COMMAND_VARIABLE, "productgraph")),
+        command=app.name_command(),
     )
-    return banner + _EXAMPLES.format(
+    banner += _EXAMPLES.format(
         **places,
         key=key or "$KEY",
         method=_METHOD,
@@ -63,6 +62,9 @@ def describe_service(settings: Settings, ports: dict[str, int], key: str | None)
         http_events=_make_example("over HTTP"),
         grpc_events=_make_example("over gRPC"),
     )
+    if settings.console is not None:
+        banner += _CONSOLE.format(**places, metrics=port)
+    return banner
 
 
 def _name_host(host: str) -> str:

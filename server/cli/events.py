@@ -13,7 +13,6 @@ import click
 import orjson
 
 from server.cli.command import Failure, json_option, make_printable, opened_engine, with_settings
-from server.cli.rejected import rejection_to_json
 from server.config import Settings
 from server.events.schema import EVENT_SCHEMA
 from server.storage.connection import connected
@@ -24,7 +23,14 @@ from server.storage.event_queries import (
     EventQueries,
     StoredEvent,
 )
-from server.storage.fates import DEAD, UNKNOWN, WAITING, ProviderFate, find_fates
+from server.storage.fates import (
+    DEAD,
+    UNKNOWN,
+    WAITING,
+    ProviderFate,
+    describe_stored,
+    find_fates,
+)
 from server.storage.rejected_events import find_oldest_rejection, find_rejections
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -217,10 +223,14 @@ def show(
     if missing:
         raise Failure(missing)
     for event, providers in zip(found, fates, strict=True):
-        click.echo(_to_json(event, providers) if as_json else _describe_fate(event, providers))
+        click.echo(
+            orjson.dumps(describe_stored(event, providers), option=orjson.OPT_UTC_Z)
+            if as_json
+            else _describe_fate(event, providers)
+        )
     for rejection in rejections:
         click.echo(
-            orjson.dumps({"rejected": rejection_to_json(rejection)}, option=orjson.OPT_UTC_Z)
+            orjson.dumps({"rejected": rejection.summary}, option=orjson.OPT_UTC_Z)
             if as_json
             else make_printable(
                 f"rejected   number {rejection.id} in `rejected`, received"
@@ -241,18 +251,6 @@ def _explain_absence(
         f"no event {event_id!r} of {_format_time(since)} or later (--since), and none that was"
         f" rejected: {kept}"
     )
-
-
-def _to_json(event: StoredEvent, fates: Sequence[ProviderFate]) -> bytes:
-    shown = {
-        "event": event.fields,
-        "received_at": event.received_at,
-        "partition": event.partition,
-        "forwarding": [
-            {"provider": fate.provider, "state": fate.state, **fate.details} for fate in fates
-        ],
-    }
-    return orjson.dumps(shown, option=orjson.OPT_UTC_Z)
 
 
 def _describe_fate(event: StoredEvent, fates: Sequence[ProviderFate]) -> str:

@@ -1,13 +1,7 @@
 """`productgraph rejected`: lists, shows and replays the events that validation rejected."""
 
-import json
-
 import click
-from google.protobuf import text_format
-from google.protobuf.empty_pb2 import Empty
-from google.protobuf.message import DecodeError, Message
 
-from productgraph.v1.event_pb2 import Event
 from server import app
 from server.cli.command import (
     NUMBER,
@@ -23,8 +17,8 @@ from server.cli.command import (
     with_settings,
 )
 from server.config import Settings
+from server.events.spelling import spell_event
 from server.ingest.replay import Replayed
-from server.protocols import HTTP
 from server.storage.connection import connected
 from server.storage.rejected_events import StoredRejection, list_rejections, read_rejection
 
@@ -46,16 +40,10 @@ def list_(settings: Settings, project: str | None, limit: int, as_json: bool) ->
     with opened_tables(settings) as connection:
         found = list_rejections(connection, project, limit)
     if as_json:
-        print_json(map(rejection_to_json, found))
+        print_json(rejection.summary for rejection in found)
         return
     for rejection in found:
         click.echo(_describe(rejection))
-
-
-def rejection_to_json(rejection: StoredRejection) -> dict[str, object]:
-    """Return what a list says of a rejected event."""
-    names = ("id", "received_at", "protocol", "project_id", "size", "reason")
-    return {name: getattr(rejection, name) for name in names}
 
 
 def _describe(rejection: StoredRejection) -> str:
@@ -77,25 +65,7 @@ def show(settings: Settings, rejection_id: int) -> None:
     click.echo(_describe(rejection))
     if rejection.is_cut:
         click.echo(f"Only its first {len(rejection.event)} bytes were kept.")
-    click.echo(make_printable(_spell(rejection).rstrip()))
-
-
-def _spell(rejection: StoredRejection) -> str:
-    """Return the event for reading: JSON, protobuf's text format, or what can be read of them."""
-    if rejection.protocol == HTTP:
-        text = rejection.event.decode(errors="replace")
-        try:
-            return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-        except ValueError:
-            return text
-    # If a text is not UTF-8, the fields can still be shown by their numbers.
-    for kind in (Event, Empty):
-        try:
-            message: Message = kind.FromString(rejection.event)
-        except DecodeError:
-            continue
-        return text_format.MessageToString(message, as_utf8=True, print_unknown_fields=True)
-    return rejection.event.hex(" ")
+    click.echo(make_printable(spell_event(rejection.protocol, rejection.event).rstrip()))
 
 
 @rejected.command()

@@ -9,12 +9,12 @@ import orjson
 from falcon.constants import COMBINED_METHODS
 
 from server.caller import Caller
+from server.deferral import ENVIRON_KEY, Deferral
 from server.errors import IngestError, Internal, InvalidEvents
 from server.events.json_codec import encode_invalid_events, encode_response
 from server.events.schema import MAX_REQUEST_BYTES
 from server.http.body import read_json
 from server.http.cors import CrossOrigin
-from server.http.deferral import ENVIRON_KEY, Deferral
 from server.http.server import SMALL_BODY_BYTES
 from server.ingest.limits import Allowance
 from server.ingest.preferences import STRICT_APPLIED, is_strict

@@ -8,8 +8,8 @@ from waitress.parser import HTTPRequestParser, ParsingError, get_header_lines
 from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
 from waitress.utilities import BadRequest
 
+from server.deferral import Deferral
 from server.http.bodies import BodyBudget, DroppedBody
-from server.http.deferral import Deferral
 from server.http.heads import read_fields, read_start
 
 _MAX_CHUNK_LINE_BYTES = 16 * 1024

@@ -29,9 +29,9 @@ from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 from waitress.task import ThreadedTaskDispatcher
 
+from server.deferral import ENVIRON_KEY
 from server.errors import Unavailable
 from server.http.bodies import BodyBudget
-from server.http.deferral import ENVIRON_KEY
 from server.http.framing import TLS_HANDSHAKE, RequestParser
 from server.http.heads import Field, write_head
 from server.wakeups import wake

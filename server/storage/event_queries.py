@@ -32,6 +32,15 @@ _WIRE_NAMES = {field.name: field.wire_name for field in EVENT_SCHEMA.fields}
 _COLUMNS = ", ".join(
     [f"{name}::text" if name in _OBJECTS else name for name in _WIRE_NAMES] + ["received_at"]
 )
+# Enough of an event for a list, however large it is: no objects, and no text beyond the length of
+# the ids, which are whole.
+_BRIEF_CHARACTERS = 255
+_TEXTS = frozenset(field.name for field in EVENT_SCHEMA.of_kind(Kind.TEXT))
+_BRIEF_COLUMNS = ", ".join(
+    f"left({name}, {_BRIEF_CHARACTERS}) AS {name}" if name in _TEXTS else name
+    for name in (*_WIRE_NAMES, "received_at")
+    if name not in _OBJECTS
+)
 _MATCHES = """
        (CAST(:project AS text) IS NULL OR project_id = :project)
    AND (CAST(:type AS text) IS NULL OR event_type = :type)
@@ -46,11 +55,13 @@ SELECT inhrelid::regclass::text AS name,
        pg_relation_size(inhrelid) / current_setting('block_size')::bigint AS pages
   FROM pg_inherits WHERE inhparent = 'events'::regclass
 """)
-_FIND_ARRIVED = text(f"""
-SELECT {_COLUMNS} FROM events WHERE {_MATCHES}
+_FIND_ARRIVED = """
+SELECT {columns} FROM events WHERE {matches}
    AND received_at > :after AND received_at <= :until
  ORDER BY received_at DESC, event_timestamp DESC, event_id DESC LIMIT :limit
-""")  # noqa: S608 - the columns are the schema's, as below
+"""
+_FIND_ARRIVED_WHOLE = text(_FIND_ARRIVED.format(columns=_COLUMNS, matches=_MATCHES))
+_FIND_ARRIVED_BRIEF = text(_FIND_ARRIVED.format(columns=_BRIEF_COLUMNS, matches=_MATCHES))
 # Every project has had a key, and by the projects' names the primary key finds an id.
 _PROJECTS = """
 ANY (ARRAY(SELECT DISTINCT project_id FROM api_keys
@@ -60,6 +71,10 @@ _FIND_BY_ID = text(f"""
 SELECT {_COLUMNS}, tableoid::regclass::text AS partition FROM events
  WHERE project_id = {_PROJECTS} AND event_timestamp >= :since AND event_id = :event_id
  ORDER BY event_timestamp LIMIT :limit
+""")  # noqa: S608 - the columns are the schema's, as below
+_FIND_BY_KEY = text(f"""
+SELECT {_COLUMNS}, tableoid::regclass::text AS partition FROM events
+ WHERE project_id = :project AND event_timestamp = :timestamp AND event_id = :event_id
 """)  # noqa: S608
 # For each project the first entry of the primary key.
 _FIND_OLDEST = text("""
@@ -131,11 +146,17 @@ class StoredEvent:
 
 
 class EventQueries:
-    """Questions to one database, each ended after `seconds`. All raise DatabaseError."""
+    """Questions to one database, each ended after `seconds`. All raise DatabaseError.
 
-    def __init__(self, connection: Connection, seconds: float = QUERY_SECONDS) -> None:
+    With `brief`, lists of the newest events have no objects, and only the beginning of long texts.
+    """
+
+    def __init__(
+        self, connection: Connection, seconds: float = QUERY_SECONDS, *, brief: bool = False
+    ) -> None:
         self._connection = connection
         self._seconds = seconds
+        self._find_arrived = _FIND_ARRIVED_BRIEF if brief else _FIND_ARRIVED_WHOLE
 
     def read_now(self) -> datetime:
         """Return the database's time."""
@@ -146,21 +167,30 @@ class EventQueries:
     def find_newest(
         self, wanted: EventFilter, until: datetime, since: datetime, limit: int
     ) -> list[StoredEvent]:
-        """Return the events that arrived last between `since` and `until`, the newest first.
+        """Return the events that arrived last between `since` and `until`, the newest first."""
+        found: list[StoredEvent] = []
+        for events, _ in self.look_back(wanted, until, since, limit):
+            found += events
+        return found
+
+    def look_back(
+        self, wanted: EventFilter, until: datetime, since: datetime, limit: int
+    ) -> Iterator[tuple[list[StoredEvent], datetime]]:
+        """Yield the newest events, bit by bit, and each time since when all arrivals were seen.
 
         Looks at windows of time that grow, each in a query of its own. The first one reaches back
         to about the newest arrival, however long ago that was.
         """
-        found: list[StoredEvent] = []
         window = _FIRST_WINDOW
         newest = self._estimate_newest_arrival() or until
         after = min(until, newest) - window
-        while until > since and len(found) < limit:
+        while until > since and limit > 0:
             after = max(since, after)
-            found += self.find_arrived(wanted, after, until, limit - len(found))
+            found = self.find_arrived(wanted, after, until, limit)
+            yield found, after
+            limit -= len(found)
             window *= _GROWTH
             until, after = after, after - window
-        return found
 
     def _estimate_newest_arrival(self) -> datetime | None:
         """Return the newest arrival in the last pages of partitions; there may be newer ones."""
@@ -179,7 +209,7 @@ class EventQueries:
     ) -> list[StoredEvent]:
         """Return the newest events that arrived after one moment and until another."""
         values = {**wanted.values, "after": after, "until": until, "limit": limit}
-        return [_make_event(row) for row in self._query(_FIND_ARRIVED, values)]
+        return [_make_event(row) for row in self._query(self._find_arrived, values)]
 
     def find_by_id(
         self, event_id: str, project: str | None, since: datetime, limit: int = 100
@@ -187,6 +217,12 @@ class EventQueries:
         """Return the events of this id since a time of theirs, the oldest first."""
         values = {"event_id": event_id, "project": project, "since": since, "limit": limit}
         return [_make_event(row) for row in self._query(_FIND_BY_ID, values)]
+
+    def find_by_key(self, project: str, timestamp: datetime, event_id: str) -> StoredEvent | None:
+        """Return the event with this key, or None if there is none."""
+        values = {"project": project, "timestamp": timestamp, "event_id": event_id}
+        rows = self._query(_FIND_BY_KEY, values)
+        return _make_event(rows[0]) if rows else None
 
     def find_oldest_time(self, project: str | None) -> datetime | None:
         """Return the earliest time of a stored event, or None if there is none."""
@@ -261,6 +297,6 @@ def _make_event(row: RowMapping) -> StoredEvent:
     present = {
         wire_name: orjson.Fragment(row[name]) if name in _OBJECTS else row[name]
         for name, wire_name in _WIRE_NAMES.items()
-        if row[name] is not None
+        if row.get(name) is not None
     }
     return StoredEvent(present, row["event_timestamp"], row["received_at"], row.get("partition"))

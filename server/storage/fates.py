@@ -1,5 +1,6 @@
 """The fate of an event: whether each provider has it, will get it, or refused it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +31,18 @@ class ProviderFate:
     provider: str
     state: str
     details: dict[str, Any] = field(default_factory=dict)
+
+
+def describe_stored(event: StoredEvent, fates: Sequence[ProviderFate]) -> dict[str, Any]:
+    """Return what programs are told of a stored event and its fates."""
+    return {
+        "event": event.fields,
+        "received_at": event.received_at,
+        "partition": event.partition,
+        "forwarding": [
+            {"provider": fate.provider, "state": fate.state, **fate.details} for fate in fates
+        ],
+    }
 
 
 def find_fates(connection: Connection, event: StoredEvent) -> list[ProviderFate]:

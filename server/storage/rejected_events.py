@@ -59,6 +59,18 @@ SELECT {_COLUMNS}, event FROM rejected_events
  WHERE event_id = :event_id AND (CAST(:project_id AS text) IS NULL OR project_id = :project_id)
  ORDER BY id LIMIT :limit
 """)  # noqa: S608 - as above
+# The reasons name what was sent, between quotes, and limits.
+_GROUP_NEWEST = text("""
+SELECT (array_agg(reason ORDER BY id DESC))[1] AS reason, count(*) AS count,
+       (array_agg(DISTINCT project_id))[1:5] AS projects,
+       (array_agg(id ORDER BY id DESC))[1:3] AS newest_ids, max(received_at) AS last_at
+  FROM (
+    SELECT id, project_id, received_at, reason,
+           regexp_replace(reason, '''.*''|[0-9]+', '', 'g') AS kind
+      FROM rejected_events ORDER BY id DESC LIMIT :newest
+  ) AS named
+ GROUP BY kind ORDER BY count DESC, last_at DESC LIMIT :limit
+""")
 _FIND_OLDEST = text("SELECT min(received_at) FROM rejected_events")
 _FIND_NEWEST = text("SELECT coalesce(max(id), 0) FROM rejected_events")
 _READ_PAGE = text(f"""
@@ -102,6 +114,26 @@ class StoredRejection(Rejection):
     """A row of the table."""
 
     id: int
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """What a list says of it."""
+        names = ("id", "received_at", "protocol", "project_id", "size", "reason")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class RejectionGroup:
+    """Rejected events of which the reasons differ in names and numbers only.
+
+    `reason` is that of the newest; `newest_ids` are the numbers of a few of them.
+    """
+
+    reason: str
+    count: int
+    projects: list[str]
+    newest_ids: list[int]
+    last_at: datetime
 
 
 def insert_rejections(connection: Connection, rejections: Sequence[Rejection]) -> None:
@@ -169,6 +201,14 @@ def find_rejections(
     """Return the rows of events with this id, only a project's if one is given."""
     values = {"event_id": event_id, "project_id": project_id, "limit": limit}
     return _make_rejections(connection, _FIND_BY_EVENT, values)
+
+
+def group_newest_rejections(
+    connection: Connection, newest: int, limit: int
+) -> list[RejectionGroup]:
+    """Return the newest rows grouped by their reasons, the largest groups first."""
+    rows = connection.execute(_GROUP_NEWEST, {"newest": newest, "limit": limit}).mappings()
+    return [RejectionGroup(**row) for row in rows]
 
 
 def find_oldest_rejection(connection: Connection) -> datetime | None:

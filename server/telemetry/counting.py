@@ -174,6 +174,16 @@ class Totals:
                     _add_up(sums[name], tuple(labels), [value])
         return [(metric, sums[name]) for name, metric in self._metrics.items()]
 
+    def add_up(self, metric: Metric) -> float:
+        """Return what other processes counted in all series of a counter or a gauge."""
+        with self._lock:
+            return sum(numbers[0] for numbers in self._sums[metric.name].values()) + sum(
+                value
+                for gauges in self._gauges.values()
+                for series, value in gauges.items()
+                if series[0] == metric.name
+            )
+
     def _is_declared(self, series: Series, numbers: list[float]) -> bool:
         metric = self._metrics.get(series[0])
         return metric is not None and (

@@ -116,7 +116,7 @@ class ServiceCollector(Collector):
     def collect(self) -> Iterator[prometheus_client.Metric]:
         """Yield the metrics as they are at this moment."""
         build = GaugeMetricFamily(f"{_PREFIX}_build_info", "The version.", labels=["version"])
-        build.add_metric([_read_version()], 1)
+        build.add_metric([read_version()], 1)
         yield build
         is_up = self._is_database_up()
         yield GaugeMetricFamily(
@@ -189,7 +189,8 @@ class MetricsServer:
         self._server.drain(0.0)
 
 
-def _read_version() -> str:
+def read_version() -> str:
+    """Return the version of the service."""
     try:
         return version("productgraph-ingestion")
     except PackageNotFoundError:  # run from a folder

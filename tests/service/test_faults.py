@@ -16,6 +16,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from server.storage.embedded import EmbeddedPostgres
+from tests.support import console
+from tests.support.console import Pages
 from tests.support.events import make_event
 from tests.support.load import (
     NOT_STORED,
@@ -55,7 +57,7 @@ def postgres(open_directory: Path) -> Iterator[EmbeddedPostgres]:
 @pytest.fixture(scope="module")
 def exposed(postgres: EmbeddedPostgres) -> Iterator[Service]:
     """Provide a service whose database is at the mercy of these tests."""
-    settings = {"DATABASE_URL": postgres.url.replace("+psycopg2", "")}
+    settings = {"DATABASE_URL": postgres.url.replace("+psycopg2", ""), **console.SETTINGS}
     assert run_command("migrate", settings=settings).returncode == 0
     with running_service(settings) as service:
         yield service
@@ -195,6 +197,42 @@ def test_metrics_are_served_without_the_database(
         # A machine that is busy may seem to have no database for a moment before that.
         wait_until(lambda: read() == (False, False))
     wait_until(lambda: read() == (True, True))
+
+
+def test_a_frozen_database_stops_the_console_alone(
+    directory: Path, exposed: Service, record_testsuite_property: Callable[[str, object], None]
+) -> None:
+    """While ten pages wait for a frozen database, probes, metrics and supervision go on."""
+    probes = exposed.metrics_url.removesuffix("metrics")
+    with Pages(exposed, 10) as pages:
+        wait_until(lambda: pages.statuses[200] > 100)
+        quiet = measure_probes(probes, 20)
+        with frozen(directory):
+            wait_until(lambda: pages.waiting > 10)
+            frozen_times = measure_probes(probes, 20)
+            assert pages.waiting > 10  # they were answered before those that came first
+            [victim] = exposed.find_workers()
+            victim.kill()
+            victim.wait()
+            killed_at = time.monotonic()
+            wait_until(lambda: exposed.find_workers() and ask(f"{probes}health") == 200)
+            record_testsuite_property("replaced", time.monotonic() - killed_at)
+            wait_until(lambda: pages.statuses[503] > 10)
+        before = pages.statuses[200]
+        wait_until(lambda: pages.statuses[200] > before + 100)
+    record_testsuite_property("slowest before and meanwhile", [max(quiet), max(frozen_times)])
+    assert set(pages.statuses) == {200, 503}
+    assert max(frozen_times) < FAST_SECONDS
+
+
+def measure_probes(place: str, count: int) -> list[float]:
+    """Return how long answers took, in seconds."""
+    times: list[float] = []
+    for path in ("health", "ready", "metrics") * count:
+        started = time.monotonic()
+        assert ask(place + path) in (200, 503)
+        times.append(time.monotonic() - started)
+    return times
 
 
 @pytest.mark.parametrize("kind", [HttpClient, GrpcClient])

@@ -155,7 +155,76 @@ def test_a_refused_value_is_reported_with_its_variable(name: str, text: str) -> 
 
 def test_every_setting_is_tested_by_a_table() -> None:
     """A new setting is tested like the others; groups of them have tests of their own."""
-    assert set(SETTINGS) | {"destinations", "grpc_tls", "tracing"} == set(vars(read_settings({})))
+    assert set(SETTINGS) | {"console", "destinations", "grpc_tls", "tracing"} == set(
+        vars(read_settings({}))
+    )
+
+
+REMOTE = {"DATABASE_URL": "postgresql://me@db/app"}
+ON = {"CONSOLE": "on"}
+LONG = {"CONSOLE_PASSWORD": PASSWORD}
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_on"),
+    [
+        ({}, True),
+        ({"HOST": "localhost"}, True),
+        ({"HOST": "::1"}, True),
+        ({"HOST": "127.8.9.1"}, True),
+        ({"HOST": "0.0.0.0"}, False),
+        ({"HOST": "::"}, False),
+        ({"HOST": "10.0.0.1"}, False),
+        ({"HOST": "example.com"}, False),
+        ({"METRICS_PORT": "off"}, False),
+        (REMOTE, False),
+        (REMOTE | LONG, False),
+        ({"CONSOLE": "off"}, False),
+        ({"CONSOLE": "auto"}, True),
+        (ON, True),
+        (ON | LONG | REMOTE, True),
+        (ON | LONG | {"HOST": "0.0.0.0"}, True),
+    ],
+)
+def test_the_console_is_on_only_where_nobody_else_reaches(
+    environment: dict[str, str], is_on: bool
+) -> None:
+    """By itself the console is on only for this machine, and else only by a setting."""
+    assert (read_settings(environment).console is not None) is is_on
+
+
+@pytest.mark.parametrize(
+    ("environment", "variable"),
+    [
+        (ON | REMOTE, "CONSOLE_PASSWORD"),
+        (ON | {"HOST": "0.0.0.0"}, "CONSOLE_PASSWORD"),
+        (ON | {"HOST": "example.com"}, "CONSOLE_PASSWORD"),
+        (ON | LONG | {"METRICS_PORT": "off"}, "METRICS_PORT"),
+        ({"CONSOLE_PASSWORD": "elevenchars"}, "CONSOLE_PASSWORD"),
+        ({"CONSOLE": "maybe"}, "CONSOLE"),
+        ({"CONSOLE_HOSTS": "localhost:9464"}, "CONSOLE_HOSTS"),
+        ({"CONSOLE_HOSTS": "https://localhost"}, "CONSOLE_HOSTS"),
+        ({"CONSOLE_HOSTS": ","}, "CONSOLE_HOSTS"),
+        ({"CONSOLE_HOSTS": "*"}, "CONSOLE_HOSTS"),
+    ],
+)
+def test_an_open_console_ends_the_start(environment: dict[str, str], variable: str) -> None:
+    """A console that others could reach without a password is an error, as is one without port."""
+    with pytest.raises(InvalidSetting, match=f"^{variable}: must "):
+        read_settings(environment)
+
+
+def test_the_console_has_its_names_and_no_shown_password() -> None:
+    """The names of hosts are read as browsers send them, and the password is in no text."""
+    hosts = {"CONSOLE_HOSTS": "Console.Example.com, [::1],10.0.0.1"}
+    console = read_settings(ON | LONG | hosts).console
+    assert console is not None
+    assert console.hosts == {"console.example.com", "::1", "10.0.0.1"}
+    assert console.password == PASSWORD
+    assert PASSWORD not in repr(console)
+    with pytest.raises(InvalidSetting) as failure:
+        read_settings({"CONSOLE_PASSWORD": "sh0rt"})
+    assert "sh0rt" not in str(failure.value)
 
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}

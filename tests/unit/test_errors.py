@@ -8,11 +8,11 @@ import pytest
 from falcon.testing import TestClient
 
 import server.app  # noqa: F401 - so that the errors of every module are known
+from server.deferral import ENVIRON_KEY, Deferral
 from server.errors import IngestError, InvalidEvents, ResourceExhausted, Unavailable
 from server.events.json_codec import JsonCodec
 from server.events.schema import EVENT_SCHEMA
 from server.http.api import create_app
-from server.http.deferral import ENVIRON_KEY, Deferral
 from server.ingest.admission import Admission
 from server.ingest.ingestion import Ingestion
 from server.ingest.request_record import RequestRecorder

@@ -31,3 +31,20 @@ def test_addresses_are_printed_so_that_they_can_be_used(host: str, printed: str)
         f" {printed}:50051 productgraph.v1",
     ):
         assert address in banner
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, "\nSee events at http://localhost:9464/\n"),
+        ({"HOST": "::1"}, "\nSee events at http://[::1]:9464/\n"),
+        ({"CONSOLE": "off"}, None),
+        ({"DATABASE_URL": "postgresql://localhost/events"}, None),
+        ({"HOST": "0.0.0.0"}, None),
+    ],
+)
+def test_the_console_is_named_only_if_it_is_on(settings: dict[str, str], line: str | None) -> None:
+    """The banner ends with the console's address, and says nothing of it if it is off."""
+    banner = describe_service(read_settings(settings), PORTS, None)
+    assert banner.endswith(line or "EventIngestionService/IngestEvents\n")
+    assert ("See events" in banner) is (line is not None)

@@ -14,8 +14,8 @@ from typing import Any
 import orjson
 import pytest
 
+from server.deferral import ENVIRON_KEY
 from server.errors import Unavailable
-from server.http.deferral import ENVIRON_KEY
 from server.http.server import HTTPServer
 from tests.support.events import make_event
 from tests.support.projects import Project
