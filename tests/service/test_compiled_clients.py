@@ -112,7 +112,7 @@ POM = """
     <dependency>
       <groupId>com.google.api.grpc</groupId>
       <artifactId>proto-google-common-protos</artifactId>
-      <version>2.81.0</version>
+      <version>2.64.1</version>
     </dependency>
     <dependency>
       <groupId>com.google.protobuf</groupId>
