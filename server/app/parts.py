@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from server.config import Settings
 from server.events.copy_rows import RowEncoder
 from server.events.json_codec import JsonCodec
+from server.events.protobuf_codec import ProtobufCodec
 from server.events.quick_json import QuickReader
+from server.events.quick_protobuf import QuickProtobufReader
 from server.events.schema import EVENT_SCHEMA
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.storage.embedded import EmbeddedPostgres
@@ -71,6 +73,12 @@ def open_json_codec(settings: Settings) -> JsonCodec:
     columns = RowEncoder(EVENT_SCHEMA).columns
     quick = QuickReader(EVENT_SCHEMA, columns, keep_encoded=bool(settings.destinations))
     return JsonCodec(EVENT_SCHEMA, quick)
+
+
+def open_protobuf_codec(settings: Settings) -> ProtobufCodec:
+    """Return what reads gRPC's events, with their protobuf if they are to be forwarded."""
+    quick = QuickProtobufReader(EVENT_SCHEMA, keep_encoded=bool(settings.destinations))
+    return ProtobufCodec(EVENT_SCHEMA, quick)
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":

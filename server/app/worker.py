@@ -8,7 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from server.app.parts import BUCKETS, open_json_codec, open_outbox, open_tracing, opened_database
+from server.app.parts import (
+    BUCKETS,
+    open_json_codec,
+    open_outbox,
+    open_protobuf_codec,
+    open_tracing,
+    opened_database,
+)
 from server.config import Settings
 from server.events.copy_rows import RowEncoder
 from server.events.json_codec import JsonCodec
@@ -85,7 +92,7 @@ class Worker:
         service = IngestService(
             Admission(self._keys, _build_limiter(settings)),
             ingestion,
-            {HTTP: open_json_codec(settings), GRPC: ProtobufCodec(EVENT_SCHEMA)},
+            {HTTP: open_json_codec(settings), GRPC: open_protobuf_codec(settings)},
             timeout_seconds=settings.request_timeout_seconds,
         )
         self._tracing = open_tracing(settings)

@@ -18,6 +18,8 @@ from server.events.timestamps import count_microseconds, format_timestamp
 # character, and next to no text holds a tab or what quotes here.
 COPY_OPTIONS = r"FORMAT csv, DELIMITER E'\t', QUOTE E'\x01', NULL ''"
 _QUOTE = "\x01"
+# The characters for which COPY wants a text quoted.
+SPECIAL = f"\t\n\r{_QUOTE}"
 # The cell of a text that is present and empty; known by its identity, for a text may be like it.
 QUOTED_EMPTY = 2 * _QUOTE
 
@@ -59,46 +61,29 @@ class RowEncoder:
     def encode(self, parsed: ParsedEvent) -> Row:
         """Return the row of a valid event, without its protobuf."""
         event = parsed.event
-        times = [_format_time(event, name) for name in self._timestamps]
+        cells = [*parsed.columns, *(_format_time(event, name) for name in self._timestamps)]
+        for name in parsed.empty:
+            cells[self._position_of[name]] = QUOTED_EMPTY
         project_id, event_id = self._ids(parsed.columns)
         identity = project_id, count_microseconds(event.event_timestamp), event_id
-        line = "\t".join((*parsed.columns, *times))
-        if parsed.empty or self._needs_quotes(line):
-            line = "\t".join((*self._quote(parsed), *times))
-        return Row(identity, line + "\n")
-
-    def _needs_quotes(self, line: str) -> bool:
-        has_more = line.count("\t") >= len(self.columns)
-        return has_more or "\n" in line or "\r" in line or _QUOTE in line
-
-    def _quote(self, parsed: ParsedEvent) -> list[str]:
-        texts = [_quote(text) if _is_special(text) else text for text in parsed.columns]
-        for name in parsed.empty:
-            texts[self._position_of[name]] = _quote("")
-        return texts
+        return Row(identity, join_cells(cells) + "\n")
 
 
 def _format_time(event: Message, name: str) -> str:
     return format_timestamp(getattr(event, name)) if event.HasField(name) else ""
 
 
-def _is_special(text: str) -> bool:
-    return "\t" in text or "\n" in text or "\r" in text or _QUOTE in text
-
-
-def _quote(text: str) -> str:
-    return _QUOTE + text.replace(_QUOTE, 2 * _QUOTE) + _QUOTE
-
-
-def join_quoted(cells: Sequence[str], special: str) -> str:
+def join_cells(cells: Sequence[str], special: str = SPECIAL) -> str:
     """Join the cells of a row into a line without its end, the texts that need it quoted.
 
-    `special` has the characters that need quotes and may be in a text.
+    `special` has those of the special characters that may be in a text.
     """
     line = "\t".join(cells)
-    if _QUOTE in special or ("\t" in special and line.count("\t") >= len(cells)):
+    if _QUOTE in line or ("\t" in special and line.count("\t") >= len(cells)):
         return "\t".join(map(_quote_special, cells))
-    for character in special.lstrip("\t"):
+    for character in special:
+        if character not in "\n\r":
+            continue
         end = 0
         while (position := line.find(character, end)) >= 0:
             start = line.rfind("\t", 0, position) + 1
@@ -111,4 +96,6 @@ def join_quoted(cells: Sequence[str], special: str) -> str:
 
 
 def _quote_special(cell: str) -> str:
-    return _quote(cell) if cell is not QUOTED_EMPTY and _is_special(cell) else cell
+    if cell is QUOTED_EMPTY or not any(map(cell.__contains__, SPECIAL)):
+        return cell
+    return f"{_QUOTE}{cell.replace(_QUOTE, 2 * _QUOTE)}{_QUOTE}"

@@ -155,7 +155,7 @@ def _read_value(value: Value, depth: int) -> Any:
         return text
     kind = value.WhichOneof("kind")
     if kind == "number_value":
-        return _read_number(value.number_value)
+        return read_number(value.number_value)
     if kind == "bool_value":
         return value.bool_value
     if kind == "struct_value":
@@ -171,7 +171,8 @@ def _read_list(values: ListValue, depth: int) -> list[Any]:
     return [_read_value(value, depth) for value in values.values]
 
 
-def _read_number(number: float) -> int | float | None:
+def read_number(number: float) -> int | float | None:
+    """Return the JSON number that a double stands for; null for one that is not finite."""
     if number.is_integer() and abs(number) < _INTEGERS_END:
         return int(number)
     return number if math.isfinite(number) else None

@@ -18,7 +18,7 @@ import orjson
 
 from productgraph.v1 import rules_pb2
 from productgraph.v1.event_pb2 import Event
-from server.events.copy_rows import QUOTED_EMPTY, Row, join_quoted, new_row
+from server.events.copy_rows import QUOTED_EMPTY, SPECIAL, Row, join_cells, new_row
 from server.events.free_form import are_plain, fill_struct
 from server.events.schema import Field, Kind, Schema
 from server.events.text_rules import TextRules
@@ -47,7 +47,7 @@ class Traits(NamedTuple):
         if b"\\" in body:
             escapes = (b"\\t", b"\\n", b"\\r", b"\\u000")
             may_have = [escape in body for escape in escapes]
-            special = "".join(compress("\t\n\r\x01", map(may_have[-1].__or__, may_have)))
+            special = "".join(compress(SPECIAL, map(may_have[-1].__or__, may_have)))
         return cls(special, may_have_empty=b'""' in body)
 
 
@@ -171,7 +171,7 @@ class QuickReader:
         if not self._rules.are_plainly_kept(texts, project_id):
             return None
         cells = layout.cells(values)  # 5,600
-        line = join_quoted(cells, traits.special) if traits.special else "\t".join(cells)  # 3,700
+        line = join_cells(cells, traits.special) if traits.special else "\t".join(cells)  # 3,700
         identity = project_id, seconds * 1_000_000 + nanos // 1000, texts[self._event_id]
         encoded = self._encode(event, layout, item) if self._keep_encoded else b""
         return new_row((identity, line + "\n", encoded))

@@ -140,7 +140,14 @@ def count_microseconds(timestamp: Timestamp) -> int:
 
 def format_timestamp(timestamp: Timestamp) -> str:
     """Write a storable timestamp as `YYYY-MM-DD hh:mm:ss.ffffff+00`."""
-    return _format_second(timestamp.seconds) + _format_fraction(timestamp.nanos)
+    return format_moment(timestamp.seconds, timestamp.nanos)
+
+
+def format_moment(seconds: int, nanos: int) -> str:
+    """Write a moment in the same way; raises ValueError if it is not storable."""
+    if not 0 <= nanos < 1_000_000_000:
+        raise ValueError(nanos)
+    return _format_checked(seconds) + _format_fraction(nanos)
 
 
 @lru_cache(maxsize=4096)
