@@ -11,7 +11,6 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from zlib import crc32
@@ -45,8 +44,7 @@ _MAX_ANSWER_CHARACTERS = 500
 _log = logging.getLogger("productgraph.forwarder")
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One event on its way: its bytes, its place in the order, and where to note its outcome."""
 
     outcome: Outcome

@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import time
+import uuid
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from server.events.parsed import ParsedEvent
 from server.events.schema import EVENT_SCHEMA
 from server.events.timestamps import END_SECOND, FIRST_SECOND
 from server.forwarding.providers.amplitude import QUOTA_REASON, Amplitude
-from server.forwarding.providers.mapping import REFUSED_IDS
+from server.forwarding.providers.mapping import REFUSED_IDS, make_insert_id
 from server.forwarding.providers.mixpanel import Mixpanel
 from server.forwarding.providers.provider import (
     CURRENT_MAPPING_VERSION,
@@ -191,6 +192,18 @@ def test_the_payload_of_everything_never_changes() -> None:
         payloads = [provider.encode_event(event, version) for provider in PROVIDERS]
         digests = [hashlib.sha256(payload).hexdigest()[:16] for payload in payloads]
         assert digests == ["84571e061b9c1d70", "aaab0a9c5a5330d1"]
+
+
+@given(st.text(), st.text(), st.integers(FIRST_SECOND, END_SECOND - 1), st.integers(0, 999_999))
+def test_insert_ids_are_uuids_of_project_id_and_time(
+    project_id: str, event_id: str, second: int, microsecond: int
+) -> None:
+    """The insert id is the UUID, of version 5, of what identifies an event."""
+    time = Timestamp(seconds=second, nanos=1000 * microsecond + 999)
+    event = Event(project_id=project_id, event_id=event_id, event_timestamp=time)
+    name = f"{project_id}\0{event_id}\0{second * 1_000_000 + microsecond}"
+    namespace = uuid.UUID("6f1b6c0e-6a1d-4d0b-9d0c-3c5b0f2f7a51")
+    assert make_insert_id(event) == str(uuid.uuid5(namespace, name))
 
 
 @both
