@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import orjson
 
@@ -31,6 +31,7 @@ HTML = b"<!doctype html><title>Welcome to the hotel's Wi-Fi</title>"
 _MAX_DELIVERIES = 100_000
 _HOUR_SECONDS = 3600
 _FIRST_TIME = 31_536_000_000  # 1971, in milliseconds
+_CONTAINERS = (dict, list)
 _INSERT_ID = re.compile(r"[A-Za-z0-9-]{1,36}")
 _REFUSED_IDS = frozenset(
     {"anonymous", "nil", "none", "null", "n/a", "undefined", "unknown", "0", "-1", "{}"}
@@ -68,8 +69,7 @@ class Script:
     fault: Fault | None = None
 
 
-@dataclass(frozen=True)
-class Delivery:
+class Delivery(NamedTuple):
     """An event as it arrived, refused or not; `arrived_at` is of `time.monotonic`."""
 
     insert_id: str
@@ -363,10 +363,11 @@ def _find_refused(event: Event) -> str | None:
 
 def measure_depth(value: Any) -> int:
     """How many levels of objects and arrays there are, the value's own counted."""
-    if not isinstance(value, dict | list):
+    if not isinstance(value, _CONTAINERS):
         return 0
     items = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(measure_depth, items), default=0)
+    inner = [item for item in items if isinstance(item, _CONTAINERS)]
+    return 1 + max(map(measure_depth, inner), default=0)
 
 
 class _HttpServer(ThreadingHTTPServer):
