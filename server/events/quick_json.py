@@ -85,7 +85,7 @@ class Layout:
         self.objects = [place[field.name] for field in find(Kind.OBJECT)]
         texts = find(Kind.TEXT)
         self.optional_texts = [place[field.name] for field in texts if not field.rules.required]
-        self.unnamed = [name for name in names if name not in named]
+        self.unnamed = [(name, i) for i, name in enumerate(names) if name not in named]
         if self.unnamed:
             place[schema.catch_all.name] = absent + 1
         self.ruled = itemgetter(*(place.get(field.name, absent) for field in ruled))
@@ -100,9 +100,9 @@ class Layout:
         self.nulls = sorted(nulls.union(self.nulls))
         return is_new
 
-    def collect_unnamed(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def collect_unnamed(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return the fields of an event that the schema does not name."""
-        return {name: item[name] for name in self.unnamed if item[name] is not None}
+        return {name: values[i] for name, i in self.unnamed if values[i] is not None}
 
 
 class _NotPlain(Exception):
@@ -158,7 +158,7 @@ class QuickReader:
             if values[place] is not None:
                 values[place] = self._write_object(values[place])  # 8,000
         if layout.unnamed:
-            unnamed = layout.collect_unnamed(item)
+            unnamed = layout.collect_unnamed(values)
             values.append(self._write_object(unnamed) if unnamed else "")
         if traits.may_have_empty:
             for place in layout.optional_texts:
@@ -204,7 +204,7 @@ class QuickReader:
         for field in self._objects:
             if item.get(field.wire_name) is not None:
                 fill_struct(getattr(event, field.name), item[field.wire_name])
-        if unnamed := layout.collect_unnamed(item):
+        if unnamed := layout.collect_unnamed([*item.values()]):
             fill_struct(getattr(event, self._schema.catch_all.name), unnamed)
         return event.SerializeToString()
 
