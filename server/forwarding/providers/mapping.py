@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import orjson
+from google.protobuf.message import Message
 
 from productgraph.v1.event_pb2 import Event
 from server.events.free_form import read_struct
@@ -136,7 +137,7 @@ def read_properties_2(
     return properties
 
 
-def _read_fields(event: Event) -> dict[str, Any]:
+def _read_fields(event: Message) -> dict[str, Any]:
     """Read the fields that are present; only those that are empty have to be asked whether so."""
     return {
         property_name: value

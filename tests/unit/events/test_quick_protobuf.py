@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 
-from productgraph.v1.event_pb2 import Event
 from server.events.copy_rows import Row, RowEncoder
 from server.events.json_codec import JsonCodec
 from server.events.parsed import MalformedEvent, ParsedEvent
@@ -19,7 +18,7 @@ from server.events.timestamps import truncate_timestamp
 from server.events.validation import Validator
 from tests.bench.events import KINDS
 from tests.support.clients import encode_request
-from tests.support.events import make_message
+from tests.support.events import make_message, to_message
 from tests.support.random_events import COUNT, PROJECT, RandomEvents, sort_entries
 
 JSON_CODEC, PROTOBUF_CODEC = JsonCodec(EVENT_SCHEMA), ProtobufCodec(EVENT_SCHEMA)
@@ -55,10 +54,10 @@ class Spoiler:
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
         parts = [
-            Event(user_id=""),
-            Event(event_sequence=0, page_title="\0"),
-            Event(metadata={"again": 1}),
-            Event(attributes={"list": [1, "", None, {"deep": [[]]}], "wide": "x" * 200}),
+            to_message({"user.id": ""}),
+            to_message({"event.sequence": 0, "page.title": "\0"}),
+            to_message({"metadata": {"again": 1}}),
+            to_message({"attributes": {"list": [1, "", None, {"k": [[]]}], "wide": "x" * 200}}),
         ]
         self._parts = [part.SerializeToString() for part in parts]
 
