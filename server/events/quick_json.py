@@ -27,6 +27,8 @@ from server.events.timestamps import read_moment
 # Layouts that are kept, none of more names or characters than an SDK sends: a client may send other
 # names in every event.
 _MAX_LAYOUTS, _MAX_NAMES, _MAX_CHARACTERS = 1000, 100, 4000
+# A body with more escapes is taken to have all kinds of them.
+_MAX_ESCAPES = 10_000
 # From here on a float may have been an integer of other digits.
 _EXACT = 2.0**53
 
@@ -42,12 +44,16 @@ class Traits(NamedTuple):
 
     @classmethod
     def of(cls, body: bytes) -> Self:
-        """Return the traits of a body, by a search or two that take no time."""
+        """Return the traits of a body."""
         special = ""
         if b"\\" in body:
-            escapes = (b"\\t", b"\\n", b"\\r", b"\\u000")
-            may_have = [escape in body for escape in escapes]
-            special = "".join(compress(SPECIAL, map(may_have[-1].__or__, may_have)))
+            # Cut at its backslashes: to search for each escape took 5,500 instructions an event.
+            parts = body.split(b"\\", _MAX_ESCAPES)
+            escapes = {part[:1] for part in parts[1:]}
+            if len(parts) > _MAX_ESCAPES or (b"u" in escapes and rb"\u000" in body):
+                special = SPECIAL
+            else:
+                special = "".join(compress("\t\n\r", map(escapes.__contains__, (b"t", b"n", b"r"))))
         return cls(special, may_have_empty=b'""' in body)
 
 
