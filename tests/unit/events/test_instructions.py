@@ -24,8 +24,8 @@ def test_an_event_takes_few_instructions_from_bytes_to_row() -> None:
 
 
 def test_a_protobuf_event_takes_few_instructions_too() -> None:
-    """An event of a batch of 1,000 over gRPC is read into its row in 70,000 at most."""
-    assert count_instructions("usual", GRPC) < 70_000
+    """An event of a batch of 1,000 over gRPC is read into its row in 125,000 at most."""
+    assert count_instructions("usual", GRPC) < 125_000
 
 
 def test_dirt_in_events_costs_two_fifths_at_most() -> None:
