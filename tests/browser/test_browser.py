@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import httpx
 import pytest
+from selenium.webdriver import Chrome
 
-from tests.browser.chromium import Browser, running_browser, running_driver
 from tests.service.test_faults import frozen
 from tests.service.test_rate_limits import limited
+from tests.support.browser import running_browser
 from tests.support.clients import Tenant, open_tenant
 from tests.support.services import Service, running_service, wait_until
 
@@ -76,17 +76,10 @@ def pages() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def driver() -> Iterator[httpx.Client]:
-    """Run chromedriver for all tests."""
-    with running_driver() as client:
-        yield client
-
-
 @pytest.fixture
-def browser(driver: httpx.Client) -> Iterator[Browser]:
+def browser() -> Iterator[Chrome]:
     """Run a browser that has never been anywhere."""
-    with running_browser(driver) as browser:
+    with running_browser() as browser:
         yield browser
 
 
@@ -94,7 +87,7 @@ def browser(driver: httpx.Client) -> Iterator[Browser]:
 class Visitor:
     """A visitor of the page, and what becomes of the events that it sends."""
 
-    browser: Browser
+    browser: Chrome
     pages: str
     tenant: Tenant
 
@@ -103,19 +96,23 @@ class Visitor:
         url = f"{api or self.tenant.service.http_url}/v1/events"
         settings = {"url": url, "key": key or self.tenant.project.key}
         query = urlencode(settings | {"project": self.tenant.project.id} | asked)
-        self.browser.open(f"{self.pages}/page?{query}")
+        self.browser.get(f"{self.pages}/page?{query}")
 
     def send(self, count: int, **fields: object) -> None:
         """Let the page send events."""
-        self.browser.run("send(arguments[0], arguments[1])", count, fields)
+        self.browser.execute_script("send(arguments[0], arguments[1])", count, fields)
+
+    def set_offline(self, is_offline: bool) -> None:
+        """Cut the browser off from the network, or connect it again."""
+        self.browser.set_network_conditions(offline=is_offline, latency=0, throughput=-1)
 
     def read_reports(self) -> list[Any]:
         """Return what was reported to the page."""
-        return list(self.browser.run("return reports"))
+        return list(self.browser.execute_script("return reports"))
 
     def count_kept(self) -> int:
         """Return how many events wait in localStorage."""
-        return int(self.browser.run("return localStorage.length"))
+        return int(self.browser.execute_script("return localStorage.length"))
 
     def expect(self, sent: int, reported: int = 0) -> None:
         """Fail unless each event comes to be stored once or reported, and is kept no longer."""
@@ -133,7 +130,7 @@ class Visitor:
 
 
 @pytest.fixture
-def visitor(browser: Browser, pages: str, tenant: Tenant) -> Visitor:
+def visitor(browser: Chrome, pages: str, tenant: Tenant) -> Visitor:
     """Return a visitor of the page, which sends to the shared service."""
     return Visitor(browser, pages, tenant)
 
@@ -148,33 +145,35 @@ def test_a_page_sends_its_events_in_time(visitor: Visitor) -> None:
 def test_events_of_a_page_left_at_once_arrive(visitor: Visitor) -> None:
     """On the first visit, with no preflight cached, the page is left as it loads."""
     visitor.visit(leave=3)
-    wait_until(lambda: "elsewhere" in visitor.browser.run("return document.title"), SECONDS)
+    wait_until(
+        lambda: "elsewhere" in visitor.browser.execute_script("return document.title"), SECONDS
+    )
     visitor.visit()
     visitor.expect(3)
 
 
 def test_events_of_a_closed_tab_arrive(visitor: Visitor) -> None:
     """A tab is closed right after its events; what did not leave with it is sent next time."""
-    first = visitor.browser.find_tab()
-    visitor.browser.open_tab()
+    first = visitor.browser.current_window_handle
+    visitor.browser.switch_to.new_window("tab")
     visitor.visit()
     visitor.send(400)
-    visitor.browser.close_tab()
-    visitor.browser.go_to(first)
+    visitor.browser.close()
+    visitor.browser.switch_to.window(first)
     visitor.visit()
     visitor.expect(400)
 
 
 def test_a_tab_is_left_with_a_request_that_outlives_it(visitor: Visitor) -> None:
     """What fits into one request arrives without another visit, when the preflight is cached."""
-    first = visitor.browser.find_tab()
-    visitor.browser.open_tab()
+    first = visitor.browser.current_window_handle
+    visitor.browser.switch_to.new_window("tab")
     visitor.visit()
     visitor.send(1)
     wait_until(lambda: len(visitor.tenant.read_rows()) == 1, SECONDS)
     visitor.send(20)
-    visitor.browser.close_tab()
-    visitor.browser.go_to(first)
+    visitor.browser.close()
+    visitor.browser.switch_to.window(first)
     wait_until(lambda: len(visitor.tenant.read_rows()) == 21, SECONDS)
 
 
@@ -182,28 +181,29 @@ def test_a_tab_is_left_with_a_request_that_outlives_it(visitor: Visitor) -> None
 def test_events_of_an_offline_page_are_sent_later(count: int, visitor: Visitor) -> None:
     """Without a network they are kept, and with it again they are sent."""
     visitor.visit()
-    visitor.browser.set_offline(True)
+    visitor.set_offline(True)
     visitor.send(count)
     time.sleep(3)
     assert visitor.count_kept() == count
     assert visitor.tenant.read_rows() == []
-    visitor.browser.set_offline(False)
+    visitor.set_offline(False)
     visitor.expect(count)
 
 
 def test_two_tabs_share_what_is_kept(visitor: Visitor) -> None:
     """What both have kept is stored once, though both send it: one is loaded again meanwhile."""
-    first = visitor.browser.find_tab()
+    first = visitor.browser.current_window_handle
     visitor.visit()
-    second = visitor.browser.open_tab()
+    visitor.browser.switch_to.new_window("tab")
+    second = visitor.browser.current_window_handle
     visitor.visit()
-    visitor.browser.set_offline(True)
+    visitor.set_offline(True)
     visitor.send(200)
-    visitor.browser.go_to(first)
+    visitor.browser.switch_to.window(first)
     visitor.send(300)
     assert visitor.count_kept() == 500
-    visitor.browser.set_offline(False)
-    visitor.browser.go_to(second)
+    visitor.set_offline(False)
+    visitor.browser.switch_to.window(second)
     visitor.visit()
     visitor.expect(500)
 
@@ -222,9 +222,9 @@ def test_rejected_events_are_reported_to_the_page(visitor: Visitor) -> None:
 def test_a_full_store_is_reported_to_the_page(visitor: Visitor) -> None:
     """What is sent while 5,000 events wait is reported, and the others are stored."""
     visitor.visit()
-    visitor.browser.set_offline(True)
+    visitor.set_offline(True)
     visitor.send(5002)
-    visitor.browser.set_offline(False)
+    visitor.set_offline(False)
     visitor.expect(5002, reported=2)
 
 
@@ -240,7 +240,7 @@ def test_a_page_without_a_valid_key_keeps_its_events(visitor: Visitor) -> None:
 
 
 def test_a_limited_page_comes_again_when_it_may(
-    browser: Browser, pages: str, tenant: Tenant
+    browser: Chrome, pages: str, tenant: Tenant
 ) -> None:
     """After a 429 it waits as long as Retry-After says."""
     slow = limited(tenant, event_rate=10)
@@ -253,7 +253,7 @@ def test_a_limited_page_comes_again_when_it_may(
 
 
 def test_events_survive_a_frozen_database(
-    browser: Browser, pages: str, open_directory: Path
+    browser: Chrome, pages: str, open_directory: Path
 ) -> None:
     """While the database stands still for 8 s, nothing is lost and nothing stored twice."""
     directory = open_directory / "frozen-browser"
@@ -272,7 +272,7 @@ def test_events_survive_a_frozen_database(
 
 
 def test_events_survive_a_restart(
-    browser: Browser, pages: str, open_directory: Path, service: Service
+    browser: Chrome, pages: str, open_directory: Path, service: Service
 ) -> None:
     """What is sent while the service is away is stored when it is back."""
     del service
@@ -316,7 +316,7 @@ def test_a_page_may_send_every_header_that_is_read(visitor: Visitor) -> None:
     """The browser's preflight lets them pass, and the page can read those of the answer."""
     visitor.visit()
     url, key = f"{visitor.tenant.service.http_url}/v1/events", visitor.tenant.project.key
-    answer = visitor.browser.run(EVERY_HEADER, url, key)
+    answer = visitor.browser.execute_script(EVERY_HEADER, url, key)
     assert answer == [202, "handling=strict", "mine"]
 
 
