@@ -244,12 +244,15 @@ def test_a_limited_page_comes_again_when_it_may(
 ) -> None:
     """After a 429 it waits as long as Retry-After says."""
     slow = limited(tenant, event_rate=10)
-    slow.post_events(slow.make_events(30))
+    slow.post_events(slow.make_events(200))
     slow.take_rows()
     visitor = Visitor(browser, pages, slow)
     visitor.visit()
     visitor.send(5)
     visitor.expect(5)
+    records = [line for line in tenant.service.read_log() if line["message"] == "request"]
+    statuses = [line["status"] for line in records if line.get("project") == tenant.project.id]
+    assert {202, 429} <= set(statuses)
 
 
 def test_events_survive_a_frozen_database(
