@@ -25,6 +25,7 @@ _EPOCH_AGE = timedelta(hours=12)
 # What a killed forwarder had claimed is due again after 60 s.
 _DRAIN_SECONDS = 90.0 * PATIENCE
 _SHORT_DRAIN_SECONDS = 3.0
+_BETWEEN_FAULTS_SECONDS = 10.0
 _COUNT_PENDING = "SELECT count(*) FROM outbox_deliveries"
 # Retries that are far ahead are brought forward; leases are waited for, unless in a hurry.
 _HURRY_RETRIES = "UPDATE outbox_deliveries SET due_at = now() WHERE attempts > 0 AND due_at > now()"
@@ -70,6 +71,8 @@ class Session:
 
     def run_rounds(self, fault: Fault, rounds: int, tally: Tally) -> None:
         """Inject a fault this many times, or until a round finds a violation."""
+        # What the fault before has left would delay what this one waits for.
+        self._is_drained(_BETWEEN_FAULTS_SECONDS)
         while tally.rounds < rounds and not tally.violations:
             tally.rounds += 1
             try:
@@ -113,26 +116,33 @@ class Session:
         tally.note(find_leaks(self.cluster))
 
     def finish(self, tally: Tally, *, in_a_hurry: bool = False) -> None:
-        """Wait until all is forwarded, and check everything once more."""
-        self._drain(_SHORT_DRAIN_SECONDS if in_a_hurry else _DRAIN_SECONDS, bool(tally.violations))
+        """Wait until all is forwarded, and check everything once more.
+
+        If a violation is known anyway, not for long: what is pending then is no other one.
+        """
+        is_drained = self._drain(
+            _SHORT_DRAIN_SECONDS if in_a_hurry else _DRAIN_SECONDS,
+            _SHORT_DRAIN_SECONDS if tally.violations else _DRAIN_SECONDS,
+        )
         findings = check(
             self.cluster,
             self._ledger,
             self._epoch,
             self._epoch + timedelta(seconds=self._number),
-            is_over=True,
+            is_over=is_drained or not tally.violations,
         )
         tally.lost = max(tally.lost, findings.lost)
         tally.duplicated = max(tally.duplicated, findings.duplicated)
         tally.note(findings.violations)
         tally.note(find_leaks(self.cluster))
 
-    def _drain(self, lease_seconds: float, is_found_broken: bool) -> None:
-        """Wait until all is forwarded; not for long if a violation is known anyway."""
+    def _drain(self, lease_seconds: float, seconds: float) -> bool:
+        """Wait until all is forwarded, at first as leases allow, and return whether it is."""
         self.cluster.query(_HURRY_RETRIES)
-        if not self._is_drained(lease_seconds):
-            self.cluster.query(_END_LEASES)
-            self._is_drained(_SHORT_DRAIN_SECONDS if is_found_broken else _DRAIN_SECONDS)
+        if self._is_drained(lease_seconds):
+            return True
+        self.cluster.query(_END_LEASES)
+        return self._is_drained(seconds)
 
     def _is_drained(self, seconds: float) -> bool:
         """Wait until nothing is pending, for as long as it gets less within `seconds`."""
