@@ -45,6 +45,7 @@ from server.protocols import GRPC, HTTP
 from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.events import EventStore
 from server.storage.health import Readiness, Watchdog
+from server.storage.outages import OutageLog
 from server.telemetry.counting import Counts
 from server.telemetry.metrics import RequestMetrics, StorageMetrics
 from server.telemetry.reports import Reporter, find_socket
@@ -59,16 +60,16 @@ class Worker:
 
     def __init__(self, settings: Settings, database_url: str) -> None:
         engine = open_engine(database_url)
-        counts = Counts()
+        counts, outages = Counts(), OutageLog()
         self._storage_metrics = metrics = StorageMetrics(counts, settings.max_waiting_bytes)
         self._request_metrics = RequestMetrics(counts)
-        self._readiness = Readiness(GuardedConnection(engine))
+        self._readiness = Readiness(GuardedConnection(engine, outages=outages))
         self._keys = KeyCache(
-            GuardedConnection(engine, on_error=metrics.count_error),
+            GuardedConnection(engine, on_error=metrics.count_error, outages=outages),
             on_lookups=metrics.count_lookups,
         )
         self._writer = Writer(
-            GuardedConnection(engine, on_error=metrics.count_error),
+            GuardedConnection(engine, on_error=metrics.count_error, outages=outages),
             EventStore(
                 RowEncoder(EVENT_SCHEMA).columns,
                 open_outbox(settings),

@@ -40,6 +40,8 @@ _API_KEY = "x-pg-api-key"
 
 _log = logging.getLogger("productgraph.grpc")
 
+_NOT_RECEIVED = Unavailable("not received in time")
+
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = dict[str, str]
 
@@ -76,6 +78,7 @@ class IngestServicer:
         status = "CANCELLED"
         try:
             caller = await self._authenticate(str(metadata.get(_API_KEY, "")), context)
+            record.identified(caller)
             strict = "prefer" in metadata and is_strict(find_preferences(context))
             answer = await self._receive(caller, context, record, strict=strict)
             await self._completions.wait_for(answer.stored)
@@ -85,9 +88,11 @@ class IngestServicer:
             return answer.response
         except IngestError as error:
             status = error.code
+            record.refused(error)
             return await abort_call(context, record, error)
         except grpc.aio.AbortError:  # the call was ended to make room for others
             status = Unavailable.code
+            record.refused(_NOT_RECEIVED)
             raise
         except Exception:  # noqa: BLE001 - a fault is told without details
             status = Internal.code
@@ -110,6 +115,7 @@ class IngestServicer:
         try:
             caller = await self._authenticate(key, context)
         except IngestError as error:
+            record.refused(error)
             record.finish(error.code)
             await abort_call(context, record, error)
         applied = (APPLIED,) if strict else ()
@@ -146,7 +152,7 @@ class IngestServicer:
 
         async def end_call() -> None:
             with suppress(grpc.aio.AbortError):
-                await abort_call(context, record, Unavailable("not received in time"))
+                await abort_call(context, record, _NOT_RECEIVED)
 
         slot = Slot(caller.key_id, end_call)
         try:
@@ -169,7 +175,7 @@ class IngestServicer:
         *,
         strict: bool,
     ) -> Answer:
-        record.authenticated(caller.project_id)
+        record.authenticated(caller)
         deadline = self._service.find_deadline(seconds=context.time_remaining())
         ingest = partial(self._service.ingest, strict=strict)
         if len(message) <= _SMALL_MESSAGE_BYTES:

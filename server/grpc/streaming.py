@@ -85,6 +85,7 @@ class _Message:
             assert self.answer is not None
             await completions.wait_for(self.answer.stored)
         except IngestError as error:
+            self.record.refused(error)
             self.record.finish(error.code)
             return StreamEventsResponse(status=describe_error(error, _STATUS_BYTES))
         except Exception:  # noqa: BLE001 - a fault is told without details

@@ -87,6 +87,8 @@ class PendingRequest:
             return _CLIENT_GONE
         # If the client was gone when this failed, nobody asked for another answer.
         failure = self.stored.exception()
+        if failure is not None:
+            self.record.refused(failure)
         return 202 if failure is None else _status_of(failure)
 
 
@@ -105,6 +107,7 @@ class _Events:
             self._answer(req, resp, deferral, request)
         except Exception as error:
             request.refusal = _status_of(error)
+            request.record.refused(error)
             raise
         finally:
             if request.caller is not None:
@@ -123,12 +126,14 @@ class _Events:
     ) -> None:
         admission, key = self._service.admission, req.get_header("X-PG-API-Key") or ""
         caller = request.caller = request.caller or admission.identify(key)
+        if caller is not None:
+            request.record.identified(caller)
         if deferral.failure is not None:
             raise deferral.failure
         if caller is None:
             deferral.hold(admission.look_up(key), repeat=True)
             return
-        request.record.authenticated(caller.project_id)
+        request.record.authenticated(caller)
         max_bytes = SMALL_BODY_BYTES if deferral.in_loop else MAX_REQUEST_BYTES
         room = admission.find_room(caller)
         body = read_json(req, max_bytes if room is None else min(max_bytes, room))

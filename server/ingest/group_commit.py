@@ -204,8 +204,6 @@ class Writer(DatabaseThread):
             _settle(group, Internal())
         if not self._available:
             self._available = self._connection.wait_until_available(self._stopping)
-            if self._available:
-                _log.info("storage is available again")
         return 0.0
 
     def _take_group(self) -> list[Batch]:
@@ -240,7 +238,7 @@ class Writer(DatabaseThread):
         try:
             self._save(group, others_wait=others_wait)
         except Unavailable as error:
-            _log.warning("storage is unavailable", exc_info=error.__cause__ or error)
+            _log.debug("a group was not stored", exc_info=error.__cause__ or error)
             self._fail(group)
         except Exception as error:  # noqa: BLE001 - whatever it is, it fails no request but its own
             if len(group) > 1:

@@ -103,15 +103,13 @@ class KeyCache(DatabaseThread):
         try:
             self._work()
         except Unavailable as error:
-            _log.warning("API keys cannot be looked up", exc_info=error.__cause__)
+            _log.debug("API keys cannot be looked up", exc_info=error.__cause__)
             self._fail_pending(error)
         except Exception:  # noqa: BLE001 - whatever happens, those who wait are answered
             _log.exception("API keys cannot be looked up")
             self._fail_pending(Internal())
         if not self._available:
             self._available = self._connection.wait_until_available(self._stopping)
-            if self._available:
-                _log.info("API keys can be looked up again")
         return 0.0
 
     def _finish(self) -> None:

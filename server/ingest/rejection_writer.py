@@ -135,7 +135,8 @@ class RejectionWriter(DatabaseThread):
             if self._clock() >= self._trim_at:
                 self._trim()
         except (Conflict, Unavailable) as error:
-            _log.warning("rejected events cannot be kept now", exc_info=error.__cause__)
+            level = logging.WARNING if isinstance(error, Conflict) else logging.DEBUG
+            _log.log(level, "rejected events cannot be kept now", exc_info=error.__cause__)
             if self._stopping.is_set():
                 self._drop_backlog()
             return _RETRY_SECONDS

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
+from server.caller import Caller
+from server.errors import ResourceExhausted, Unavailable
 from server.events.problems import Problem
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -38,9 +40,11 @@ class RequestRecord:
         "_recorder",
         "_started",
         "ended",
+        "key_id",
         "problems",
         "project_id",
         "protocol",
+        "reason",
         "request_id",
         "response",
         "route",
@@ -63,6 +67,8 @@ class RequestRecord:
         self.request_id = request_id
         self.traceparent = traceparent
         self.project_id: str | None = None
+        self.key_id: int | None = None
+        self.reason: str | None = None  # why a request was refused that may be sent again
         self.size_bytes: int | None = None  # decompressed
         self.response: IngestEventsResponse | None = None
         self.problems: Sequence[Problem] = ()
@@ -87,10 +93,20 @@ class RequestRecord:
         self.started_at = time.time_ns()
         self._started = self._recorder.clock()
 
-    def authenticated(self, project_id: str) -> None:
+    def identified(self, caller: Caller) -> None:
+        """Note whose key it is."""
+        self.project_id = caller.project_id
+        self.key_id = caller.key_id
+
+    def authenticated(self, caller: Caller) -> None:
         """Note that the key is known; from now on, the request is read and decoded."""
-        self.project_id = project_id
+        self.identified(caller)
         self._authenticated = self._recorder.clock()
+
+    def refused(self, error: BaseException) -> None:
+        """Note why the request is refused, if that may be over later."""
+        if isinstance(error, ResourceExhausted | Unavailable):
+            self.reason = str(error)
 
     def decoded(self, response: IngestEventsResponse, problems: Sequence[Problem] = ()) -> None:
         """Note that the events have been validated and handed over to be stored."""

@@ -33,6 +33,7 @@ from server.storage.errors import (
     name_kind,
     translated_errors,
 )
+from server.storage.outages import OutageLog
 
 CONNECT_TIMEOUT_SECONDS = 2  # libpq's shortest
 PING_TIMEOUT_SECONDS = 1.5
@@ -158,8 +159,10 @@ class GuardedConnection:
         engine: Engine,
         clock: Callable[[], float] = time.monotonic,
         on_error: OnError | None = None,
+        outages: OutageLog | None = None,
     ) -> None:
         self._engine = engine
+        self._outages = outages
         self._clock = clock
         self._on_error = on_error
         self._connection: Connection | None = None
@@ -186,11 +189,15 @@ class GuardedConnection:
                 connection = self._connection or self._open()
                 yield connection
                 connection.commit()
+            self._note_success()
         except (Conflict, Refused, Fault) as error:
+            self._note_success()
             self._report(error)
             self._roll_back(connection)
             raise
         except BaseException as error:
+            if self._outages is not None and isinstance(error, Unavailable):
+                self._outages.note_failure(self, error.__cause__)
             self._report(error)
             self.close()
             raise
@@ -203,6 +210,10 @@ class GuardedConnection:
             connection.rollback()
         except (psycopg2.Error, DBAPIError):
             self.close()
+
+    def _note_success(self) -> None:
+        if self._outages is not None:
+            self._outages.note_success(self)
 
     def _report(self, error: BaseException) -> None:
         if self._on_error is not None:

@@ -210,7 +210,8 @@ class PartitionKeeper(DatabaseThread):
             with self._connection.connected(_ROUND_SECONDS) as connection:
                 add_months(connection, self._today())
         except (Conflict, Unavailable) as error:
-            _log.warning("partitions could not be added, trying again", exc_info=error.__cause__)
+            level = logging.WARNING if isinstance(error, Conflict) else logging.DEBUG
+            _log.log(level, "partitions could not be added, trying again", exc_info=error.__cause__)
         except Exception:  # noqa: BLE001 - whatever it was may be over the next time
             _log.exception("partitions could not be added, trying again")
         else:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
+from server.caller import Caller
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.telemetry.request_log import RequestLog
 from tests.support.clients import Tenant, bind_ingest, encode_request, open_tenant, send
@@ -104,6 +105,48 @@ def test_an_http_request_is_one_log_line(tenant: Tenant, request_id: str) -> Non
         "bytes": len(body),
     }
     assert (line["accepted"], line["rejected"]) == (1, 1)
+    assert line["key"] == read_key_number(tenant)
+    assert "reason" not in line
+
+
+def read_key_number(tenant: Tenant) -> int:
+    """Return the number of the tenant's one key, as `keys list` shows it."""
+    with tenant.database.cursor() as cursor:
+        cursor.execute("SELECT id FROM api_keys WHERE project_id = %s", [tenant.project.id])
+        [(number,)] = cursor.fetchall()
+    return int(number)
+
+
+def test_a_request_over_its_limit_logs_key_and_reason(tenant: Tenant, request_id: str) -> None:
+    """A refusal for a rate limit has the number of its key and which limit it was, over both."""
+    number = str(read_key_number(tenant))
+    assert tenant.service.run("keys", "limit", number, "--rate", "1").returncode == 0
+    body = {"events": tenant.make_events(100)}
+    wait_until(lambda: tenant.post(body).status == 429)
+    assert tenant.post(body, x_request_id=request_id).status == 429
+    metadata = {"x-pg-api-key": tenant.project.key, "x-request-id": f"{request_id}.grpc"}
+    call(tenant, encode_request([to_message(tenant.make_event())]), metadata)
+    for line in (
+        read_line(tenant.service, request_id),
+        read_line(tenant.service, f"{request_id}.grpc"),
+    ):
+        assert line["status"] in (429, "RESOURCE_EXHAUSTED")
+        assert line["key"] == int(number)
+        assert "rate limit" in line["reason"]
+
+
+def test_a_request_that_cannot_be_stored_logs_its_reason(tenant: Tenant, request_id: str) -> None:
+    """A refusal because storage is locked says so, with the key, over both protocols."""
+    metadata = {"x-pg-api-key": tenant.project.key, "x-request-id": f"{request_id}.grpc"}
+    with locked(tenant):
+        assert tenant.post({"events": [tenant.make_event()]}, x_request_id=request_id).status == 503
+        call(tenant, encode_request([to_message(tenant.make_event())]), metadata)
+    for line in (
+        read_line(tenant.service, request_id),
+        read_line(tenant.service, f"{request_id}.grpc"),
+    ):
+        assert line["key"] == read_key_number(tenant)
+        assert line["reason"] in ("not stored in time", "storage is unavailable")
 
 
 def test_a_grpc_request_is_one_log_line(tenant: Tenant, request_id: str) -> None:
@@ -415,7 +458,7 @@ def test_logged_durations_cover_only_what_happened() -> None:
         RequestRecorder((), clock).begin("http", "/v1/events"),
     )
     clock.now = 1.0
-    whole.authenticated("p")
+    whole.authenticated(Caller("p"))
     clock.now = 3.0
     whole.decoded(IngestEventsResponse())
     clock.now = 7.0

@@ -76,8 +76,8 @@ DEADLINE_BEFORE_MAPPING = Bug(
 )
 LOGS_EVENTS = Bug(
     "ingest/group_commit.py",
-    '_log.warning("storage is unavailable",',
-    '_log.warning("storage is unavailable for " + group[0].rows[0].text,',
+    '_log.debug("a group was not stored",',
+    '_log.warning("not stored: " + group[0].rows[0].text,',
     "database-stop",
     "holds a secret",
 )

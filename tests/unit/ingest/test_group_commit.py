@@ -17,6 +17,7 @@ from server.ingest.group_commit import Writer
 from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.events import EventStore
 from server.storage.health import Watchdog
+from server.storage.outages import OutageLog
 from server.wakeups import wake
 from tests.support.events import ENCODER, make_row
 from tests.support.services import wait_until
@@ -95,7 +96,9 @@ def writer(engine: Engine) -> Iterator[Writer]:
 def make_writer(engine: Engine, **options: Any) -> Writer:
     """Return a writer that was not started."""
     options = {"max_waiting_bytes": 1 << 20} | options
-    return Writer(GuardedConnection(engine), EventStore(ENCODER.columns), **options)
+    return Writer(
+        GuardedConnection(engine, outages=OutageLog()), EventStore(ENCODER.columns), **options
+    )
 
 
 @contextmanager
@@ -379,7 +382,7 @@ def test_an_error_of_one_request_spares_its_neighbours(
                 future.result(60)
     assert table.find_events(project) == {"a", "b", "c", "d"}
     assert caplog.text.count("a request could not be stored") == 1
-    assert "storage is unavailable" not in caplog.text
+    assert "the database is unavailable" not in caplog.text
 
 
 def test_an_internal_error_of_copy_is_passed_by_staging(writer: Writer, table: Table) -> None:
@@ -406,7 +409,7 @@ def test_a_held_row_delays_its_own_request_only(
         for future in (held, again):
             assert isinstance(future.exception(60), Unavailable)
         assert is_open(writer, "deadlock")
-    assert "storage is unavailable" not in caplog.text
+    assert "the database is unavailable" not in caplog.text
     submit(writer, "deadlock", "held", "new").result(60)
     assert {"held", "new"} <= table.find_events("deadlock")
 

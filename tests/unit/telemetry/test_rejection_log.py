@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
+from server.caller import Caller
 from server.events.problems import Problem, Reason
 from server.ingest.request_record import RequestRecorder
 from server.telemetry.request_log import RejectionLog
@@ -26,7 +27,7 @@ class Clients:
     def reject(self, project: str, *problems: Problem) -> None:
         """Finish a request of a project with these problems."""
         record = self._recorder.begin("http", "/v1/events")
-        record.authenticated(project)
+        record.authenticated(Caller(project))
         record.decoded(IngestEventsResponse(rejected=len(problems)), problems)
         record.finish(202)
 
