@@ -82,8 +82,11 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
             wanted["METRICS_PORT"] = settings.metrics_port
         ports = stack.enter_context(reserve_ports(settings.host, wanted))
         engine, tick, first_key = _prepare_database(settings, stack)
-        metrics = _serve_metrics(settings, ports, engine, stack)
-        _keep_tables(settings, engine, metrics, stack)
+        counts = Counts()
+        on_failure = partial(counts.add, PARTITION_FAILURES, 1)
+        keeper = PartitionKeeper(GuardedConnection(engine), on_failure=on_failure)
+        metrics = _serve_metrics(settings, ports, engine, keeper, counts, stack)
+        _keep_tables(settings, engine, keeper, stack)
         buckets = BucketTable().descriptor
         numbers = {name: str(number) for name, number in (ports | {BUCKETS: buckets}).items()}
         environment = _WORKER_VARIABLES | os.environ | numbers
@@ -125,17 +128,22 @@ def _supervise(
 
 
 def _serve_metrics(
-    settings: Settings, ports: Mapping[str, int], engine: Engine, stack: ExitStack
+    settings: Settings,
+    ports: Mapping[str, int],
+    engine: Engine,
+    keeper: PartitionKeeper,
+    counts: Counts,
+    stack: ExitStack,
 ) -> _Metrics | None:
     """Serve the metrics page, and return what it shows; None if it is off."""
     if settings.metrics_port is None:
         return None
     readiness = Readiness(GuardedConnection(engine))
     monitor = OutboxMonitor(GuardedConnection(engine))
-    counts = Counts()
     totals = Totals(METRICS, counts)
     receiver = ReportReceiver(totals)
-    state = ServiceCollector(readiness.is_ready, monitor.lanes, tuple(settings.destinations))
+    providers = tuple(settings.destinations)
+    state = ServiceCollector(readiness.is_ready, monitor.lanes, providers, keeper.default_rows)
     page = MetricsPage(CountsCollector(totals), state)
     console = None
     if settings.console is not None:
@@ -200,11 +208,9 @@ def _keep_running(embedded: EmbeddedPostgres) -> None:
 
 
 def _keep_tables(
-    settings: Settings, engine: Engine, metrics: _Metrics | None, stack: ExitStack
+    settings: Settings, engine: Engine, keeper: PartitionKeeper, stack: ExitStack
 ) -> None:
     """Make partitions in time, and note which providers events are queued for."""
-    on_failure = None if metrics is None else partial(metrics.counts.add, PARTITION_FAILURES, 1)
-    keeper = PartitionKeeper(GuardedConnection(engine), on_failure=on_failure)
     enabled = set(settings.destinations)
     disabled = {AMPLITUDE, MIXPANEL} - enabled
     notes = ProviderNotes(GuardedConnection(engine), enabled, disabled)

@@ -8,7 +8,9 @@ much to read and nothing to move; or else never: its events stay in the default 
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
@@ -17,10 +19,12 @@ from sqlalchemy import Connection, text
 from server.errors import Unavailable
 from server.storage.connection import GuardedConnection
 from server.storage.database_thread import DatabaseThread
-from server.storage.errors import AWAITED_MONTH, Conflict, RowLocked, translated_errors
+from server.storage.errors import AWAITED_MONTH, Conflict, Fault, RowLocked, translated_errors
 
 MONTHS_AHEAD = 2
 _DAY_SECONDS = 86_400.0
+_COUNT_SECONDS = 15.0
+_QUERY_SECONDS = 5.0
 _SHORTEST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 5.0, 300.0
 # Reading a large default partition takes minutes, and nobody waits for it.
 _ROUND_SECONDS = 1800.0
@@ -44,6 +48,10 @@ SELECT count(*) FROM (
      WHERE event_timestamp >= '{start}' AND event_timestamp < '{end}' LIMIT {limit}
 ) AS found
 """
+# As PostgreSQL's statistics have it, about a second late: counting the rows would read them all.
+_ESTIMATE_DEFAULT = text("""
+SELECT n_live_tup FROM pg_stat_all_tables WHERE relid = 'events_default'::regclass
+""")
 # Ingestion takes its lock on the parent before that on a partition; here the parent's is of a kind
 # that ingestion does not wait for, so the two cannot deadlock. A long reader makes this fail by its
 # lock timeout rather than stop ingestion behind it.
@@ -190,7 +198,10 @@ def _await(month: _Month) -> bool:
 
 
 class PartitionKeeper(DatabaseThread):
-    """Adds partitions when the service starts, and every day; `on_failure` counts its failures."""
+    """Adds partitions when the service starts, and every day; `on_failure` counts its failures.
+
+    It also knows how many events are in the default partition, for whoever watches that.
+    """
 
     STOP_SECONDS = 5.0
 
@@ -199,13 +210,40 @@ class PartitionKeeper(DatabaseThread):
         connection: GuardedConnection,
         today: Callable[[], date] = lambda: datetime.now(UTC).date(),
         on_failure: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__("partitions", connection)
         self._today = today
         self._on_failure = on_failure
+        self._clock = clock
         self._failures = 0
+        self._due_at = clock()
+        self._default_rows: int | None = None
+
+    def default_rows(self) -> int | None:
+        """Return about how many events the default partition has; None if that is not known."""
+        return self._default_rows
 
     def _run_round(self) -> float:
+        if self._clock() >= self._due_at:
+            self._due_at = self._clock() + self._add_months()
+        self._default_rows = self._estimate_rows()
+        return max(0.0, min(_COUNT_SECONDS, self._due_at - self._clock()))
+
+    def _note_cut(self) -> None:
+        self._default_rows = None
+
+    def _estimate_rows(self) -> int | None:
+        # Whatever is wrong with the database is seen by those who need it.
+        with (
+            suppress(Conflict, Unavailable, Fault),
+            self._connection.connected(_QUERY_SECONDS) as c,
+        ):
+            return int(c.scalar(_ESTIMATE_DEFAULT) or 0)
+        return None
+
+    def _add_months(self) -> float:
+        """Add what is missing; return for how many seconds that is good."""
         try:
             with self._connection.connected(_ROUND_SECONDS) as connection:
                 add_months(connection, self._today())

@@ -100,7 +100,7 @@ class ServiceCollector(Collector):
     """Puts on the page how the service stands: its version, its database, forwarding.
 
     `lanes` tells how forwarding stands, or None if that is not known; a lane of `providers` that it
-    lacks has had nothing to do.
+    lacks has had nothing to do. `default_rows` tells how many events are in no month's partition.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class ServiceCollector(Collector):
         is_database_up: Callable[[], bool],
         lanes: Callable[[], Sequence[LaneStatus] | None],
         providers: Sequence[str],
+        default_rows: Callable[[], int | None] = lambda: None,
     ) -> None:
+        self._default_rows = default_rows
         self._idle = [LaneStatus(provider, 0, None, 0, 0, None) for provider in providers]
         self._is_database_up = is_database_up
         self._lanes = lanes
@@ -122,6 +124,9 @@ class ServiceCollector(Collector):
         yield GaugeMetricFamily(
             f"{_PREFIX}_database_up", "1 if the database answers, 0 if not.", int(is_up)
         )
+        if is_up and (rows := self._default_rows()) is not None:
+            text = "Events in no month's partition, in events_default, by PostgreSQL's statistics."
+            yield GaugeMetricFamily(f"{_PREFIX}_events_default_rows", text, rows)
         lanes = self._lanes()
         if is_up and lanes is not None:
             known = {lane.provider: lane for lane in (*self._idle, *lanes)}

@@ -142,7 +142,7 @@ def directory(open_directory: Path) -> Path:
 def test_a_stopped_database_costs_503s_until_its_start(
     postgres: EmbeddedPostgres, directory: Path, exposed: Service, project: Project
 ) -> None:
-    """A stopped database costs 503s, which end soon after its start, and is two lines of the log."""
+    """A stopped database costs 503s that end soon after its start, and two lines of the log."""
     lines = len(exposed.read_log())
     with running_load(exposed, project, http_clients=12, grpc_clients=4) as load:
         wait_until(lambda: load.statuses() >= STORED)

@@ -362,6 +362,7 @@ HEALTHY = [
     give("productgraph_requests_total", "0+60x60", protocol="http", status="429"),
     give("productgraph_rejected_events_dropped_total", "5x60", **HERE),
     give("productgraph_partition_failures_total", "0x20 1x40", **HERE),
+    give("productgraph_events_default_rows", "100+5x60", **HERE),
     give("productgraph_writer_waiting_bytes", "1000x60", **HERE),
     give("productgraph_writer_waiting_limit_bytes", "64000000x60", **HERE),
     give("productgraph_provider_requests_total", "0+60x60", outcome="accepted", **LANE),
@@ -432,6 +433,10 @@ TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
     "PartitionsFailing": (
         [give("productgraph_partition_failures_total", "0x5 0+1x55", **HERE)],
         {"severity": "warning"} | HERE,
+    ),
+    "EventsDefaultGrowing": (
+        [give("productgraph_events_default_rows", "100+50x60", **HERE)],
+        {"severity": "warning"},
     ),
     "ProviderFailing": (
         [give("productgraph_provider_requests_total", "0+200x60", outcome="throttled", **LANE)],

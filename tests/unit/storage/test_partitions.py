@@ -203,6 +203,18 @@ def test_the_partition_keeper_starts_and_stops_cleanly(engine: Engine) -> None:
         wait_until(lambda: query(engine, PARTITIONS) == [(name,) for name in NAMES])
 
 
+def test_the_partition_keeper_knows_the_default_partition(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events of months without a partition are counted while the service runs."""
+    monkeypatch.setattr("server.storage.partitions._COUNT_SECONDS", 0.1)
+    with PartitionKeeper(GuardedConnection(engine), today=lambda: DECEMBER) as keeper:
+        wait_until(lambda: keeper.default_rows() == 0)
+        store_month(engine, "2023-12", 5)
+        store_month(engine, "2019-01", 7)
+        wait_until(lambda: keeper.default_rows() == 7)
+
+
 def test_the_partition_keeper_retries_after_a_long_reader(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
