@@ -27,6 +27,7 @@ from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key, list_keys
 from server.storage.migrate import check_migrated, migrate
 from server.storage.partitions import PartitionKeeper
+from server.storage.rights import check_rights
 from server.telemetry.counting import Counts, Totals
 from server.telemetry.metrics import METRICS, PARTITION_FAILURES, RESTARTS
 from server.telemetry.metrics_page import (
@@ -189,6 +190,7 @@ def _prepare_database(
     if settings.database_url is not None:
         engine = open_engine(settings.database_url)
         check_migrated(engine)
+        check_rights(engine)
         return engine, lambda: None, None
     data = find_data(settings, create=True)
     embedded = stack.enter_context(EmbeddedPostgres(data, create=True))

@@ -29,6 +29,7 @@ from server.storage.connection import connected
 from server.storage.errors import DatabaseError
 from server.storage.indexes import count_missing_indexes
 from server.storage.keys import ApiKey, list_keys
+from server.storage.rights import find_missing_rights
 from server.telemetry.metrics_page import DOCTOR, LAST_SCRAPE
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -82,10 +83,11 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
     with opened_engine(settings) as engine:
         yield _try("pooler", lambda: keeps_transactions_whole(engine))
         with connected(engine) as connection:
-            facts = read_facts(connection)
+            facts, lacking = read_facts(connection), find_missing_rights(connection)
             keys = list_keys(connection)
             missing = count_missing_indexes(connection)
-    yield from _judge(facts, embedded=settings.database_url is None)
+    yield _judge_rights(facts, lacking, embedded=settings.database_url is None)
+    yield from _judge(facts)
     remedy = f"run migrate: {missing} partitions lack the index on received_at" if missing else None
     yield Finding("indexes", remedy, "built")
     yield _look_at_keys(keys)
@@ -100,21 +102,22 @@ def _try(name: str, check: Callable[[], bool]) -> Finding:
     return Finding(name, None if works else remedy, "transactions stay on one connection")
 
 
-def _judge(facts: DatabaseFacts, *, embedded: bool) -> Iterator[Finding]:
-    superuser = facts.is_superuser and not embedded
-    remedy = (
-        "use an account that is no superuser"
-        if superuser
-        else "make the service's account the owner of the tables, with CREATE on their schema"
-    )
-    is_right = facts.can_make_partitions and not superuser
-    yield Finding("rights", None if is_right else remedy, "owner of the tables, no superuser")
+def _judge_rights(facts: DatabaseFacts, lacking: Sequence[str], *, embedded: bool) -> Finding:
+    remedy = None
+    if facts.is_superuser and not embedded:
+        remedy = "use an account that is no superuser"
+    elif lacking:
+        remedy = f"run scripts/deploy/roles.sql: the account lacks {'; '.join(lacking)}"
+    return Finding("rights", remedy, "all that the service needs, no superuser")
+
+
+def _judge(facts: DatabaseFacts) -> Iterator[Finding]:
     is_safe = facts.is_local or facts.is_encrypted
     remedy = "add ?sslmode=verify-full to DATABASE_URL"
     yield Finding("TLS to PostgreSQL", None if is_safe else remedy, "encrypted, or a local socket")
     yield Finding("durability", _find_danger(facts), "commits wait for the disk")
     missing = facts.list_missing_months(datetime.now(UTC).date())
-    remedy = f"let the service run: it has not made {', '.join(missing)}; see its log if it does"
+    remedy = f"run migrate, each day if the service must not make them: no {', '.join(missing)}"
     yield Finding("partitions", remedy if missing else None, "made ahead")
     oldest = facts.find_oldest_month()
     is_old = bool(oldest) and describe_month(str(oldest)) < datetime.now() - _LONG  # noqa: DTZ005

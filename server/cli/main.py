@@ -1,6 +1,7 @@
 """The command line `productgraph`."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 import click
@@ -25,6 +26,7 @@ from server.storage.connection import open_engine
 from server.storage.errors import DatabaseError
 from server.storage.migrate import check_indexed, check_migrated
 from server.storage.migrate import migrate as migrate_tables
+from server.storage.partitions import add_months_patiently
 
 _NAME = "productgraph"
 _COMPLETION_VARIABLE = "_PRODUCTGRAPH_COMPLETE"
@@ -107,7 +109,7 @@ def worker(settings: Settings) -> None:
 @click.option("--check", is_flag=True, help="Change nothing, and fail if something is to be done.")
 @with_settings
 def migrate(settings: Settings, check: bool) -> None:
-    """Bring the tables to what this version needs.
+    """Bring the tables to what this version needs, and add the coming months' partitions.
 
     Safe to run at any time, and several times at once.
     """
@@ -118,6 +120,7 @@ def migrate(settings: Settings, check: bool) -> None:
             check_indexed(engine)
         else:
             migrate_tables(engine)
+            add_months_patiently(engine, datetime.now(UTC).date())
 
 
 @productgraph.command()

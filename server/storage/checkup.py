@@ -10,12 +10,6 @@ from server.storage.partitions import MONTHS_AHEAD, months_from
 
 _READ = text("""
 SELECT role.rolsuper AS is_superuser,
-       coalesce((SELECT bool_and(pg_has_role(c.relowner, 'USAGE')) FROM pg_class c
-         WHERE c.oid = 'events'::regclass OR c.oid IN (
-            SELECT inhrelid FROM pg_inherits WHERE inhparent = 'events'::regclass)), false)
-       AND has_schema_privilege(
-           (SELECT relnamespace FROM pg_class WHERE oid = 'events'::regclass), 'CREATE'
-       ) AS can_make_partitions,
        inet_server_addr() IS NULL AS is_local,
        coalesce((SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()), false) AS is_encrypted,
        current_setting('synchronous_commit') AS synchronous_commit,
@@ -35,7 +29,6 @@ class DatabaseFacts:
     """How the service's account finds the database; `partitions` are names."""
 
     is_superuser: bool
-    can_make_partitions: bool
     is_local: bool
     is_encrypted: bool
     synchronous_commit: str

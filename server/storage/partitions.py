@@ -17,14 +17,23 @@ from datetime import UTC, date, datetime
 from sqlalchemy import Connection, text
 
 from server.errors import Unavailable
-from server.storage.connection import GuardedConnection
+from server.storage.connection import Engine, GuardedConnection, connected
 from server.storage.database_thread import DatabaseThread
-from server.storage.errors import AWAITED_MONTH, Conflict, Fault, RowLocked, translated_errors
+from server.storage.errors import (
+    AWAITED_MONTH,
+    Conflict,
+    DatabaseError,
+    Fault,
+    RowLocked,
+    translated_errors,
+)
 
 MONTHS_AHEAD = 2
 _DAY_SECONDS = 86_400.0
 _COUNT_SECONDS = 15.0
 _QUERY_SECONDS = 5.0
+# Of a command.
+_TRIES, _TRY_SECONDS = 60, 1.0
 _SHORTEST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 5.0, 300.0
 # Reading a large default partition takes minutes, and nobody waits for it.
 _ROUND_SECONDS = 1800.0
@@ -37,6 +46,11 @@ _log = logging.getLogger("productgraph.partitions")
 _FIND_PARTITION = text("""
 SELECT 1 FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
  WHERE inhparent = 'events'::regclass AND relname = :name
+""")
+_CAN_ADD = text("""
+SELECT bool_and(pg_has_role(relowner, 'USAGE'))
+       AND has_schema_privilege(min(relnamespace), 'CREATE') FROM pg_class
+ WHERE oid IN ('events'::regclass, 'events_default'::regclass)
 """)
 _FIND_CONSTRAINT = text("""
 SELECT 1 FROM pg_constraint WHERE conrelid = 'events_default'::regclass AND conname = :name
@@ -135,6 +149,11 @@ def add_months(connection: Connection, today: date) -> None:
             _add_month(_Month(connection, start, end))
 
 
+def _find_missing(connection: Connection, today: date) -> list[str]:
+    months = (_Month(connection, *days) for days in months_from(today, MONTHS_AHEAD + 1))
+    return [month.name for month in months if not month.exists()]
+
+
 def _add_month(month: _Month) -> None:
     with month.connection.begin():
         if month.exists():
@@ -197,6 +216,17 @@ def _await(month: _Month) -> bool:
     return True
 
 
+def add_months_patiently(engine: Engine, today: date) -> None:
+    """Add the missing partitions for a command. Raises DatabaseError if the tables are in use."""
+    for _ in range(_TRIES):
+        try:
+            with connected(engine) as connection:
+                return add_months(connection, today)
+        except Conflict:
+            time.sleep(_TRY_SECONDS)
+    raise DatabaseError("the partitions could not be added, for the tables are in use: try again")
+
+
 class PartitionKeeper(DatabaseThread):
     """Adds partitions when the service starts, and every day; `on_failure` counts its failures.
 
@@ -246,16 +276,27 @@ class PartitionKeeper(DatabaseThread):
         """Add what is missing; return for how many seconds that is good."""
         try:
             with self._connection.connected(_ROUND_SECONDS) as connection:
-                add_months(connection, self._today())
+                missing = self._add_or_find_missing(connection)
         except (Conflict, Unavailable) as error:
             level = logging.WARNING if isinstance(error, Conflict) else logging.DEBUG
             _log.log(level, "partitions could not be added, trying again", exc_info=error.__cause__)
         except Exception:  # noqa: BLE001 - whatever it was may be over the next time
             _log.exception("partitions could not be added, trying again")
         else:
-            self._failures = 0
-            return _DAY_SECONDS
+            if not missing:
+                self._failures = 0
+                return _DAY_SECONDS
+            extra = {"partitions": missing}
+            _log.warning("partitions are missing, and only `migrate` may add them", extra=extra)
         return self._note_failure()
+
+    def _add_or_find_missing(self, connection: Connection) -> list[str]:
+        """Add partitions, or return those that are missing if this account must not."""
+        if connection.scalar(_CAN_ADD):
+            connection.commit()
+            add_months(connection, self._today())
+            return []
+        return _find_missing(connection, self._today())
 
     def _note_failure(self) -> float:
         if self._on_failure is not None:
