@@ -193,11 +193,11 @@ def test_kubernetes_probes_agree_with_the_answers(service: Service) -> None:
 def test_the_image_health_check_passes_only_while_alive(service: Service) -> None:
     """The image's health check passes on a live service, and on nothing else."""
     [check] = read_instruction("HEALTHCHECK")
-    python, *arguments = json.loads(check.partition("CMD ")[2])
-    assert python == "python"
+    command = json.loads(check.partition("CMD ")[2])
+    assert command[0] == "bash"  # which starts at once, unlike Python
     statuses = [
         subprocess.run(
-            [sys.executable, *arguments],
+            command,
             env=clean_environment({"PORT": port, "HTTP_PROXY": "http://127.0.0.1:1"}),
             stderr=subprocess.DEVNULL,
             timeout=30,
@@ -244,7 +244,7 @@ def test_pods_request_resources_and_no_token(pod: Node) -> None:
 
 def test_compose_containers_write_only_to_tmp() -> None:
     """Containers of ours can write nowhere but to /tmp, and gain no rights."""
-    assert SERVICES.keys() == {"ingestion", "forwarder", "migrate"}
+    assert SERVICES.keys() == {"ingestion", "forwarder", "migrate", "retention"}
     for service in SERVICES.values():
         assert service["read_only"] is True
         assert service["tmpfs"] == ["/tmp"]
@@ -270,6 +270,9 @@ def test_compose_mounts_exist_and_match_their_readers() -> None:
         for target in static["targets"]
     ]
     assert targets == [f"ingestion:{list_ports()['METRICS_PORT']}"]
+    [told] = prometheus["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    name, _, number = told.partition(":")
+    assert COMPOSE["services"][name]["ports"] == [f"127.0.0.1:{number}:{number}"]
     [found] = [job["dns_sd_configs"] for job in prometheus["scrape_configs"][1:]]
     port = int(list_ports()["METRICS_PORT"])
     assert found == [{"names": ["forwarder"], "type": "A", "port": port}]
@@ -281,6 +284,127 @@ def test_compose_mounts_exist_and_match_their_readers() -> None:
         "datasources"
     ]
     assert urlsplit(source["url"]).hostname in COMPOSE["services"]
+
+
+def test_compose_serves_as_a_role_that_owns_nothing() -> None:
+    """Who serves and forwards is the role of roles.sql; only what changes tables is their owner."""
+    accounts = {
+        name: re.match(r"postgresql://(\w+):", service["environment"]["DATABASE_URL"])
+        for name, service in SERVICES.items()
+    }
+    found = {name: match[1] for name, match in accounts.items() if match}
+    [owner] = {found["migrate"], found["retention"]}
+    [role] = {found["ingestion"], found["forwarder"]}
+    assert owner == COMPOSE["services"]["postgres"]["environment"]["POSTGRES_USER"]
+    command = COMPOSE["services"]["roles"]["command"]
+    assert {f"--variable=owner={owner}", f"--variable=role={role}"} <= set(command)
+    assert role != owner
+
+
+def test_the_compose_retention_runs_again_and_again(tmp_path: Path) -> None:
+    """Its loop adds partitions, deletes what is old, and pauses; and ends if one of them fails."""
+    service = SERVICES["retention"]
+    for name in ("productgraph", "sleep"):
+        failing = "[ $(wc -l < done) -lt 6 ]"
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> done\n{failing}\n')
+        (tmp_path / name).chmod(0o755)
+    shell, option, script, *rest = service["entrypoint"]
+    command = [shell, option, script.replace("$$", "$"), *rest, *service["command"]]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(command, env=environment, cwd=tmp_path, timeout=60, check=False)
+    done = (tmp_path / "done").read_text().splitlines()
+    one = ["productgraph migrate", f"productgraph {' '.join(service['command'])}", "sleep 86400"]
+    assert done[:6] == [*one, *one]
+
+
+def run_checker(program: str, *arguments: str) -> None:
+    """Let a program check a file; skip the test if it is not installed."""
+    if (path := shutil.which(program)) is None:
+        pytest.skip(f"{program} is not installed")
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alertmanager_accepts_its_example(tmp_path: Path) -> None:
+    """Alertmanager takes the example, and tells critical alerts sooner than others."""
+    file = str(ROOT / "scripts/deploy/alertmanager.yml")
+    run_checker("amtool", "check-config", file)
+    for severity, receiver in (("critical", "at once"), ("warning", "later")):
+        routing = ["routes", "test", f"--config.file={file}", f"--verify.receivers={receiver}"]
+        run_checker("amtool", "config", *routing, f"severity={severity}", "alertname=X")
+    assert not list(tmp_path.iterdir())
+
+
+def test_systemd_accepts_the_units() -> None:
+    """Systemd finds nothing wrong with the units but that their program is not installed here."""
+    if (analyze := shutil.which("systemd-analyze")) is None:
+        pytest.skip("systemd-analyze is not installed")
+    units = sorted((ROOT / "scripts/deploy/systemd").iterdir())
+    done = subprocess.run(
+        [analyze, "verify", "--man=no", *units], capture_output=True, text=True, check=False
+    )
+    complaints = [line for line in done.stderr.splitlines() if "productgraph" in line]
+    assert all("is not executable" in line for line in complaints), done.stderr
+    service = (ROOT / "scripts/deploy/systemd/productgraph.service").read_text()
+    [seconds] = re.findall(r"^TimeoutStopSec=(\d+)$", service, re.MULTILINE)
+    assert int(seconds) > DRAIN_SECONDS
+    for unit in units:
+        for arguments in re.findall(r"^ExecStart=\S+/productgraph (.+)$", unit.read_text(), re.M):
+            assert main([*arguments.split(), "--help"]) == 0
+
+
+def test_the_operator_has_the_same_alerts_and_pods() -> None:
+    """PrometheusRule holds alerts.yml, and PodMonitor finds every pod that has metrics."""
+    folder = ROOT / "scripts/deploy/prometheus-operator"
+    rule = yaml.safe_load((folder / "prometheus-rule.yaml").read_text())
+    alerts = yaml.safe_load((ROOT / "scripts/deploy/alerts.yml").read_text())
+    assert rule["spec"] == alerts
+    monitor = yaml.safe_load((folder / "pod-monitor.yaml").read_text())
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    [expression] = monitor["spec"]["selector"]["matchExpressions"]
+    with_metrics = {
+        name
+        for name, pod in PODS.items()
+        for port in pod["spec"]["containers"][0].get("ports", [])
+        if port["name"] == endpoint["port"]
+    }
+    assert set(expression["values"]) == with_metrics
+    jobs = {relabeling["replacement"] for relabeling in endpoint["relabelings"]}
+    prometheus = yaml.safe_load((ROOT / "scripts/deploy/prometheus.yml").read_text())
+    assert jobs == {job["job_name"] for job in prometheus["scrape_configs"]}
+
+
+def test_network_policies_open_only_what_is_served() -> None:
+    """Every pod has a policy; anybody reaches the two ports, and monitoring alone the metrics."""
+    policies = [o["spec"] for o in OBJECTS if o["kind"] == "NetworkPolicy"]
+    chosen: list[str] = []
+    for policy in policies:
+        selector = policy["podSelector"]
+        chosen += selector.get("matchLabels", {}).values()
+        chosen += [name for each in selector.get("matchExpressions", []) for name in each["values"]]
+    assert sorted(chosen) == sorted(PODS)
+    rules = [rule for policy in policies for rule in policy.get("ingress", [])]
+    open_ports = {port["port"] for rule in rules if "from" not in rule for port in rule["ports"]}
+    assert open_ports == {"http", "grpc"}
+    assert {port["port"] for rule in rules if "from" in rule for port in rule["ports"]} == {
+        "metrics"
+    }
+
+
+def test_the_image_installs_what_the_packages_need() -> None:
+    """The layer of dependencies has those of both packages, and of the extras asked for."""
+    script = [sys.executable, str(ROOT / "scripts/requirements")]
+    listed = {
+        extras: subprocess.run(
+            [*script, extras], capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        for extras in ("", "otel")
+    }
+    assert {"falcon>=4.2,<5", "protobuf>=7.35.1,<8"} <= set(listed[""])
+    assert any(line.startswith("opentelemetry-sdk") for line in listed["otel"])
+    assert not any(line.startswith("opentelemetry-sdk") for line in listed[""])
+    copied = DOCKERFILE[: DOCKERFILE.index("COPY . .")]
+    assert all(name in copied for name in ("pyproject.toml", "gen/", "scripts/requirements"))
 
 
 def test_every_alert_links_to_its_runbook_section() -> None:
@@ -353,7 +477,8 @@ def test_deployment_files_contain_no_password() -> None:
     text = (ROOT / "compose.yaml").read_text()
     secrets = re.findall(r"^ +\w*(?:PASSWORD|TOKEN|KEY|SECRET)\w*: *(.+)", text, re.MULTILINE)
     secrets += re.findall(r"://\w+:(.+)@", text)
-    assert len(secrets) == 3
+    secrets += re.findall(r"=password=(.+)", text)
+    assert len(secrets) == 6
     assert all(re.fullmatch(r"\$\{\w+:\?[^}]+\}", secret) for secret in secrets)
     assert not [o for o in OBJECTS if o["kind"] == "Secret"]
     assert "secretGenerator" not in KUSTOMIZATION
