@@ -34,6 +34,7 @@ from server.errors import Unavailable
 from server.http.bodies import BodyBudget
 from server.http.framing import TLS_HANDSHAKE, RequestParser
 from server.http.heads import Field, write_head
+from server.http.polling import Connections
 from server.wakeups import wake
 
 # Up to this size a request is run by the loop.
@@ -262,6 +263,7 @@ class _Channel(HTTPChannel):
                 return
             deferral.awaited.add_done_callback(lambda _: self.server.take_up(self))
         else:
+            self.server.note_service(self)
             self.completed_at = self.last_activity
             if deferral.pending is not None:
                 deferral.pending.close()
@@ -303,7 +305,6 @@ class HTTPServer(TcpWSGIServer):
             inbuf_overflow=1 << 20,
             max_request_header_size=1 << 16,
             connection_limit=_CONNECTIONS,
-            asyncore_use_poll=True,
             # No header of a proxy's is read here, so none needs to be removed.
             clear_untrusted_proxy_headers=False,
             log_socket_errors=False,
@@ -323,9 +324,10 @@ class HTTPServer(TcpWSGIServer):
         self._loop_thread: int | None = None
         # When the loop last turned, by `time.monotonic`.
         self.turned_at = time.monotonic()
+        self._connections = Connections()
         super().__init__(
             application,
-            map={},
+            map=self._connections,
             _sock=listener,
             dispatcher=dispatcher,
             adj=adjustments,
@@ -371,6 +373,7 @@ class HTTPServer(TcpWSGIServer):
                     channel.will_close = channel.will_close or channel.is_idle()
         self.task_dispatcher.shutdown()
         wasyncore.close_all(self._map)
+        self._connections.close()
 
     def handle_accept(self) -> None:
         """Accept what is queued, up to a bound, and make room for it."""
@@ -417,6 +420,12 @@ class HTTPServer(TcpWSGIServer):
         if threading.get_ident() != self._loop_thread:
             super().pull_trigger()
 
+    def note_service(self, channel: _Channel) -> None:
+        """Have the loop look at a connection whose request was run, if it was run by a thread."""
+        if threading.get_ident() != self._loop_thread:
+            self._connections.mark(channel._fileno)
+            super().pull_trigger()
+
     def _run_loop(self, seconds: float) -> None:
         if len(self._map) >= _CONNECTIONS and not self.draining:
             self._make_room()
@@ -424,15 +433,19 @@ class HTTPServer(TcpWSGIServer):
             seconds = min(seconds, self._refuse_overdue())
         # What the loop itself has added since pulled no trigger: do not sleep on it.
         timeout = 0.0 if self._completed or self._resumed else seconds
-        wasyncore.loop(timeout, use_poll=True, map=self._map, count=1)
+        connections = self._connections
+        connections.mark(self._fileno)  # whether it accepts depends on how many there are
+        connections.run_once(timeout, sweep=self.draining)
         with self._completed_lock:
             completed, self._completed = self._completed, []
             resumed, self._resumed = self._resumed, []
         for channel in resumed:
             channel.resume()
+            connections.mark(channel._fileno)
         for channel in completed:
             channel.requests[0].deferral.in_loop = True
             channel.service()
+            connections.mark(channel._fileno)
         self.turned_at = time.monotonic()
 
     def _make_room(self) -> None:

@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -16,7 +17,7 @@ import pytest
 
 from server.deferral import ENVIRON_KEY
 from server.errors import Unavailable
-from server.http.server import HTTPServer
+from server.http.server import HTTPServer, _Channel
 from tests.support.events import make_event
 from tests.support.projects import Project
 from tests.support.services import Service, wait_until
@@ -169,6 +170,32 @@ def test_a_connection_goes_on_after_a_held_answer(app: HoldingApp, port: int) ->
         connection.auto_open = False
         connection.request("GET", "/next")
         assert connection.getresponse().read() == b"/next"
+
+
+def test_idle_connections_cost_a_request_nothing(
+    app: HoldingApp, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While requests are answered, connections without one are not looked at."""
+    asked: list[object] = []
+    readable = _Channel.readable
+
+    def ask(channel: _Channel) -> bool:
+        asked.append(channel)
+        return readable(channel)
+
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(connect(port))
+        assert get(port, "/first") == "/first"
+        monkeypatch.setattr(_Channel, "readable", ask)
+        started = time.monotonic()
+        with closing(send_get(port, "/")) as connection:
+            for _ in range(200):
+                connection.getresponse().read()
+                connection.request("GET", "/")
+            sweeps = 1 + int(time.monotonic() - started)
+    assert len(asked) < 200 * 20 + sweeps * 2 * 300
+    assert not app.held
 
 
 def test_pipelined_held_answers_keep_their_order(app: HoldingApp, port: int) -> None:
