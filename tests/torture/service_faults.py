@@ -16,7 +16,8 @@ from tests.torture.trial import WITHOUT_ANSWER, Fault, Inject, Trial
 # A gRPC call may arrive in the very moment in which its worker stops listening.
 _LEAVING = STORED | {"CANCELLED"}
 _EXIT_SECONDS = 30.0 * PATIENCE
-_REACH_SECONDS = 20.0 * PATIENCE
+# A forwarder yields to everything else on the machine, its start included.
+_REACH_SECONDS = 120.0 * PATIENCE
 _EXTRA_FORWARDERS = 2
 _SLOW_SECONDS = 0.5
 # What a provider has taken is claimed for 60 s, of which 35 may have passed until it answered.
@@ -59,7 +60,7 @@ def _die_at(point: str) -> Inject:
             # A forwarder that has just been started may have little to send.
             now = trial.cluster.providers.values()
             wait_until(
-                lambda: sum(len(p.arrivals) for p in now) > sum(arrivals) + 10, 30.0 * PATIENCE
+                lambda: sum(len(p.arrivals) for p in now) > sum(arrivals) + 10, _REACH_SECONDS
             )
         armed = trial.cluster.failpoints / point
         armed.touch()
