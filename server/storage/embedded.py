@@ -42,10 +42,10 @@ class EmbeddedPostgres:
 
     @property
     def url(self) -> str:
-        """The database's SQLAlchemy URL."""
+        """The database's URL, as libpq takes it."""
         # The port is there because a PGPORT in the environment would be believed instead.
         host = quote(str(self._cluster.socket_directory))
-        return f"postgresql+psycopg2://{NAME}@/{NAME}?host={host}&port={PORT}"
+        return f"postgresql://{NAME}@/{NAME}?host={host}&port={PORT}"
 
     def open(self) -> str:
         """Make the database answer, until `close`, and return its URL.

@@ -15,6 +15,10 @@ class DatabaseError(Exception):
     """The database cannot be used; the text is one line for an operator, without passwords."""
 
 
+class DoubtfulCommit(Unavailable):
+    """A commit may be lost with its server, although it succeeded there."""
+
+
 class Conflict(Exception):
     """The transaction met another one's and was rolled back: it can be run again at once."""
 

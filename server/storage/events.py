@@ -11,9 +11,14 @@ from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import Connection
 
 from server import failpoints
-from server.errors import Unavailable
 from server.events.copy_rows import COPY_OPTIONS, Row
-from server.storage.connection import KEEPALIVES, SEARCH_PATH, raw_cursor
+from server.storage.connection import (
+    KEEPALIVES,
+    SEARCH_PATH,
+    WARNINGS,
+    raw_cursor,
+    require_silence,
+)
 from server.storage.errors import translated_errors
 
 # After a duplicate for so long, since clients that send again do so in bursts.
@@ -30,7 +35,7 @@ SET LOCAL idle_in_transaction_session_timeout = {{timeout_ms}};
 SET LOCAL statement_timeout = {{timeout_ms}};
 SET LOCAL lock_timeout = {{lock_ms}};
 SET LOCAL synchronous_commit = {{commit_level}};
-SET LOCAL client_min_messages = warning;
+{WARNINGS}
 """
 # Of the server's levels of `synchronous_commit`, all others acknowledge before a disk has the data,
 # or say no more than `on` does.
@@ -135,13 +140,9 @@ class EventStore:
     def _commit(self, cursor: Cursor, stored: list[Row]) -> None:
         more = self._also_store(cursor, stored) if self._also_store is not None and stored else b""
         failpoints.reach(failpoints.BEFORE_COMMIT)
-        notices = cursor.connection.notices
-        del notices[:]
+        del cursor.connection.notices[:]
         cursor.execute(more + b"COMMIT")  # in one round trip
-        if notices:
-            # A commit whose wait for the standby is cancelled, by an operator or a shutdown,
-            # succeeds with a warning: it may be lost with this server.
-            raise Unavailable(f"the outcome of a commit is unknown: {notices[0].strip()}")
+        require_silence(cursor.connection)
         failpoints.reach(failpoints.AFTER_COMMIT)
 
 

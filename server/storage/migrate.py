@@ -8,7 +8,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
-from server.storage.connection import connected
+from server.storage.checkup import keeps_transactions_whole
+from server.storage.connection import answers_without_transaction, connected
 from server.storage.errors import DatabaseError
 from server.storage.indexes import build_indexes, count_missing_indexes
 
@@ -25,6 +26,7 @@ def migrate(engine: Engine) -> None:
 
     The tables of a newer version are left as they are.
     """
+    _check_pooler(engine)
     with connected(engine) as connection:
         _check_encoding(connection)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
@@ -38,6 +40,7 @@ def check_migrated(engine: Engine) -> None:
 
     Newer ones are accepted: each revision leaves the version before it working.
     """
+    _check_pooler(engine)
     with connected(engine) as connection:
         _check_encoding(connection)
         current, needed = _current_revision(connection), _newest_revision()
@@ -56,6 +59,19 @@ def check_indexed(engine: Engine) -> None:
         raise UnsuitableDatabase(
             f"{missing} partitions have no index on received_at: run 'productgraph migrate'"
         )
+
+
+def _check_pooler(engine: Engine) -> None:
+    try:
+        if keeps_transactions_whole(engine):
+            return
+    except DatabaseError:
+        if not answers_without_transaction(engine):
+            raise
+    raise UnsuitableDatabase(
+        "the pooler before the database gives each statement another connection, so that there are"
+        " no transactions: set its pool_mode to transaction or session"
+    )
 
 
 def _check_encoding(connection: Connection) -> None:

@@ -210,7 +210,7 @@ def test_old_default_rows_go_in_small_transactions(
 
 def test_a_partition_goes_once_its_end_is_reached(engine: Engine) -> None:
     """A partition goes once its end is reached, whatever the time zone and whoever made it."""
-    name = engine.url.database
+    [(name,)] = query(engine, "SELECT current_database()")
     query_nothing(engine, f"ALTER DATABASE {name} SET timezone = 'Pacific/Kiritimati'")
     strange = "FROM (MINVALUE) TO ('1999-01-01 00:00+00')"
     query_nothing(engine, f'CREATE TABLE "Odd one" PARTITION OF events FOR VALUES {strange}')

@@ -8,7 +8,7 @@ import pytest
 from server import config
 from server.config import InvalidSetting, RejectedKeep, TlsFiles, find_strays, read_settings
 from server.storage.connection import open_engine
-from server.values import hide_credentials
+from server.values import hide_credentials, hide_password
 
 MIB = 1024 * 1024
 PASSWORD = "s3cret-passw0rd"
@@ -33,15 +33,25 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         "DATABASE_URL",
         None,
         {
-            "postgresql://me@db/app": "postgresql+psycopg2://me@db/app",
-            "postgres://me@db:5433/app": "postgresql+psycopg2://me@db:5433/app",
-            "postgresql+psycopg2://me@db/app": "postgresql+psycopg2://me@db/app",
-            "postgresql:///app?host=/run": "postgresql+psycopg2:///app?host=/run",
+            "postgresql+psycopg2://me@db/app": "postgresql://me@db/app",
+            **{
+                url: url
+                for url in (
+                    *("postgresql://me@db/app", "postgres://me@db:5433/app"),
+                    "postgresql:///app?host=/run",
+                    "postgresql://me@h1:5432,h2:5433/app?target_session_attrs=read-write",
+                    "postgresql://me:a%40b%2C@[::1]:5432,h2/app",
+                    "postgresql://%2Fvar%2Frun/app?user=me@cloud",
+                    *("postgresql://?service=events", "service=events", "host=h1,h2 dbname=app"),
+                )
+            },
         },
         [
             *("db", "db:5432/app", "postgresql:me@db", "mysql://me@db/app", "://me@db/app"),
             *("postgresql+asyncpg://me@db/app", "sqlite:///app.db"),
             *("postgresql://me@db:port/app", "postgresql://me@[::1/app"),
+            *("postgresql://me@h1:5432,h2:65536/app", "postgresql://me:a@b@db/app"),
+            *("postgresql://db/app?nonsense=1", "host=db nonsense=1", "host=me@db", "port=0"),
         ],
     ),
     "data_dir": (
@@ -319,12 +329,27 @@ def test_names_of_others_are_not_taken_for_settings() -> None:
         ("postgresql://me:s3cret@db:5432/app", "postgresql://***@db:5432/app"),
         ("postgresql:///app?host=/run&password=s3cret", "postgresql:///app?***"),
         ("https://api2.amplitude.com/batch", "https://api2.amplitude.com/batch"),
+        ("postgresql://me:s3cret@h1,h2/app", "postgresql://***@h1,h2/app"),
         ("", ""),
     ],
 )
 def test_shown_urls_have_no_credentials(url: str, shown: str) -> None:
     """Of an address all is shown but its account and its query."""
     assert hide_credentials(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("", ""),
+        ("postgresql://me:s3cret@db/app", "postgresql://***@db/app"),
+        ("host=h1,h2 dbname=app", "host=h1,h2 dbname=app"),
+        ("dbname=app user=me password='s3cret ://' service=x", "service=x dbname=app ***"),
+    ],
+)
+def test_a_shown_database_has_no_password(address: str, shown: str) -> None:
+    """Of a database's address, in whatever form, only the place is shown."""
+    assert hide_password(address) == shown
 
 
 @pytest.mark.parametrize(("debug", "level"), [("true", "DEBUG"), ("0", "ERROR"), ("", "ERROR")])

@@ -6,12 +6,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import psycopg2
 import pytest
+from psycopg2.extensions import make_dsn, parse_dsn
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
@@ -20,7 +21,7 @@ from server.storage.connection import Engine, GuardedConnection, connected, open
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.errors import Conflict, DatabaseError, Fault, Refused, translated_errors
 from server.storage.health import Readiness, Watchdog
-from tests.support.services import for_sqlalchemy, wait_until
+from tests.support.services import wait_until
 
 UNREACHABLE = "postgresql+psycopg2://me:s3cret@127.0.0.1:1/db"
 FREEING_SECONDS = 20.0
@@ -282,6 +283,41 @@ def test_readiness_follows_a_frozen_database(open_directory: Path) -> None:
             wait_until(readiness.is_ready)
 
 
+def test_a_silent_host_costs_its_time_once(create_database: Callable[[], str]) -> None:
+    """A database is reached although a host before it in the address takes all of a ping's time."""
+    place = parse_dsn(create_database())
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        hosts = {
+            "host": f"127.0.0.1,{place.get('host', 'localhost')}",
+            "port": f"{silent.getsockname()[1]},{place.get('port', 5432)}",
+        }
+        with watched_link(open_engine(make_dsn(**{**place, **hosts}))) as link:
+            link.ping()
+            assert run(link, "SELECT 1", seconds=0.5) == 1
+
+
+def test_a_host_that_hangs_up_is_passed_over(create_database: Callable[[], str]) -> None:
+    """A host that takes a connection and ends it at once does not hide the one after it."""
+    place = parse_dsn(create_database())
+
+    def hang_up() -> None:
+        with suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        threads.submit(hang_up)
+        hosts = {
+            "host": f"127.0.0.1,{place.get('host', 'localhost')}",
+            "port": f"{listener.getsockname()[1]},{place.get('port', 5432)}",
+        }
+        try:
+            with connected(open_engine(make_dsn(**{**place, **hosts}))) as connection:
+                assert connection.scalar(text("SELECT 1")) == 1
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+
+
 def test_each_failed_transaction_is_counted_by_kind(engine: Engine) -> None:
     """Each transaction that fails is told by its kind, and one that does not is not."""
     told: list[str] = []
@@ -305,8 +341,9 @@ def test_a_read_only_database_is_not_ready(
     create_database: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A database that takes no writes is unready and named in the log, until it takes them."""
-    engine = open_engine(for_sqlalchemy(create_database()))
-    setting = f"ALTER DATABASE {engine.url.database} SET default_transaction_read_only = "
+    url = create_database()
+    engine = open_engine(url)
+    setting = f"ALTER DATABASE {make_url(url).database} SET default_transaction_read_only = "
     with GuardedConnection(engine) as link:
         run(link, f"{setting} on")
     readiness = Readiness(GuardedConnection(engine))

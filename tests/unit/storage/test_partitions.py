@@ -107,7 +107,7 @@ def test_three_months_of_partitions_are_kept_ahead(engine: Engine) -> None:
 def test_a_partition_begins_and_ends_at_utc_midnight(engine: Engine) -> None:
     """A month begins and ends at midnight UTC, whatever the database's own time zone."""
     with connected(engine) as connection:
-        name = engine.url.database
+        name = connection.scalar(text("SELECT current_database()"))
         connection.execute(text(f"ALTER DATABASE {name} SET timezone = 'Pacific/Kiritimati'"))
     add(engine)
     moments = {

@@ -18,6 +18,7 @@ from sqlalchemy import make_url
 from server.errors import Unavailable
 from server.storage.connection import Engine, connected, open_engine
 from server.storage.events import EventStore
+from server.storage.migrate import UnsuitableDatabase, check_migrated, migrate
 from server.storage.partitions import add_months
 from tests.support.events import ENCODER, make_row
 from tests.support.services import for_sqlalchemy, wait_until
@@ -132,8 +133,8 @@ def test_a_role_that_may_only_read_gets_no_acknowledgement(url: str) -> None:
 
 
 @contextmanager
-def pgbouncer(url: str, directory: Path) -> Iterator[str]:
-    """Provide a PgBouncer in transaction mode, whose clients share one connection."""
+def pgbouncer(url: str, directory: Path, mode: str = "transaction") -> Iterator[str]:
+    """Provide a PgBouncer whose clients share one connection."""
     program = shutil.which("pgbouncer") or shutil.which("/usr/sbin/pgbouncer")
     if program is None:
         pytest.skip("PgBouncer is not installed")
@@ -153,7 +154,7 @@ listen_port = {port}
 unix_socket_dir =
 auth_type = trust
 auth_file = {directory / "users"}
-pool_mode = transaction
+pool_mode = {mode}
 default_pool_size = 1
 """
     )
@@ -193,3 +194,16 @@ def test_a_pooled_neighbour_changes_no_event(url: str, open_directory: Path) -> 
         neighbour.cursor().execute("CREATE TEMP TABLE events (LIKE public.events)")
         save(open_engine(for_sqlalchemy(through)))
     check_stored(url)
+
+
+@pytest.mark.parametrize("use", [migrate, check_migrated])
+def test_a_pooler_that_shares_statements_is_refused(
+    use: Callable[[Engine], None], url: str, open_directory: Path
+) -> None:
+    """Before anything is stored behind a PgBouncer in statement mode, an error says what to set."""
+    directory = open_directory / f"statements-{make_url(url).database}"
+    with (
+        pgbouncer(url, directory, "statement") as through,
+        pytest.raises(UnsuitableDatabase, match="set its pool_mode to transaction or session"),
+    ):
+        use(open_engine(through))
