@@ -15,6 +15,7 @@ from tests.torture import (
     database_faults,
     forwarding_faults,
     neighbour_faults,
+    pair_faults,
     provider_faults,
     service_faults,
 )
@@ -30,6 +31,7 @@ FAULTS = (
     *service_faults.FAULTS,
     *database_faults.FAULTS,
     *neighbour_faults.FAULTS,
+    *pair_faults.FAULTS,
     *provider_faults.FAULTS,
     *forwarding_faults.FAULTS,
 )
@@ -107,7 +109,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each fault")
     parser.add_argument(
-        "--quick", action="store_true", help="a few rounds of most faults, in three minutes"
+        "--quick", action="store_true", help="a few rounds of most faults, in four minutes"
     )
     parser.add_argument(
         "--hurry", action="store_true", help="do not wait for the leases of killed forwarders"

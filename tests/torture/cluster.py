@@ -22,10 +22,12 @@ from server.storage.embedded import EmbeddedPostgres
 from server.storage.keys import create_key
 from tests.support.network import Namespace, opened_namespace
 from tests.support.patience import PATIENCE
-from tests.support.services import ROOT, Service, ask, clean_environment, for_sqlalchemy, wait_until
+from tests.support.postgres_server import find_processes
+from tests.support.services import ROOT, Service, ask, clean_environment, wait_until
 from tests.torture.clients import Client, GrpcClient, HttpClient
 from tests.torture.events import PROJECT
 from tests.torture.machine import find_ports, is_listening, mounted
+from tests.torture.pair import Pair
 from tests.torture.providers import AMPLITUDE_KEY, MIXPANEL_TOKEN, open_providers
 from tests.torture.proxy import Proxy, to_port, to_socket
 
@@ -46,11 +48,13 @@ class Setup:
     `has_proxied_database`: the harness runs the PostgreSQL, behind a proxy, and not the service.
     `disk_megabytes`: the data directory is a file system of its own, of this size.
     `has_network`: a namespace, from which that PostgreSQL can be reached, is a peer's machine.
+    `has_pair`: the harness runs a primary and its synchronous standby, each behind a proxy.
     """
 
     has_proxied_database: bool = False
     disk_megabytes: int = 0
     has_network: bool = False
+    has_pair: bool = False
 
 
 class Cluster:
@@ -70,6 +74,7 @@ class Cluster:
         self._seed = seed
         self._proxy: Proxy | None = None
         self._namespace: Namespace | None = None
+        self._pair: Pair | None = None
         self._ports = find_ports(2)
         self._service: Service | None = None
 
@@ -89,9 +94,12 @@ class Cluster:
                 self.provider_proxies[name] = stack.enter_context(proxy)
             if self._setup.has_proxied_database:
                 self._open_database(stack)
+            if self._setup.has_pair:
+                self._pair = stack.enter_context(Pair(self.data, self._seed))
+                self._run_command("migrate")
             stack.callback(self._kill_processes)
             self.start_service()
-            with connected(open_engine(for_sqlalchemy(self.database_url))) as connection:
+            with connected(open_engine(self.database_url)) as connection:
                 self.key = create_key(connection, PROJECT, "torture")
             yield
             self._stop_processes()
@@ -126,6 +134,12 @@ class Cluster:
         return self._proxy
 
     @property
+    def pair(self) -> Pair:
+        """The primary and its standby, if the setup has them."""
+        assert self._pair is not None
+        return self._pair
+
+    @property
     def namespace(self) -> Namespace:
         """The machine of a peer, if the setup has one."""
         assert self._namespace is not None
@@ -147,8 +161,8 @@ class Cluster:
     def settings(self) -> dict[str, str]:
         """The settings of the service and its forwarders."""
         database = {"DATA_DIR": str(self.data)}
-        if self._proxy is not None:
-            place = f"127.0.0.1:{self._proxy.port}/productgraph"
+        if self._proxy is not None or self._pair is not None:
+            place = f"127.0.0.1:{self._proxy.port}/productgraph" if self._proxy else self.pair.place
             database = {"DATABASE_URL": f"postgresql://productgraph:{DATABASE_PASSWORD}@{place}"}
         endpoints = {
             f"{name.upper()}_ENDPOINT": f"http://127.0.0.1:{proxy.port}{self.providers[name].path}"
@@ -175,9 +189,10 @@ class Cluster:
 
     @property
     def database_url(self) -> str:
-        """The URL for libpq of the database, around the proxy."""
-        url = EmbeddedPostgres(self.data, create=False).url
-        return url.replace("postgresql+psycopg2:", "postgresql:")
+        """The URL of the database, which is a pair's primary, around the proxy."""
+        if self._pair is not None:
+            return self._pair.primary.url
+        return EmbeddedPostgres(self.data, create=False).url
 
     def open_clients(self) -> list[Callable[[], Client]]:
         """Return what opens each of the clients of a load."""
@@ -273,20 +288,13 @@ class Cluster:
 
     def find_postgres(self) -> list[psutil.Process]:
         """Return PostgreSQL's processes, the postmaster first; none if it is dead."""
-        try:
-            words = (self.data / "postgres/postmaster.pid").read_text().split()
-            postmaster = psutil.Process(abs(int(words[0])))
-            if postmaster.name() != "postgres":
-                return []
-            return [postmaster, *postmaster.children(recursive=True)]
-        except (OSError, IndexError, ValueError, psutil.Error):
-            return []
+        return find_processes(self.data / "postgres")
 
     def keep_logs(self, directory: Path) -> None:
         """Copy all logs to a directory, which then holds nothing else."""
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(self.logs, directory)
-        for log in (self.data / "postgres").glob("server.log*"):
+        for log in (*self.data.glob("postgres/server.log*"), *self.data.glob("*.log")):
             shutil.copy(log, directory)
 
     def _spawn(self, command: str, **options: Any) -> "subprocess.Popen[bytes]":

@@ -76,7 +76,11 @@ class Load:
 
     def count_statuses(self) -> Counter[str]:
         """Return how often each status came."""
-        return Counter(answer.status for answer in tuple(self.answers))
+        return self.count_answers(since=0.0)
+
+    def count_answers(self, since: float) -> Counter[str]:
+        """Return how often each status came to what was sent since then."""
+        return Counter(answer.status for answer in tuple(self.answers) if answer.sent_at >= since)
 
     def measure_longest(self) -> float:
         """Return how long the slowest answer took, in seconds."""

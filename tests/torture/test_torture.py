@@ -96,6 +96,13 @@ NO_KEEPALIVES = Bug(
     "vanish-in-copy",
     "after the peer vanished",
 )
+NOTICE_IGNORED = Bug(
+    "storage/connection.py",
+    "    if driver.notices:\n",
+    "    if False:\n",
+    "primary-partition",
+    "acknowledged and not stored",
+)
 BUGS = {name: bug for name, bug in globals().items() if isinstance(bug, Bug)}
 
 
@@ -111,6 +118,22 @@ def test_a_few_rounds_of_each_fault_pass(tmp_path: Path) -> None:
     finished = run_torture("--quick", f"--record={record}", f"--logs={tmp_path / 'logs'}")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "No violation." in record.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "rounds"),
+    [
+        *(("primary-kill", 2), ("primary-freeze", 2), ("primary-partition", 2)),
+        *(("standby-away-60", 1), ("read-only", 2)),
+    ],
+)
+def test_a_pair_keeps_what_it_acknowledged(fault: str, rounds: int, tmp_path: Path) -> None:
+    """A pair that fails over, or cannot confirm for a while, loses nothing and doubles nothing."""
+    finished = run_torture(
+        f"--fault={fault}", f"--rounds={rounds}", f"--logs={tmp_path / 'logs'}", "--hurry"
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 @pytest.mark.slow
