@@ -109,9 +109,9 @@ def worker(settings: Settings) -> None:
 @click.option("--check", is_flag=True, help="Change nothing, and fail if something is to be done.")
 @with_settings
 def migrate(settings: Settings, check: bool) -> None:
-    """Bring the tables to what this version needs, and add the coming months' partitions.
+    """Bring the tables to what this version needs.
 
-    Safe to run at any time, and several times at once.
+    Adds the coming months' partitions as well. Safe to run at any time, and several times at once.
     """
     with app.opened_database(settings, create=not check) as url:
         engine = open_engine(url)
