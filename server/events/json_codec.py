@@ -43,7 +43,7 @@ from server.events.problems import (
     Reason,
     report_excess,
 )
-from server.events.quick_json import QuickReader, Traits
+from server.events.quick_json import QuickReader, find_special
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.events.timestamps import parse_timestamp
 from server.protocols import HTTP
@@ -83,14 +83,14 @@ class JsonCodec:
         received = _ReceivedEvents(body, deadline)
         count, events = len(received.items), self._parse_items(received)
         if self._quick is not None and project_id is not None:
-            events = self._parse_quickly(self._quick, received, project_id, Traits.of(body))
+            events = self._parse_quickly(self._quick, received, project_id, find_special(body))
         return ParsedBatch(HTTP, count, len(body), events, received.encode)
 
     def _parse_quickly(
-        self, quick: QuickReader, received: "_ReceivedEvents", project_id: str, traits: Traits
+        self, quick: QuickReader, received: "_ReceivedEvents", project_id: str, special: str
     ) -> Iterator[ReadEvent]:
         for index, item in enumerate(received.items):
-            row = quick.read(item, project_id, traits)
+            row = quick.read(item, project_id, special)
             is_done = row is not None and self._fits(row, received, index)
             yield row if row is not None and is_done else self._parse_item(received, index)
 

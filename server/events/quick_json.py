@@ -12,7 +12,7 @@ row.
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from operator import itemgetter
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import orjson
 
@@ -33,28 +33,19 @@ _MAX_ESCAPES = 10_000
 _EXACT = 2.0**53
 
 
-class Traits(NamedTuple):
-    """What may be in the texts of a body's events, as far as its bytes tell.
+def find_special(body: bytes) -> str:
+    """Return the characters that COPY wants quoted and that may be in a text of a body.
 
-    `special` has the characters that COPY wants quoted: JSON has them only escaped.
+    JSON has them only escaped.
     """
-
-    special: str
-    may_have_empty: bool
-
-    @classmethod
-    def of(cls, body: bytes) -> Self:
-        """Return the traits of a body."""
-        special = ""
-        if b"\\" in body:
-            # Cut at its backslashes: to search for each escape took 5,500 instructions an event.
-            parts = body.split(b"\\", _MAX_ESCAPES)
-            escapes = {part[:1] for part in parts[1:]}
-            if len(parts) > _MAX_ESCAPES or (b"u" in escapes and rb"\u000" in body):
-                special = SPECIAL
-            else:
-                special = "".join(compress("\t\n\r", map(escapes.__contains__, (b"t", b"n", b"r"))))
-        return cls(special, may_have_empty=b'""' in body)
+    if b"\\" not in body:
+        return ""
+    # Cut at its backslashes: to search for each escape took 5,500 instructions an event.
+    parts = body.split(b"\\", _MAX_ESCAPES)
+    escapes = {part[:1] for part in parts[1:]}
+    if len(parts) > _MAX_ESCAPES or (b"u" in escapes and rb"\u000" in body):
+        return SPECIAL
+    return "".join(compress("\t\n\r", map(escapes.__contains__, (b"t", b"n", b"r"))))
 
 
 class Layout:
@@ -131,7 +122,7 @@ class QuickReader:
         self._objects = schema.of_kind(Kind.OBJECT)
         self._layouts: dict[tuple[str, ...], Layout] = {}
 
-    def read(self, item: Any, project_id: str, traits: Traits) -> Row | None:
+    def read(self, item: Any, project_id: str, special: str) -> Row | None:
         """Return the row of an event that is plainly valid, however large, or None."""
         if type(item) is not dict:
             return None
@@ -140,15 +131,17 @@ class QuickReader:
         if layout is None:
             return None
         try:
-            return self._make_row(layout, item, project_id, traits)
+            return self._make_row(layout, item, project_id, special)
         except (_NotPlain, TypeError, ValueError):
             # A null where no event had one before is a TypeError: the next ones pass.
-            return self.read(item, project_id, traits) if layout.learn_nulls(item) else None
+            return self.read(item, project_id, special) if layout.learn_nulls(item) else None
 
     def _make_row(
-        self, layout: Layout, item: Mapping[str, Any], project_id: str, traits: Traits
+        self, layout: Layout, item: Mapping[str, Any], project_id: str, special: str
     ) -> Row | None:
-        values = [*item.values(), ""]
+        values = [*item.values()]
+        has_empty = "" in values
+        values.append("")
         arguments = dict(zip(layout.arguments, layout.scalars(values), strict=True))  # 13,300
         for place, name, may_round in layout.integers:
             if (number := values[place]) is not None:
@@ -166,7 +159,7 @@ class QuickReader:
         if layout.unnamed:
             unnamed = layout.collect_unnamed(values)
             values.append(self._write_object(unnamed) if unnamed else "")
-        if traits.may_have_empty:
+        if has_empty:
             for place in layout.optional_texts:
                 if values[place] == "":
                     values[place] = QUOTED_EMPTY
@@ -177,7 +170,7 @@ class QuickReader:
         if not self._rules.are_plainly_kept(texts, project_id):
             return None
         cells = layout.cells(values)  # 5,600
-        line = join_cells(cells, traits.special) if traits.special else "\t".join(cells)  # 3,700
+        line = join_cells(cells, special) if special else "\t".join(cells)  # 3,700
         identity = project_id, seconds * 1_000_000 + nanos // 1000, texts[self._event_id]
         encoded = self._encode(event, layout, item) if self._keep_encoded else b""
         return new_row((identity, line + "\n", encoded))

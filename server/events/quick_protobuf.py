@@ -71,8 +71,11 @@ class QuickProtobufReader:
         cells = [*texts, *[str(number) if number else "" for number in self._numbers(event)]]
         zeros = encoded.count(0)
         for sent in self._objects(event):
-            zeros -= sum(part.count(0) for part in sent)
-            cells.append(self._write_object(sent) if sent else "")
+            if sent:
+                zeros -= sent[0].count(0)
+                cells.append(self._write_object(sent))
+            else:
+                cells.append("")
         # A zero byte elsewhere is in a text, or stands for a field that is present and empty.
         if zeros:
             if "\0" in "".join(texts):

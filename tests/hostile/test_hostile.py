@@ -31,11 +31,11 @@ SABOTAGE = {
     ),
     "a neighbour rejected": (
         "server/events/json_codec.py",
-        "            row = quick.read(item, project_id, traits)\n",
+        "            row = quick.read(item, project_id, special)\n",
         '            if index and "event_id" not in received.items[index - 1]:\n'
         "                yield MalformedEvent(Event(), 0, NOT_AN_EVENT)\n"
         "                continue\n"
-        "            row = quick.read(item, project_id, traits)\n",
+        "            row = quick.read(item, project_id, special)\n",
     ),
     "not stored": (
         "server/storage/events.py",

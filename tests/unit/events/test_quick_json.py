@@ -15,7 +15,7 @@ from server.events.json_codec import _BYTES_PER_CHARACTER, JsonCodec
 from server.events.json_parser import parse_document
 from server.events.parsed import MalformedEvent, ParsedEvent
 from server.events.problems import InvalidEvent, Problem
-from server.events.quick_json import QuickReader, Traits
+from server.events.quick_json import QuickReader, find_special
 from server.events.schema import EVENT_SCHEMA
 from server.events.timestamps import truncate_timestamp
 from server.events.validation import Validator
@@ -38,9 +38,9 @@ class Ways:
 
     def read_quickly(self, body: bytes) -> list[Row | None]:
         """Return the rows of the events that are plainly valid."""
-        traits = Traits.of(body)
+        special = find_special(body)
         items = parse_document(body).value["events"]
-        return [self._quick.read(item, PROJECT, traits) for item in items]
+        return [self._quick.read(item, PROJECT, special) for item in items]
 
     def read_carefully(self, body: bytes) -> Iterator[Row | Problem]:
         """Return the rows of the events that are valid, and the problems of the others."""
