@@ -15,9 +15,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from tests.support.browser import (
+    click,
     prefer_scheme,
     read_complaints,
     read_text,
+    read_texts,
     resize,
     running_browser,
     wait_for_text,
@@ -103,7 +105,7 @@ def test_an_event_is_seen_as_soon_as_it_is_sent(
     tenant.post_events([event])
     wait_for_text(page, "#tail li", event["page.path"])
     record_testsuite_property("an event is seen after", time.monotonic() - started)
-    page.find_element(By.CSS_SELECTOR, "#tail a").click()
+    click(page, "#tail a")
     wait_for_text(page, "#found h3", "stored")
     assert json.loads(read_text(page, "#found pre")) == event
     address = page.current_url
@@ -121,7 +123,7 @@ def test_a_rejected_event_is_seen_with_its_reason(
     tenant.post_events([event])
     wait_for_text(page, "#reasons", "page.vew")
     record_testsuite_property("a rejected event is seen after", time.monotonic() - started)
-    page.find_element(By.CSS_SELECTOR, "#reasons a").click()
+    click(page, "#reasons a")
     wait_for_text(page, "#found pre", event["event_id"])
     assert "rejected replay" in read_text(page, "#found")
     close(page)
@@ -150,8 +152,10 @@ def test_the_plot_moves_with_what_is_sent(
     events = [make_event(tenant) for _ in range(50)]
 
     def read_shapes() -> list[str]:
-        paths = page.find_elements(By.CSS_SELECTOR, "#plot path")
-        return [path.get_attribute("d") or "" for path in paths]
+        shapes: list[str] = page.execute_script(
+            "return [...document.querySelectorAll('#plot path')].map((e) => e.getAttribute('d'))"
+        )
+        return shapes
 
     before = read_shapes()
     started = time.monotonic()
@@ -171,7 +175,7 @@ def test_hostile_texts_stay_texts_on_the_page(page: Chrome, tenant: Tenant) -> N
     tenant.post_events([event, {**event, "event.type": SCRIPT}])
     wait_for_text(page, "#tail", "<script>")
     wait_for_text(page, "#reasons", "<script>")
-    page.find_element(By.CSS_SELECTOR, "#tail a").click()
+    click(page, "#tail a")
     wait_for_text(page, "#found pre", lambda text: text.count("<script>") >= 10)
     close(page)
     search(page, event["event_id"])
@@ -208,15 +212,11 @@ def test_filters_leave_what_was_asked_for(page: Chrome, tenant: Tenant) -> None:
     tenant.post_events([make_event(tenant, **{"user.id": "anna"}), make_event(tenant)])
     field = page.find_element(By.NAME, "user")
     field.send_keys("anna")
-    wait_until(
-        lambda: {row.text for row in page.find_elements(By.CSS_SELECTOR, "#tail .who")} == {"anna"}
-    )
+    wait_until(lambda: set(read_texts(page, "#tail .who")) == {"anna"})
     assert page.current_url.endswith("/?user=anna")
     page.refresh()
-    wait_until(
-        lambda: {row.text for row in page.find_elements(By.CSS_SELECTOR, "#tail .who")} == {"anna"}
-    )
-    page.find_element(By.CSS_SELECTOR, "#filters button").click()
+    wait_until(lambda: set(read_texts(page, "#tail .who")) == {"anna"})
+    click(page, "#filters button")
     wait_until(lambda: "sess_1" in read_text(page, "#tail"))
 
 
@@ -232,7 +232,7 @@ def test_the_page_fits_every_width(page: Chrome, tenant: Tenant, width: int, sch
     wait_for_text(page, "#reasons", "yyy")
     for path in ("", "#sheet"):
         if path:
-            page.find_element(By.CSS_SELECTOR, "#tail a").click()
+            click(page, "#tail a")
             wait_for_text(page, "#found h3", "")
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         assert find_overflowing(page, width) == []

@@ -17,14 +17,13 @@ from pathlib import Path
 import orjson
 import pytest
 from selenium.webdriver import Chrome
-from selenium.webdriver.common.by import By
 
-from tests.support.browser import prefer_scheme, resize, running_browser, wait_for_text
+from tests.support.browser import click, prefer_scheme, resize, running_browser, wait_for_text
 from tests.support.clients import HttpConnection
 from tests.support.console import PASSWORD, SETTINGS, make_credentials
 from tests.support.events import Event, make_event
 from tests.support.provider_servers import AmplitudeServer, MixpanelServer, Reply, Script
-from tests.support.services import Service, running_service, wait_until
+from tests.support.services import Service, running_service
 
 pytestmark = pytest.mark.slow
 
@@ -173,8 +172,8 @@ def test_pictures_of_the_console_can_be_taken(
     pictures = [take("console", 1440, 900, scheme) for scheme in ("light", "dark")]
     pictures.append(take("console-phone", 390, 844, "light"))
     resize(running, 1440, 900)
-    running.find_element(By.CSS_SELECTOR, "#tail a").click()
-    wait_until(lambda: "stored" in running.find_element(By.ID, "found").text)
+    click(running, "#tail a")
+    wait_for_text(running, "#found", "stored")
     pictures.append(take("console-event", 1440, 900, "light"))
     for picture in pictures:
         content = picture.read_bytes()

@@ -67,13 +67,32 @@ def prefer_scheme(browser: Chrome, scheme: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
+def read_texts(browser: Chrome, selector: str) -> list[str]:
+    """Return the texts that are seen in the elements of this selector, all at one moment."""
+    texts: list[str] = browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])]"
+        ".map((e) => e.checkVisibility() ? e.innerText : '')",
+        selector,
+    )
+    return texts
+
+
 def read_text(browser: Chrome, selector: str) -> str:
     """Return the text that is seen in the first element of this selector; '' if there is none."""
-    try:
-        found = browser.find_elements(By.CSS_SELECTOR, selector)
-        return found[0].text if found else ""
-    except StaleElementReferenceException:
-        return ""
+    return next(iter(read_texts(browser, selector)), "")
+
+
+def click(browser: Chrome, selector: str) -> None:
+    """Click on the first element of this selector, even if the page is just replacing it."""
+
+    def is_clicked() -> bool:
+        try:
+            browser.find_element(By.CSS_SELECTOR, selector).click()
+        except StaleElementReferenceException:
+            return False
+        return True
+
+    wait_until(is_clicked)
 
 
 def wait_for_text(browser: Chrome, selector: str, wanted: str | Callable[[str], object]) -> None:
