@@ -20,7 +20,6 @@ from productgraph.v1.event_pb2 import Event
 from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument, InvalidEvents
 from server.events.batch import ParsedBatch, ReadEvent
-from server.events.copy_rows import Row
 from server.events.free_form import LostDigits, fill_struct
 from server.events.json_parser import (
     Document,
@@ -89,15 +88,16 @@ class JsonCodec:
     def _parse_quickly(
         self, quick: QuickReader, received: "_ReceivedEvents", project_id: str, special: str
     ) -> Iterator[ReadEvent]:
+        # The JSON of a row of so few characters need not be measured.
+        small = self._max_bytes // _BYTES_PER_CHARACTER
         for index, item in enumerate(received.items):
             row = quick.read(item, project_id, special)
-            is_done = row is not None and self._fits(row, received, index)
-            yield row if row is not None and is_done else self._parse_item(received, index)
-
-    def _fits(self, row: Row, received: "_ReceivedEvents", index: int) -> bool:
-        """Tell whether the JSON of an event is small enough; it is counted for few."""
-        is_small = _BYTES_PER_CHARACTER * len(row.text) <= self._max_bytes
-        return is_small or len(received.encode(index)) <= self._max_bytes
+            if row is not None and (
+                len(row.text) <= small or len(received.encode(index)) <= self._max_bytes
+            ):
+                yield row
+            else:
+                yield self._parse_item(received, index)
 
     def _parse_items(self, received: "_ReceivedEvents") -> Iterator[ReadEvent]:
         return (self._parse_item(received, index) for index in range(len(received.items)))
