@@ -132,6 +132,7 @@ def baseline(create_migrated: Callable[[], str]) -> Iterator[tuple[int, str]]:
         yield server.ports["http"], key
 
 
+@pytest.mark.slow
 def test_baseline_answers_as_the_specification_says(baseline: tuple[int, str]) -> None:
     """Valid events are accepted, sent again too; a wrong one is rejected by itself."""
     port, key = baseline

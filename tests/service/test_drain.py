@@ -160,6 +160,7 @@ def finish_get(connection: http.client.HTTPConnection) -> tuple[int, object]:
         return answer.status, json.loads(answer.read())
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_loses_no_accepted_request(create_migrated: Callable[[], str]) -> None:
     """While SIGHUP replaces all workers, clients lose no request that was accepted."""
     with running_service({"DATABASE_URL": create_migrated(), "WORKERS": "2"}) as service:

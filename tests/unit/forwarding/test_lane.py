@@ -184,6 +184,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("scripts", FAULTS.values(), ids=FAULTS.keys())
 def test_every_event_arrives_despite_failing_answers(scripts: list[Script], bench: Bench) -> None:
@@ -201,6 +202,7 @@ def test_every_event_arrives_despite_failing_answers(scripts: list[Script], benc
         assert len(server.insert_ids) == 200
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @each
 def test_an_outage_of_one_provider_delays_only_that(name: str, bench: Bench) -> None:
@@ -356,6 +358,7 @@ def test_payloads_of_a_newer_release_are_left_alone(bench: Bench) -> None:
     assert len(bench.servers["amplitude"].deliveries) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @each
 def test_a_hung_provider_does_not_slow_the_other(name: str, bench: Bench) -> None:

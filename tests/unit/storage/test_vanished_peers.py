@@ -21,9 +21,12 @@ from tests.support.holder import HOLDING, POINTS
 from tests.support.network import Namespace, find_namespace_problem, opened_namespace
 from tests.support.services import ROOT, clean_environment, query, wait_until
 
-pytestmark = pytest.mark.skipif(
-    find_namespace_problem() is not None, reason=f"no namespace: {find_namespace_problem()}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_namespace_problem() is not None, reason=f"no namespace: {find_namespace_problem()}"
+    ),
+]
 
 
 @pytest.fixture
