@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -44,6 +44,7 @@ _NOT_RECEIVED = Unavailable("not received in time")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = dict[str, str]
+T = TypeVar("T")
 
 
 class IngestServicer:
@@ -79,7 +80,7 @@ class IngestServicer:
         try:
             caller = await self._authenticate(str(metadata.get(_API_KEY, "")), context)
             record.identified(caller)
-            strict = "prefer" in metadata and is_strict(find_preferences(context))
+            strict = _wants_strict(metadata, context)
             answer = await self._receive(caller, context, record, strict=strict)
             await self._completions.wait_for(answer.stored)
             if strict:
@@ -94,7 +95,7 @@ class IngestServicer:
             status = Unavailable.code
             record.refused(_NOT_RECEIVED)
             raise
-        except Exception:  # noqa: BLE001 - a fault is told without details
+        except Exception:  # noqa: BLE001 - the client gets no details of a fault
             status = Internal.code
             _log.exception("a request failed", extra={"request_id": record.request_id})
             return await abort_call(context, record, Internal())
@@ -105,7 +106,7 @@ class IngestServicer:
         """Answer each encoded StreamEventsRequest once it is committed."""
         metadata = dict(context.invocation_metadata() or ())
         record = self._begin_record(context, metadata, _STREAM)
-        strict = "prefer" in metadata and is_strict(find_preferences(context))
+        strict = _wants_strict(metadata, context)
         key = str(metadata.get(_API_KEY, ""))
 
         async def take(message: bytes, part: RequestRecord) -> Answer:
@@ -140,10 +141,7 @@ class IngestServicer:
         deadline = self._service.find_deadline(seconds=context.time_remaining())
         # Others may wait for the same look-up: the end of this call must not cancel it.
         found = asyncio.shield(asyncio.wrap_future(admission.look_up(key)))
-        try:
-            return await asyncio.wait_for(found, deadline.left())
-        except TimeoutError:
-            raise Unavailable("not answered in time") from None
+        return await _wait_for(found, deadline)
 
     async def _receive(
         self, caller: Caller, context: Context, record: RequestRecord, *, strict: bool
@@ -181,14 +179,19 @@ class IngestServicer:
         if len(message) <= _SMALL_MESSAGE_BYTES:
             return ingest(caller, message, record, deadline)
         reading = self._thread.submit(ingest, caller, message, record, deadline)
-        return await _wait_for(reading, deadline)
+        return await _wait_for(asyncio.wrap_future(reading), deadline)
 
 
-async def _wait_for(reading: "Future[Answer]", deadline: Deadline) -> Answer:
+async def _wait_for(future: "asyncio.Future[T]", deadline: Deadline) -> T:
+    """Return what a future brings. Raises Unavailable at the deadline."""
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(reading), deadline.left())
+        return await asyncio.wait_for(future, deadline.left())
     except TimeoutError:
         raise Unavailable("not answered in time") from None
+
+
+def _wants_strict(metadata: Metadata, context: Context) -> bool:
+    return "prefer" in metadata and is_strict(find_preferences(context))
 
 
 def find_preferences(context: Context) -> str:

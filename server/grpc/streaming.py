@@ -88,7 +88,7 @@ class _Message:
             self.record.refused(error)
             self.record.finish(error.code)
             return StreamEventsResponse(status=describe_error(error, _STATUS_BYTES))
-        except Exception:  # noqa: BLE001 - a fault is told without details
+        except Exception:  # noqa: BLE001 - the client gets no details of a fault
             _log.exception("a request failed", extra={"request_id": self.record.request_id})
             self.record.finish(Internal.code)
             return StreamEventsResponse(status=describe_error(Internal(), _STATUS_BYTES))
@@ -211,7 +211,7 @@ class EventStream:
             self._is_reading = False
         except IngestError as error:
             message.error = error
-        except Exception:  # noqa: BLE001 - a fault is told without details
+        except Exception:  # noqa: BLE001 - the client gets no details of a fault
             _log.exception("a request failed", extra={"request_id": message.record.request_id})
             message.error = Internal()
         if self._is_over:  # the client has gone meanwhile
