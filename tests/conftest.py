@@ -21,7 +21,7 @@ from server.storage.migrate import migrate
 from tests.support import console
 from tests.support.clients import Tenant, open_tenant
 from tests.support.projects import Project, create_project
-from tests.support.services import Service, for_sqlalchemy, running_service
+from tests.support.services import Service, running_service
 
 # A busy machine must not fail a test: hypothesis does not time what it runs.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -102,7 +102,7 @@ def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
 
     def create() -> str:
         url = create_database()
-        migrate(open_engine(for_sqlalchemy(url)))
+        migrate(open_engine(url))
         return url
 
     return create
@@ -117,7 +117,7 @@ def url(create_migrated: Callable[[], str]) -> str:
 @pytest.fixture(scope="module")
 def engine(url: str) -> Engine:
     """How the service connects to it."""
-    return open_engine(for_sqlalchemy(url))
+    return open_engine(url)
 
 
 @pytest.fixture(scope="session")

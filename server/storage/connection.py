@@ -115,7 +115,7 @@ def open_engine(address: str) -> Engine:
     `address` is whatever libpq takes, a URL or keywords, of one host or of several. All connections
     have one mode: the first statement begins a transaction, `commit` ends it.
     """
-    places = _split_hosts(address.replace("postgresql+psycopg2:", "postgresql:", 1))
+    places = _split_hosts(address)
     connect = partial(_connect, places)
     engine = create_engine(
         "postgresql+psycopg2://",

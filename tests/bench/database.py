@@ -38,7 +38,7 @@ class BenchDatabase:
 
     def _prepare_rows(self) -> tuple[NumberedRequest, str]:
         """Return COPY's lines of the events, and its statement."""
-        asyncio.run(baseline.store(self.plain_url, make_events(COPY_ROWS)))
+        asyncio.run(baseline.store(self.url, make_events(COPY_ROWS)))
         columns = ", ".join(baseline.COLUMNS)
         lines = BytesIO()
         with self._connected() as connection, connection.cursor() as cursor:
@@ -50,15 +50,10 @@ class BenchDatabase:
 
     @contextmanager
     def _connected(self) -> Iterator[Connection]:
-        with closing(psycopg2.connect(self.plain_url)) as connection:
+        with closing(psycopg2.connect(self.url)) as connection:
             connection.autocommit = True
             connection.cursor().execute("SET TimeZone TO 'UTC'")
             yield connection
-
-    @property
-    def plain_url(self) -> str:
-        """The database's URL for libpq."""
-        return self.url.replace("+psycopg2", "")
 
     def execute(self, statement: str, *parameters: object) -> None:
         """Run a statement and commit it."""

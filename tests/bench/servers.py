@@ -40,7 +40,7 @@ def running_baseline(database: BenchDatabase, workers: int) -> Iterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.baseline", database.plain_url, str(port), str(workers)],
+        [sys.executable, "-m", "tests.bench.baseline", database.url, str(port), str(workers)],
         env=clean_environment({}),
         stdout=subprocess.PIPE,
     )

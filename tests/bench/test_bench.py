@@ -22,7 +22,7 @@ from tests.bench.events import (
 )
 from tests.bench.load import LoadPlan, run_load
 from tests.bench.servers import running_baseline
-from tests.support.services import Service, for_sqlalchemy, run_program
+from tests.support.services import Service, run_program
 
 LOADS = ("baseline-20-2", "http-20-2", "grpc-20-2")
 _POSITIVE = (
@@ -122,7 +122,7 @@ def test_forwarding_is_measured_without_losing_an_event(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def baseline(create_migrated: Callable[[], str]) -> Iterator[tuple[int, str]]:
     """Provide the port of a running baseline, and an API key of the project that it takes."""
-    database = BenchDatabase(for_sqlalchemy(create_migrated()))
+    database = BenchDatabase(create_migrated())
     with (
         connected(open_engine(database.url)) as connection,
         running_baseline(database, workers=1) as server,

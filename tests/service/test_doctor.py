@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 
 from server.storage.connection import connected, open_engine
 from server.storage.partitions import add_months
-from tests.support.services import for_sqlalchemy, run_command, running_service
+from tests.support.services import run_command, running_service
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def url(create_migrated: Callable[[], str]) -> str:
     """Make a database whose partitions are made, owned by an account without other rights."""
     url = create_migrated()
     account = "doctor"
-    with connected(open_engine(for_sqlalchemy(url))) as tables:
+    with connected(open_engine(url)) as tables:
         add_months(tables, datetime.now(UTC).date())
     with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [account])

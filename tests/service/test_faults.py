@@ -61,7 +61,7 @@ def postgres(open_directory: Path) -> Iterator[EmbeddedPostgres]:
 @pytest.fixture(scope="module")
 def exposed(postgres: EmbeddedPostgres) -> Iterator[Service]:
     """Provide a service whose database is at the mercy of these tests."""
-    settings = {"DATABASE_URL": postgres.url.replace("+psycopg2", ""), **console.SETTINGS}
+    settings = {"DATABASE_URL": postgres.url, **console.SETTINGS}
     assert run_command("migrate", settings=settings).returncode == 0
     with running_service(settings) as service:
         yield service

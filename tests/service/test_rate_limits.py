@@ -22,12 +22,12 @@ from tests.support.clients import send as send_http
 from tests.support.events import make_event, to_message
 from tests.support.load import STORED, Client, GrpcClient, HttpClient, send
 from tests.support.projects import Project, create_project
-from tests.support.services import Service, for_sqlalchemy, running_service
+from tests.support.services import Service, running_service
 
 
 def limited(tenant: Tenant, event_rate: int | None = None, byte_rate: int | None = None) -> Tenant:
     """Return the same project with a key that has these rates."""
-    with connected(open_engine(for_sqlalchemy(tenant.service.database_url))) as connection:
+    with connected(open_engine(tenant.service.database_url)) as connection:
         key = create_key(connection, tenant.project.id, "limited", event_rate, byte_rate)
     return Tenant(tenant.service, Project(tenant.project.id, key), tenant.database)
 
@@ -280,7 +280,7 @@ def test_two_workers_share_the_rate_of_a_key(two_workers: Service) -> None:
 def test_a_key_can_be_exempt_from_the_default_rate(two_workers: Service) -> None:
     """A key whose rate is off is not limited by the default, and others of its project are."""
     project = create_project(two_workers)
-    with connected(open_engine(for_sqlalchemy(two_workers.database_url))) as connection:
+    with connected(open_engine(two_workers.database_url)) as connection:
         free = create_key(connection, project.id, "free", event_rate=0)
     for key, second in ((free, "202"), (project.key, "429")):
         with closing(HttpClient(two_workers, key)) as client:

@@ -22,7 +22,6 @@ from tests.support.load import STORED, read_stored, running_load
 from tests.support.projects import create_project
 from tests.support.services import (
     Service,
-    for_sqlalchemy,
     query,
     run_command,
     running_service,
@@ -54,7 +53,7 @@ def name_of(moment: datetime) -> str:
 def database_url(create_migrated: Callable[[], str]) -> str:
     """Return a database with partitions for all three months."""
     url = create_migrated()
-    link = GuardedConnection(open_engine(for_sqlalchemy(url)))
+    link = GuardedConnection(open_engine(url))
     for moment in (OLD, PART):
         with link.connected(30) as connection:
             add_months(connection, moment.date())
@@ -80,7 +79,7 @@ def database(database_url: str) -> Iterator[Connection]:
 @pytest.fixture
 def engine(database_url: str) -> Engine:
     """How a command connects to it."""
-    return open_engine(for_sqlalchemy(database_url))
+    return open_engine(database_url)
 
 
 def retain(service: Service, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -353,7 +353,7 @@ from server.config import read_settings
 from server.logs import configure_logs
 configure_logs("INFO")
 os.environ[BUCKETS] = str(BucketTable().descriptor)
-Worker(read_settings(), "postgresql+psycopg2://nowhere/none")
+Worker(read_settings(), "postgresql://nowhere/none")
 print(any(name.split(".")[0] == "opentelemetry" for name, module in sys.modules.items() if module))
 """
 

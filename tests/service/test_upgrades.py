@@ -22,7 +22,6 @@ from tests.support.forwarding import SECRET, Bench, make_events
 from tests.support.provider_servers import AmplitudeServer, MixpanelServer
 from tests.support.services import (
     ROOT,
-    for_sqlalchemy,
     query,
     run_command,
     running_service,
@@ -110,7 +109,7 @@ def test_an_older_forwarder_leaves_newer_payloads_waiting(
 def test_migrate_check_fails_until_nothing_is_to_do(create_database: Callable[[], str]) -> None:
     """`migrate --check` fails, changing nothing, until there is nothing to do."""
     url = create_database()
-    engine, settings = open_engine(for_sqlalchemy(url)), {"DATABASE_URL": url}
+    engine, settings = open_engine(url), {"DATABASE_URL": url}
     done = run_command("migrate", "--check", settings=settings)
     assert (done.returncode, done.stdout) == (1, "")
     assert "the database is empty, revision" in done.stderr
@@ -125,7 +124,7 @@ def test_migrate_check_names_both_revisions(create_migrated: Callable[[], str]) 
     url = create_migrated()
     older = r"productgraph: the database is at revision 0001, revision \d{4} is needed: .+\n"
     for revision, status, said in (("0001", 1, older), ("9999", 0, "")):
-        with connected(open_engine(for_sqlalchemy(url))) as connection:
+        with connected(open_engine(url)) as connection:
             update = text("UPDATE alembic_version SET version_num = :revision")
             connection.execute(update, {"revision": revision})
         done = run_command("migrate", "--check", settings={"DATABASE_URL": url})

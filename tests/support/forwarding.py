@@ -33,7 +33,7 @@ from server.storage.events import EventStore
 from server.storage.outbox import Outbox
 from tests.support.events import ENCODER, encode_message, make_message
 from tests.support.provider_servers import ProviderServer
-from tests.support.services import ROOT, clean_environment, for_sqlalchemy, wait_until
+from tests.support.services import ROOT, clean_environment, wait_until
 
 SECRET = "s3cret"
 NAMES = ("amplitude", "mixpanel")
@@ -75,7 +75,7 @@ class Bench:
         """Store them in one commit, as the service does."""
         rows = [encode_message(event) for event in events]
         outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
-        with connected(open_engine(for_sqlalchemy(self.url))) as c:
+        with connected(open_engine(self.url)) as c:
             EventStore(ENCODER.columns, outbox.statements_for).save(c, rows, 10)
 
     def build_provider(self, name: str) -> Provider:
@@ -88,7 +88,7 @@ class Bench:
 
     def open_connection(self) -> GuardedConnection:
         """Return a connection such as a lane's."""
-        return GuardedConnection(open_engine(for_sqlalchemy(self.url)))
+        return GuardedConnection(open_engine(self.url))
 
     @contextmanager
     def forwarding(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from server.storage.connection import connected, open_engine
 from server.storage.keys import create_key
-from tests.support.services import Service, for_sqlalchemy
+from tests.support.services import Service
 
 
 @dataclass(frozen=True)
@@ -19,5 +19,5 @@ class Project:
 def create_project(service: Service) -> Project:
     """Create a project of any service, with a key."""
     name = f"proj_{uuid.uuid4().hex[:12]}"
-    with connected(open_engine(for_sqlalchemy(service.database_url))) as connection:
+    with connected(open_engine(service.database_url)) as connection:
         return Project(name, create_key(connection, name, "test"))

@@ -67,8 +67,7 @@ class Service:
         """Its database, as libpq takes it."""
         if url := self.settings.get("DATABASE_URL"):
             return url
-        url = EmbeddedPostgres(Path(self.settings["DATA_DIR"]), create=False).url
-        return url.replace("postgresql+psycopg2:", "postgresql:")
+        return EmbeddedPostgres(Path(self.settings["DATA_DIR"]), create=False).url
 
     def find_workers(self) -> list[psutil.Process]:
         """Return the processes of its workers."""
@@ -186,11 +185,6 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-def for_sqlalchemy(url: str) -> str:
-    """Return the URL of a database, from the form that libpq takes."""
-    return url.replace("postgresql:", "postgresql+psycopg2:")
 
 
 def query(engine: Engine, statement: str) -> list[tuple[object, ...]]:

@@ -147,7 +147,7 @@ class Cluster:
 
     def spawn_peer(self, program: list[str], *arguments: str) -> "subprocess.Popen[bytes]":
         """Start a program of the tests' on the peer's machine, with the database's URL first."""
-        url = f"postgresql+psycopg2://productgraph@{self.namespace.host}/productgraph"
+        url = f"postgresql://productgraph@{self.namespace.host}/productgraph"
         environment = clean_environment({}, self._root)
         environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
         return subprocess.Popen(

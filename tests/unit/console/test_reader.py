@@ -77,7 +77,7 @@ def test_a_fault_fails_its_own_question_alone(reader: Reader) -> None:
 
 def test_a_gone_database_fails_all_who_wait() -> None:
     """Without a database every question fails, those that come at once without an attempt."""
-    reader = Reader(GuardedConnection(open_engine("postgresql+psycopg2://127.0.0.1:1/none")))
+    reader = Reader(GuardedConnection(open_engine("postgresql://127.0.0.1:1/none")))
     with Watchdog(reader.check), reader:
         waiting = [reader.ask(Counted(name)) for name in "abc"]
         for future in waiting:

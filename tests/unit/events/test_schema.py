@@ -15,7 +15,7 @@ from google.protobuf.descriptor import Descriptor
 
 from productgraph.v1.event_pb2 import Event
 from server.events.schema import EVENT_SCHEMA, MAX_BATCH_SIZE, MAX_REQUEST_BYTES, Kind, read_schema
-from tests.support.services import ROOT, clean_environment, for_sqlalchemy
+from tests.support.services import ROOT, clean_environment
 
 # The documentation's tables of fields, in its order; the last one takes what it does not name.
 DOCUMENTED = [
@@ -229,7 +229,7 @@ def test_a_new_field_needs_only_proto_and_migration(
         cursor.execute(NEW_COLUMNS)
         connection.commit()
         stored = subprocess.run(
-            [sys.executable, "-c", STORE, for_sqlalchemy(url)],
+            [sys.executable, "-c", STORE, url],
             input=json.dumps({"events": events}).encode(),
             env=environment,
             capture_output=True,

@@ -300,7 +300,7 @@ def is_accepting(writer: Writer) -> bool:
 
 def test_writes_fail_at_once_during_an_outage() -> None:
     """While the database is away the first request fails in time, and the next ones at once."""
-    engine = open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")
+    engine = open_engine("postgresql://me@127.0.0.1:1/db")
     with running(make_writer(engine)) as writer:
         with pytest.raises(Unavailable):
             submit(writer, "away", "1").result(60)

@@ -180,7 +180,7 @@ def test_simultaneous_look_ups_share_one_query(engine: Engine, queries: list[str
 @pytest.mark.parametrize("key", ["", "x", "pgk_", "pgk_" + "a" * 40, "é\0", "a" * 10_000])
 def test_a_malformed_key_needs_no_database(key: str) -> None:
     """A malformed key is refused without a database."""
-    directory = KeyCache(GuardedConnection(open_engine("postgresql+psycopg2://nowhere/none")))
+    directory = KeyCache(GuardedConnection(open_engine("postgresql://nowhere/none")))
     with pytest.raises(Unauthenticated, match="missing or invalid API key"):
         directory.known_caller(key)
 
@@ -288,7 +288,7 @@ def test_the_last_use_of_a_key_is_recorded(
 
 def test_look_ups_fail_at_once_during_an_outage() -> None:
     """While the database is away the first look-up fails in time, the next ones at once."""
-    directory = KeyCache(GuardedConnection(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
+    directory = KeyCache(GuardedConnection(open_engine("postgresql://me@127.0.0.1:1/db")))
     with directory:
         assert isinstance(directory.look_up(generate_key()).exception(60), Unavailable)
         with pytest.raises(Unavailable):
@@ -355,7 +355,7 @@ def test_no_key_is_ever_logged(url: str, clock: Clock, caplog: pytest.LogCapture
     with KeyCache(GuardedConnection(verbose), clock) as directory:
         for key in keys[:2]:
             directory.look_up(key).exception(60)
-    away = KeyCache(GuardedConnection(open_engine("postgresql+psycopg2://me@127.0.0.1:1/db")))
+    away = KeyCache(GuardedConnection(open_engine("postgresql://me@127.0.0.1:1/db")))
     with away:
         away.look_up(keys[2]).exception(60)
     assert "api_keys" in caplog.text

@@ -16,7 +16,7 @@ from server.ingest.rejection_writer import MAX_WAITING, RejectionWriter
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.health import Watchdog
 from server.storage.rejected_events import Rejection, insert_rejections
-from tests.support.services import for_sqlalchemy, query, wait_until
+from tests.support.services import query, wait_until
 
 KEEP = RejectedKeep(100_000, 3600.0)
 COUNT = "SELECT project_id, count(*) FROM rejected_events GROUP BY 1 ORDER BY 1"
@@ -25,7 +25,7 @@ COUNT = "SELECT project_id, count(*) FROM rejected_events GROUP BY 1 ORDER BY 1"
 @pytest.fixture
 def engine(create_migrated: Callable[[], str]) -> Engine:
     """How the service connects to a fresh database."""
-    return open_engine(for_sqlalchemy(create_migrated()))
+    return open_engine(create_migrated())
 
 
 @pytest.fixture(autouse=True)

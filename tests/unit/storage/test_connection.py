@@ -23,7 +23,7 @@ from server.storage.errors import Conflict, DatabaseError, Fault, Refused, trans
 from server.storage.health import Readiness, Watchdog
 from tests.support.services import wait_until
 
-UNREACHABLE = "postgresql+psycopg2://me:s3cret@127.0.0.1:1/db"
+UNREACHABLE = "postgresql://me:s3cret@127.0.0.1:1/db"
 FREEING_SECONDS = 20.0
 END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
 
@@ -128,7 +128,7 @@ def silent_server(delay: float) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
         threads.submit(answer)
         port = listener.getsockname()[1]
-        yield f"postgresql+psycopg2://me@127.0.0.1:{port}/db?sslmode=disable&gssencmode=disable"
+        yield f"postgresql://me@127.0.0.1:{port}/db?sslmode=disable&gssencmode=disable"
         done.set()
 
 
@@ -250,7 +250,7 @@ def test_readiness_follows_a_refusing_database(
     postgres_url: str, create_database: Callable[[], str]
 ) -> None:
     """The service is unready once its database refuses connections, and ready after that."""
-    url = make_url(create_database()).set(drivername="postgresql+psycopg2")
+    url = make_url(create_database())
     with (
         watched_readiness(url.render_as_string(hide_password=False)) as readiness,
         connected(open_engine(postgres_url)) as admin,

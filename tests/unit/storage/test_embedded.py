@@ -24,7 +24,7 @@ from server.storage.accounts import EmbeddedPostgresError
 from server.storage.cluster import Cluster
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.places import require_package
-from tests.support.services import ROOT, for_sqlalchemy
+from tests.support.services import ROOT
 
 pytestmark = pytest.mark.slow  # each has the whole life of a database
 
@@ -141,9 +141,8 @@ def kill_everything(directory: Path) -> None:
 
 def run_sql(server: EmbeddedPostgres, statement: str) -> Any:
     """Run one statement through the URL, and return the first value of its result."""
-    engine = create_engine(
-        for_sqlalchemy(server.url), poolclass=NullPool, isolation_level="AUTOCOMMIT"
-    )
+    url = make_url(server.url).set(drivername="postgresql+psycopg2")
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         result = connection.exec_driver_sql(statement)
         return result.scalar() if result.returns_rows else None

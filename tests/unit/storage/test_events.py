@@ -19,7 +19,6 @@ from server.storage.connection import Connection, Engine, connected, open_engine
 from server.storage.errors import Conflict, Refused
 from server.storage.events import EventStore
 from tests.support.events import ENCODER, make_row
-from tests.support.services import for_sqlalchemy
 
 # Makes the database tell how each row was written, and acknowledge before its disk has it.
 OBSERVE = """
@@ -219,7 +218,7 @@ def test_duplicates_switch_to_staging_for_five_seconds(create_migrated: Callable
         cursor.execute(OBSERVE)
     now = [100.0]
     store = EventStore(ENCODER.columns, clock=lambda: now[0])
-    engine = open_engine(for_sqlalchemy(url))
+    engine = open_engine(url)
     with connected(engine) as connection:
         assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "off"
         connection.commit()

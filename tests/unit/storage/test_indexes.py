@@ -13,7 +13,7 @@ from server.storage.connection import connected, open_engine
 from server.storage.indexes import build_indexes, count_missing_indexes
 from server.storage.migrate import migrate
 from server.storage.partitions import add_months
-from tests.support.services import for_sqlalchemy, wait_until
+from tests.support.services import wait_until
 
 INSERT = """
 INSERT INTO events (event_id, project_id, session_id, event_type, event_timestamp)
@@ -31,7 +31,7 @@ TABLES = ["events", "events_2023_12", "events_2024_01", "events_2024_02", "event
 def url(create_migrated: Callable[[], str]) -> str:
     """Return a database with three months."""
     url = create_migrated()
-    with connected(open_engine(for_sqlalchemy(url))) as connection:
+    with connected(open_engine(url)) as connection:
         add_months(connection, date(2023, 12, 31))
     return url
 
@@ -58,7 +58,7 @@ def test_new_partitions_are_born_with_the_index(url: str) -> None:
 
 def test_migrate_indexes_an_older_database_again_and_again(url: str) -> None:
     """`migrate` builds what is missing, and a second time there is nothing to build."""
-    engine = open_engine(for_sqlalchemy(url))
+    engine = open_engine(url)
     with closing(open_connection(url)) as connection:
         connection.cursor().execute("DROP INDEX events_received_at")
         with connected(engine) as other:
@@ -70,7 +70,7 @@ def test_migrate_indexes_an_older_database_again_and_again(url: str) -> None:
 
 def test_an_interrupted_build_goes_on_later(url: str) -> None:
     """A build that is cancelled leaves an invalid index, which the next one replaces."""
-    engine = open_engine(for_sqlalchemy(url))
+    engine = open_engine(url)
     failures: list[Exception] = []
 
     def build() -> None:
@@ -103,7 +103,7 @@ def test_an_interrupted_build_goes_on_later(url: str) -> None:
 
 def test_builds_at_the_same_time_take_turns(url: str) -> None:
     """Several commands at once build each index once, and none fails."""
-    engine = open_engine(for_sqlalchemy(url))
+    engine = open_engine(url)
     with closing(open_connection(url)) as connection:
         connection.cursor().execute("DROP INDEX events_received_at")
         failures: list[Exception] = []

@@ -10,7 +10,7 @@ from server.events.schema import EVENT_SCHEMA
 from server.storage.connection import Engine, connected, open_engine
 from server.storage.errors import DatabaseError
 from server.storage.migrate import UnsuitableDatabase, check_migrated, migrate
-from tests.support.services import for_sqlalchemy, query
+from tests.support.services import query
 
 COLUMNS = """
 SELECT attname, format_type(atttypid, atttypmod), attnotnull
@@ -22,7 +22,7 @@ TABLES = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespa
 @pytest.fixture
 def engine(create_database: Callable[[], str]) -> Engine:
     """How the service connects to an empty database."""
-    return open_engine(for_sqlalchemy(create_database()))
+    return open_engine(create_database())
 
 
 def test_the_events_table_has_every_schema_field(engine: Engine) -> None:
@@ -108,7 +108,7 @@ def test_a_database_without_utf_8_is_refused(
 ) -> None:
     """A database that cannot hold every text is refused before anything is made in it."""
     url = create_database("ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'")
-    engine = open_engine(for_sqlalchemy(url))
+    engine = open_engine(url)
     with pytest.raises(UnsuitableDatabase, match="encoding is SQL_ASCII, UTF8 is needed"):
         use(engine)
     assert query(engine, TABLES) == []

@@ -66,9 +66,7 @@ def test_a_connection_reports_its_outage_and_recovery(
 ) -> None:
     """A connection that cannot be opened begins an outage, and a query that works ends it."""
     outages = OutageLog()
-    broken = GuardedConnection(
-        open_engine("postgresql+psycopg2://127.0.0.1:1/none"), outages=outages
-    )
+    broken = GuardedConnection(open_engine("postgresql://127.0.0.1:1/none"), outages=outages)
     good = GuardedConnection(engine, outages=outages)
     with caplog.at_level(logging.INFO), broken, good:
         good.ping()

@@ -22,7 +22,7 @@ from server.storage.partitions import (
     months_from,
 )
 from tests.support.events import ENCODER, make_row
-from tests.support.services import for_sqlalchemy, query, wait_until
+from tests.support.services import query, wait_until
 
 DECEMBER = date(2023, 12, 31)
 DECEMBER_NOON = datetime(2023, 12, 31, 12, tzinfo=UTC)
@@ -37,7 +37,7 @@ PLACES = "SELECT event_id, tableoid::regclass::text FROM events ORDER BY 1"
 @pytest.fixture
 def engine(create_migrated: Callable[[], str]) -> Engine:
     """How the service connects to a fresh database."""
-    return open_engine(for_sqlalchemy(create_migrated()))
+    return open_engine(create_migrated())
 
 
 def add(engine: Engine, today: date = DECEMBER) -> None:

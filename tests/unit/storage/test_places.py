@@ -57,7 +57,7 @@ def home(monkeypatch: pytest.MonkeyPatch, open_directory: Path) -> Iterator[Path
 def count_databases(directory: Path) -> int:
     """How many databases PostgreSQL has in a data directory; it makes one if it has to."""
     with EmbeddedPostgres(directory, create=True) as server:
-        connection = psycopg2.connect(server.url.replace("+psycopg2", ""))
+        connection = psycopg2.connect(server.url)
         cursor = connection.cursor()
         cursor.execute("SELECT count(*) FROM pg_database")
         row = cursor.fetchone()

@@ -21,7 +21,7 @@ from server.storage.events import EventStore
 from server.storage.migrate import UnsuitableDatabase, check_migrated, migrate
 from server.storage.partitions import add_months
 from tests.support.events import ENCODER, make_row
-from tests.support.services import for_sqlalchemy, wait_until
+from tests.support.services import wait_until
 
 TEXTS = {"event_name": "café 漢字 \\ ' \\n", "metadata": {"key": "naïve \\"}}
 STORED = "SELECT event_name, metadata, event_timestamp::text FROM public.events"
@@ -89,7 +89,7 @@ def check_stored(url: str) -> None:
 def test_a_setting_of_the_role_changes_no_event(name: str, value: str, url: str) -> None:
     """What is stored does not depend on the settings of the role or database."""
     set_for_role(url, name, value)
-    save(open_engine(for_sqlalchemy(url)))
+    save(open_engine(url))
     check_stored(url)
 
 
@@ -107,7 +107,7 @@ def test_a_variable_of_libpq_changes_no_event(
 ) -> None:
     """What is stored does not depend on libpq's variables in the environment."""
     monkeypatch.setenv(name, value)
-    save(open_engine(for_sqlalchemy(url)))
+    save(open_engine(url))
     monkeypatch.undo()
     check_stored(url)
 
@@ -116,7 +116,7 @@ def test_partitions_begin_at_midnight_utc_whatever_the_role(url: str) -> None:
     """Neither the date style nor the time zone of the role moves a partition's bounds."""
     for name in ("datestyle", "timezone", "search_path"):
         set_for_role(url, name, ODD[name])
-    engine = open_engine(for_sqlalchemy(url))
+    engine = open_engine(url)
     with connected(engine) as connection:
         add_months(connection, date(2024, 2, 15))
     save(engine)
@@ -128,7 +128,7 @@ def test_a_role_that_may_only_read_gets_no_acknowledgement(url: str) -> None:
     """A role whose transactions are read-only by default stores nothing, and is not overruled."""
     set_for_role(url, "default_transaction_read_only", "on")
     with pytest.raises(Unavailable):
-        save(open_engine(for_sqlalchemy(url)))
+        save(open_engine(url))
     assert execute(url, STORED) == []
 
 
@@ -192,7 +192,7 @@ def test_a_pooled_neighbour_changes_no_event(url: str, open_directory: Path) -> 
             neighbour.cursor().execute(f"SET {setting} = '{ODD[setting]}'")
         neighbour.cursor().execute("SET standard_conforming_strings = off")
         neighbour.cursor().execute("CREATE TEMP TABLE events (LIKE public.events)")
-        save(open_engine(for_sqlalchemy(through)))
+        save(open_engine(through))
     check_stored(url)
 
 

@@ -55,7 +55,7 @@ def engine(namespace: Namespace, open_directory: Path) -> Iterator[Engine]:
 @contextmanager
 def holding(namespace: Namespace, point: str, event: Event) -> Iterator[None]:
     """Have a process on that machine store an event, and stop at the point."""
-    url = f"postgresql+psycopg2://productgraph@{namespace.host}/productgraph"
+    url = f"postgresql://productgraph@{namespace.host}/productgraph"
     program = [sys.executable, "-m", "tests.support.holder"]
     with subprocess.Popen(
         namespace.wrap([*program, url, point, event.SerializeToString().hex()]),
