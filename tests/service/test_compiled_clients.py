@@ -197,24 +197,30 @@ def generate(
     run(place, *protoc, *paths, *options, *PUBLIC, *others)
 
 
-def test_go_client_sends_events(service: Service, project: Project, tmp_path: Path) -> None:
-    """Code of protoc-gen-go and protoc-gen-go-grpc compiles and calls the service."""
+def build_go(place: Path, module: str, program: str) -> None:
+    """Build a Go module with generated code, as a program of its name; skip the test without Go."""
     need("go")
-    (tmp_path / "main.go").write_text(GO)
+    (place / "main.go").write_text(program)
     tools = {
         "protoc-gen-go": "google.golang.org/protobuf/cmd/protoc-gen-go",
         "protoc-gen-go-grpc": "google.golang.org/grpc/cmd/protoc-gen-go-grpc",
     }
-    run(tmp_path, "go", "mod", "init", "client")
-    fetch(tmp_path, "go", "get", *(f"{name}@{version}" for name, version in GO_MODULES.items()))
+    run(place, "go", "mod", "init", module)
+    fetch(place, "go", "get", *(f"{name}@{version}" for name, version in GO_MODULES.items()))
     for name, package in tools.items():
-        run(tmp_path, "go", "build", "-o", name, package)
-    plugins = [f"--plugin={name}={tmp_path / name}" for name in tools]
+        run(place, "go", "build", "-o", name, package)
+    plugins = [f"--plugin={name}={place / name}" for name in tools]
     options = ["--go_out=.", "--go-grpc_out=."]
     options += ["--go_opt=paths=source_relative", "--go-grpc_opt=paths=source_relative"]
-    generate(tmp_path, *plugins, *options)
-    fetch(tmp_path, "go", "mod", "tidy")
-    answer = run(tmp_path, "go", "run", ".", service.grpc_target, project.id, project.key)
+    generate(place, *plugins, *options)
+    fetch(place, "go", "mod", "tidy")
+    run(place, "go", "build", "-o", module, ".")
+
+
+def test_go_client_sends_events(service: Service, project: Project, tmp_path: Path) -> None:
+    """Code of protoc-gen-go and protoc-gen-go-grpc compiles and calls the service."""
+    build_go(tmp_path, "client", GO)
+    answer = run(tmp_path, "./client", service.grpc_target, project.id, project.key)
     assert json.loads(answer) == {"accepted": 1}
 
 

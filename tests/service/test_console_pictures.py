@@ -22,6 +22,7 @@ from tests.support.browser import click, prefer_scheme, resize, running_browser,
 from tests.support.clients import HttpConnection
 from tests.support.console import PASSWORD, SETTINGS, make_credentials
 from tests.support.events import Event, make_event
+from tests.support.forwarding import enable_providers
 from tests.support.provider_servers import AmplitudeServer, MixpanelServer, Reply, Script
 from tests.support.services import Service, running_service
 
@@ -80,17 +81,9 @@ def shop(open_directory: Path) -> Iterator[Service]:
     """Provide a service that forwards to a provider that is well, and to one that is busy."""
     with AmplitudeServer(SECRET) as amplitude, MixpanelServer(SECRET) as mixpanel:
         mixpanel.behave = lambda _: BUSY
-        settings = {
-            "DATA_DIR": str(open_directory / "shop"),
-            "ANALYTICS_ENABLED": "true",
-            "AMPLITUDE_ENABLED": "true",
-            "AMPLITUDE_API_KEY": SECRET,
-            "AMPLITUDE_ENDPOINT": amplitude.url,
-            "MIXPANEL_ENABLED": "true",
-            "MIXPANEL_TOKEN": SECRET,
-            "MIXPANEL_ENDPOINT": mixpanel.url,
-        }
-        with running_service(settings | SETTINGS) as service:
+        providers = enable_providers({"amplitude": amplitude, "mixpanel": mixpanel}, SECRET)
+        settings = {"DATA_DIR": str(open_directory / "shop")} | providers | SETTINGS
+        with running_service(settings) as service:
             yield service
 
 

@@ -11,6 +11,7 @@ import pytest
 from server.forwarding.providers.mapping import make_insert_id
 from tests.support.clients import Tenant, accepted, open_tenant
 from tests.support.events import to_message
+from tests.support.forwarding import enable_providers
 from tests.support.provider_servers import AmplitudeServer, MixpanelServer
 from tests.support.services import running_service, wait_until
 
@@ -39,16 +40,8 @@ def tenant(
     create_migrated: Callable[[], str], amplitude: AmplitudeServer, mixpanel: MixpanelServer
 ) -> Iterator[Tenant]:
     """Yield a tenant of a service that forwards to both providers."""
-    settings = {
-        "DATABASE_URL": create_migrated(),
-        "ANALYTICS_ENABLED": "true",
-        "AMPLITUDE_ENABLED": "true",
-        "AMPLITUDE_API_KEY": SECRET,
-        "AMPLITUDE_ENDPOINT": amplitude.url,
-        "MIXPANEL_ENABLED": "true",
-        "MIXPANEL_TOKEN": SECRET,
-        "MIXPANEL_ENDPOINT": mixpanel.url,
-    }
+    providers = enable_providers({"amplitude": amplitude, "mixpanel": mixpanel}, SECRET)
+    settings = {"DATABASE_URL": create_migrated()} | providers
     with running_service(settings) as service, open_tenant(service) as tenant:
         wait_until(lambda: query(tenant, "SELECT 1 FROM forward_history") != [])
         yield tenant

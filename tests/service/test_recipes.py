@@ -11,8 +11,8 @@ from platform import machine
 import pytest
 
 from tests.service.test_compiled_clients import (
-    GO_MODULES,
     PROTOC,
+    build_go,
     fetch,
     generate,
     need,
@@ -123,22 +123,7 @@ def test_the_python_recipe_sends_its_event(tenant: Tenant, tmp_path: Path) -> No
 @slow
 def test_the_go_recipe_sends_its_event(tenant: Tenant, tmp_path: Path) -> None:
     """The program compiles with generated code, and reads RetryInfo from the status."""
-    need("go")
-    (tmp_path / "main.go").write_text(place_recipe("Go", tenant))
-    tools = {
-        "protoc-gen-go": "google.golang.org/protobuf/cmd/protoc-gen-go",
-        "protoc-gen-go-grpc": "google.golang.org/grpc/cmd/protoc-gen-go-grpc",
-    }
-    run(tmp_path, "go", "mod", "init", "sender")
-    fetch(tmp_path, "go", "get", *(f"{name}@{version}" for name, version in GO_MODULES.items()))
-    for name, package in tools.items():
-        run(tmp_path, "go", "build", "-o", name, package)
-    plugins = [f"--plugin={name}={tmp_path / name}" for name in tools]
-    options = ["--go_out=.", "--go-grpc_out=."]
-    options += ["--go_opt=paths=source_relative", "--go-grpc_opt=paths=source_relative"]
-    generate(tmp_path, *plugins, *options)
-    fetch(tmp_path, "go", "mod", "tidy")
-    run(tmp_path, "go", "build", "-o", "sender", ".")
+    build_go(tmp_path, "sender", place_recipe("Go", tenant))
     check(tenant, "evt_go", starter(tmp_path, "./sender"))
 
 

@@ -47,6 +47,14 @@ SELECT project_id, event_id, (extract(epoch FROM event_timestamp) * 1000000)::bi
 END_LEASES = "UPDATE outbox_deliveries SET due_at = now()"
 
 
+def enable_providers(servers: Mapping[str, ProviderServer], secret: str) -> dict[str, str]:
+    """Return the settings of a service that forwards to these servers, by providers' names."""
+    enabled = {f"{name.upper()}_ENABLED": "true" for name in servers}
+    endpoints = {f"{name.upper()}_ENDPOINT": server.url for name, server in servers.items()}
+    secrets = {"AMPLITUDE_API_KEY": secret, "MIXPANEL_TOKEN": secret}
+    return {"ANALYTICS_ENABLED": "true"} | enabled | endpoints | secrets
+
+
 @dataclass(frozen=True)
 class Bench:
     """A database and both providers' servers, to which its stored events are to be forwarded."""
@@ -57,12 +65,7 @@ class Bench:
     @property
     def settings(self) -> dict[str, str]:
         """The settings of a process that forwards here."""
-        enabled = {f"{name.upper()}_ENABLED": "true" for name in self.servers}
-        endpoints = {f"{name.upper()}_ENDPOINT": self.servers[name].url for name in self.servers}
-        secrets = {"AMPLITUDE_API_KEY": SECRET, "MIXPANEL_TOKEN": SECRET}
-        return (
-            {"DATABASE_URL": self.url, "ANALYTICS_ENABLED": "true"} | enabled | endpoints | secrets
-        )
+        return {"DATABASE_URL": self.url} | enable_providers(self.servers, SECRET)
 
     def query(self, statement: str, *parameters: Any) -> list[Any]:
         """Run a statement and return its rows."""
