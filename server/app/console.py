@@ -1,4 +1,4 @@
-"""The console of a service: imported only if it is on, since the parent needs no Falcon else."""
+"""The console of a service. Import it only if it is on: nothing else in the parent needs Falcon."""
 
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Vitals(NamedTuple):
-    """What tells how a service is, without asking the database."""
+    """The state of a service, known without a query."""
 
     totals: counting.Totals
     readiness: Readiness

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The variable by which a worker learns the file descriptor of the buckets that all of them share.
 BUCKETS = "PRODUCTGRAPH_BUCKETS"
 
-# By which scripts/serve tells how to run other commands.
+# Set by scripts/serve to the command line that runs other commands.
 _COMMAND_VARIABLE = "PRODUCTGRAPH_COMMAND"
 
 _log = logging.getLogger("productgraph")
@@ -76,7 +76,7 @@ def open_json_codec(settings: Settings) -> JsonCodec:
 
 
 def open_protobuf_codec(settings: Settings) -> ProtobufCodec:
-    """Return what reads gRPC's events, with their protobuf if they are to be forwarded."""
+    """Return the codec of gRPC's events; it keeps their protobuf if they are forwarded."""
     quick = QuickProtobufReader(EVENT_SCHEMA, keep_encoded=bool(settings.destinations))
     return ProtobufCodec(EVENT_SCHEMA, quick)
 

@@ -1,4 +1,4 @@
-"""The metrics port: health probes, which tell of those who do the work, and the pages."""
+"""The metrics port: health probes, which tell of the workers or of a forwarder, and the pages."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class Pages:
-    """A WSGI application that answers for the metrics, and leaves all other paths to the console.
+    """A WSGI application that serves the metrics, and leaves all other paths to the console.
 
-    Without a console, the page of the metrics answers for all.
+    Without a console, the metrics page answers on all paths.
     """
 
     def __init__(self, metrics: "WSGIApplication", console: "WSGIApplication | None") -> None:
@@ -40,7 +40,7 @@ class Probes:
         self._is_healthy: Callable[[], bool] = lambda: False
 
     def watch(self, is_healthy: Callable[[], bool]) -> None:
-        """Ask this from now on whether those who do the work do it."""
+        """Ask `is_healthy` from now on; until then nothing is healthy."""
         self._is_healthy = is_healthy
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Who may see the console: the page shows what users did, so it must not be anybody."""
+"""Access to the console, which shows what users did and so must not be open to everybody."""
 
 import base64
 import binascii
@@ -33,11 +33,11 @@ _HEADERS = {
 
 
 class Access:
-    """Checks each request of the console, and says to browsers what its pages may do.
+    """Checks each request of the console, and tells browsers what its pages may do.
 
     `hosts` are the names under which it may be asked for: a page of another site can have its own
-    name resolved to this address, but not send another name than its own. Without a password,
-    anybody may see it who reaches it.
+    name resolved to this address, but can send no other name than its own. Without a password,
+    whoever reaches the console may see it.
     """
 
     def __init__(self, hosts: frozenset[str], password: str | None) -> None:
@@ -45,7 +45,7 @@ class Access:
         self._digest = None if password is None else _digest(password)
 
     def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
-        """Refuse a request that must not see anything."""
+        """Refuse a request from another site, under another name, or without the password."""
         if _read_name(req.get_header("Host") or "") not in self._hosts:
             raise falcon.HTTPError(
                 falcon.HTTP_421, title="CONSOLE_HOSTS does not have this host's name"
@@ -63,7 +63,7 @@ class Access:
     def process_response(
         self, _req: falcon.Request, resp: falcon.Response, _resource: object, _ok: bool
     ) -> None:
-        """Say what a page may do."""
+        """Add the headers that restrict what a page may do."""
         resp.set_headers(_HEADERS)
 
     def _has_password(self, req: falcon.Request) -> bool:

@@ -48,9 +48,9 @@ App = falcon.App[falcon.Request, falcon.Response]
 
 
 class Sources(NamedTuple):
-    """What the console shows.
+    """The sources of the console's data.
 
-    `delay` is for how long after its arrival an event may become visible.
+    `delay` is the longest time from an event's arrival until it is visible.
     """
 
     overview: Overview

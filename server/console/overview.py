@@ -1,4 +1,4 @@
-"""What is known without the database: the service, its throughput, and its providers."""
+"""The overview: the service, its throughput and its providers, from memory alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,21 +12,21 @@ from server.storage.outbox import LaneStatus
 
 @dataclass(frozen=True)
 class ServiceState:
-    """How the service stands at this moment."""
+    """The state of the service at one moment."""
 
     version: str
     started_at: datetime
     workers: int
     is_database_up: bool
     keeps_rejected: bool
-    # How the command is called that replays rejected events.
+    # The command line that replays rejected events begins with this.
     command: str
 
 
 class Overview:
-    """Puts together what the page begins with, from memory. Never waits.
+    """Builds the overview from memory; never waits.
 
-    `read_lanes` returns None if that is not known.
+    `read_lanes` returns None if the state of the lanes is not known.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Overview:
         self._enabled = frozenset(providers)
 
     def encode(self) -> bytes:
-        """Return it as JSON."""
+        """Return the overview as JSON."""
         shown = {
             "service": self._read_state(),
             "throughput": self._throughput.describe(),

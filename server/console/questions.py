@@ -1,4 +1,4 @@
-"""What the console asks the database. Each question is a value: equal ones share an answer."""
+"""The console's questions to the database. Each is a value: equal questions share an answer."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,7 +20,7 @@ from server.storage.rejected_events import (
 
 # After this, a statement is ended.
 STATEMENT_SECONDS = 2.0
-# How much time a list of the newest events takes at the most, before it shows what it has found.
+# A search for the newest events ends after this, and shows what it has found.
 _SEARCH_SECONDS = 1.0
 _GROUPED_REJECTIONS = 5000
 _MAX_GROUPS = 20
@@ -35,7 +35,7 @@ class NotFound(Exception):
 
 
 class Question(Protocol):
-    """Something that can be asked. For `rest_seconds` its answer is good enough for others."""
+    """A question. Its answer is shared for `rest_seconds` with everybody who asks the same."""
 
     rest_seconds: ClassVar[float]
 
@@ -86,7 +86,7 @@ class NewestEvents:
 
 @dataclass(frozen=True)
 class OneEvent:
-    """What became of events with an id: of one if its time is given, else of a few since then."""
+    """The fate of the event with an id and a time, or of a few with the id since a time."""
 
     event_id: str
     project: str | None
@@ -130,7 +130,7 @@ class RejectedEvents:
 
 @dataclass(frozen=True)
 class RejectedEvent:
-    """What a rejected event was."""
+    """One rejected event, by its number."""
 
     number: int
     rest_seconds: ClassVar[float] = 0.5

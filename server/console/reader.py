@@ -1,4 +1,4 @@
-"""Answers questions, one after the other over one connection, so that ingestion never feels it."""
+"""Answers questions one by one over one connection, so as not to slow ingestion down."""
 
 import logging
 import time
@@ -19,9 +19,9 @@ from server.storage.errors import Conflict, DatabaseError
 _QUESTION_SECONDS = 5.0
 _MAX_WAITING = 64
 _MAX_KEPT = 64
-# After the database has failed to answer, nobody waits for it again so soon.
+# For this long after the database has failed to answer, questions fail at once.
 _FAILURE_SECONDS = 1.0
-# So many times as long as a question took is its answer good for.
+# An answer is kept for this many times as long as the question took.
 _REST = 10
 _WAIT_SECONDS = 60.0
 
@@ -51,7 +51,7 @@ class Reader(DatabaseThread):
         self._failed_until = float("-inf")
 
     def ask(self, question: Question) -> "Future[bytes]":
-        """Return the answer once it is there. Raises Unavailable if it cannot be had now."""
+        """Return the future answer. Raises Unavailable if the question cannot be asked now."""
         with self._changed:
             kept = self._kept.get(question)
             if kept is not None and self._clock() < kept.until:
@@ -128,7 +128,7 @@ class Reader(DatabaseThread):
 
 
 def _ask(question: Question, connection: Connection) -> bytes | NotFound | Unavailable:
-    """Return the answer, or why there is none; after either the connection is as good as before."""
+    """Return the answer, or the reason if there is none; either leaves the connection usable."""
     try:
         return orjson.dumps(question.ask(connection), option=orjson.OPT_UTC_Z)
     except NotFound as error:

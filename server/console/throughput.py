@@ -1,4 +1,4 @@
-"""How many events came in the last fifteen minutes, kept in memory by a service that runs."""
+"""The number of events in each few seconds of the last fifteen minutes, kept in memory."""
 
 import time
 from collections import deque
@@ -18,7 +18,7 @@ class Totals(NamedTuple):
 
 
 class Throughput:
-    """Notes how far the totals have come at the end of each step of a few seconds.
+    """Notes the totals at the end of each step of a few seconds.
 
     Steps that nobody could note, because the process stood still, count as part of the next one.
     """
@@ -33,7 +33,7 @@ class Throughput:
         self._steps: deque[Totals] = deque(maxlen=PERIOD_SECONDS // STEP_SECONDS - 1)
 
     def note(self) -> None:
-        """Note the totals if a step has ended. Quick, to be called at least once a step."""
+        """Note the totals if a step has ended. Quick; call it at least once a step."""
         missed = self._find_step() - self._step
         if missed <= 0:
             return

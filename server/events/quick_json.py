@@ -91,7 +91,7 @@ class Layout:
         self.nulls: list[int] = []
 
     def learn_nulls(self, item: Mapping[str, Any]) -> bool:
-        """Remember where an event has nulls; return whether there was none before in some place."""
+        """Remember the places of an event's nulls. Return True if one of them is new."""
         nulls = {place for place, value in enumerate(item.values()) if value is None}
         is_new = not nulls.issubset(self.nulls)
         self.nulls = sorted(nulls.union(self.nulls))

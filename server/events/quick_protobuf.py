@@ -177,7 +177,7 @@ def _read_rest(data: bytes, at: int) -> bytes:
 
 
 def _read_size(data: bytes, at: int) -> tuple[int, int]:
-    """Return a size of more than one byte, and where it ends."""
+    """Return a size of more than one byte, and the position after it."""
     size = data[at] & 127 | (data[at + 1] & 127) << 7
     if data[at + 1] < 128:
         return size, at + 2

@@ -91,7 +91,7 @@ class RequestParser(HTTPRequestParser):
             raise ParsingError("Invalid request") from None
 
     def _read_head(self, header_plus: bytes) -> None:
-        """Read the head as waitress does, which takes thrice as long; a test compares both."""
+        """Read the head as waitress does, which takes three times as long; a test compares both."""
         first_line, *lines = header_plus.split(b"\r\n")
         if b"\r\n " in header_plus or b"\r\n\t" in header_plus:
             lines = get_header_lines(b"\r\n".join(lines))

@@ -44,8 +44,8 @@ SMALL_BODY_BYTES = 64 * 1024
 Gate = Callable[[RequestParser], "bool | Exception | Future[Any]"]
 
 _CONNECTIONS = 2000
-# So many connections are accepted in one turn of the loop. With one, a flood of them would keep
-# others in the queue for as many turns, which are slow with thousands of connections.
+# Connections accepted in one turn of the loop. With one, a flood of connections would keep others
+# waiting for as many turns, which are slow with thousands of connections.
 _ACCEPTED_AT_ONCE = 64
 _LOOP_SECONDS = 1.0
 _DRAIN_LOOP_SECONDS = 0.05

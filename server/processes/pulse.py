@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 _BEAT_SECONDS = 1.0
-# A loop that has stood still for so long gives no sign of life, until it turns again.
+# While a loop has stood still for longer than this, there is no beat.
 _STILL_SECONDS = 5.0
 
 

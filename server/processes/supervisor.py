@@ -22,7 +22,7 @@ _TICK_SECONDS = 1.0
 _START_SECONDS = 30.0
 _YOUNG_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
-# A worker beats every second: one that has been silent for so long hangs.
+# A worker beats every second; one that has been silent for longer than this hangs.
 _SILENT_SECONDS = 10.0
 
 

@@ -267,7 +267,7 @@ class GuardedConnection:
         self._seconds = 0.0
         self._cut_at = math.inf
         self._lock = threading.Lock()
-        # Whether a transaction was broken off, whose backend may go on.
+        # True if a transaction was broken off and its backend may still run.
         self._left_one = False
         self._obstacle: str | None = None
 

@@ -105,7 +105,7 @@ def _pile_up_dense(source: EventSource) -> Iterator[Batch]:
 
 
 def _expect_progress(trial: Trial, measure_spent: Callable[[], float]) -> None:
-    """Wait until each provider gets something, for so long as that may take the forwarder."""
+    """Wait until each provider gets something, within the time that it may take the forwarder."""
     providers = trial.cluster.providers
     before = {name: len(find_missing(trial, provider)) for name, provider in providers.items()}
     trial.show(sum(before.values()), "events waited while it was starved")

@@ -253,7 +253,7 @@ def test_a_stream_takes_no_more_than_it_may_have(size: int, most: int, held: Hel
 
 
 def keep_storing(held: HeldService, count: int) -> None:
-    """Store what is held until so many messages were taken."""
+    """Store what is held until this many messages were taken."""
     wait_until(lambda: held.store() or len(held.taken) == count)  # type: ignore[func-returns-value]
     held.store()
 
