@@ -250,9 +250,12 @@ def test_a_limited_page_comes_again_when_it_may(
     visitor.visit()
     visitor.send(5)
     visitor.expect(5)
-    records = [line for line in tenant.service.read_log() if line["message"] == "request"]
-    statuses = [line["status"] for line in records if line.get("project") == tenant.project.id]
-    assert {202, 429} <= set(statuses)
+
+    def find_statuses() -> set[int]:
+        records = [line for line in tenant.service.read_log() if line["message"] == "request"]
+        return {line["status"] for line in records if line.get("project") == tenant.project.id}
+
+    wait_until(lambda: {202, 429} <= find_statuses())
 
 
 def test_events_survive_a_frozen_database(

@@ -20,7 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.events.problems import Reason
 from tests.support.clients import Refusal, Tenant, open_tenant, send
 from tests.support.events import to_message
-from tests.support.services import ROOT, Service, ask, running_service, wait_until
+from tests.support.services import (
+    ROOT,
+    Service,
+    ask,
+    running_service,
+    wait_for,
+    wait_until,
+)
 
 DEPLOY = ROOT / "scripts/deploy"
 DASHBOARD = DEPLOY / "grafana/dashboards/productgraph.json"
@@ -197,13 +204,10 @@ def load(pair: Service) -> Iterator[Load]:
 
 def settle(load: Load, before: Samples, service: Service) -> None:
     """Fails unless the page comes to what the load should have changed, and no further."""
-    try:
-        wait_until(lambda: count_since(before, service) == load.expected)
-    finally:
-        assert count_since(before, service) == load.expected
+    wait_for(lambda: count_since(before, service), load.expected)
 
 
-def find_busy(service: Service) -> set[object]:
+def find_busy(service: Service) -> set[int]:
     """Return the processes that have answered requests, by their log."""
     return {record["pid"] for record in service.read_log() if record["message"] == "request"}
 
@@ -213,7 +217,7 @@ def test_metrics_count_every_event_of_a_known_load(pair: Service, load: Load) ->
     before = read_samples(pair)
     load.run()
     settle(load, before, pair)
-    assert find_busy(pair) >= {worker.pid for worker in pair.find_workers()}
+    wait_until(lambda: find_busy(pair) >= {worker.pid for worker in pair.find_workers()})
     reasons = {label for name in load.expected for label in name.split() if "reason=" in label}
     assert reasons == {f"reason={reason}" for reason in Reason}
 

@@ -14,7 +14,7 @@ from productgraph.v1.event_ingestion_service_pb2 import StreamEventsResponse
 from tests.service.test_rate_limits import limited
 from tests.support.clients import STREAM, Outcome, Tenant, accepted, encode_request
 from tests.support.events import Event, to_message
-from tests.support.services import wait_until
+from tests.support.services import wait_for, wait_until
 
 SECONDS = 60.0
 
@@ -141,7 +141,7 @@ def test_each_message_of_a_stream_is_logged(tenant: Tenant) -> None:
         records = [line for line in tenant.service.read_log() if line["message"] == "request"]
         return [line["request_id"] for line in records if request_id in line["request_id"]]
 
-    wait_until(lambda: find_lines() == expected)
+    wait_for(find_lines, expected)
 
 
 @pytest.mark.slow

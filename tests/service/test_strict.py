@@ -20,6 +20,7 @@ from tests.support.clients import (
     encode_request,
 )
 from tests.support.events import Event, to_message
+from tests.support.services import wait_for
 
 STRICT = "handling=strict"
 APPLIED = "preference-applied"
@@ -143,5 +144,11 @@ def test_the_log_has_a_refused_strict_batch(tenant: Tenant) -> None:
     request_id = f"strict-{tenant.project.id}"
     events = make_mixed(tenant)
     tenant.post({"events": events}, prefer=STRICT, x_request_id=request_id)
-    lines = [line for line in tenant.service.read_log() if tenant.project.id in json.dumps(line)]
-    assert [(line["message"], line["status"]) for line in lines] == [("request", 422)]
+
+    def find_lines() -> list[tuple[str, int]]:
+        found = [
+            line for line in tenant.service.read_log() if tenant.project.id in json.dumps(line)
+        ]
+        return [(line["message"], line["status"]) for line in found]
+
+    wait_for(find_lines, [("request", 422)])

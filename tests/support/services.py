@@ -187,6 +187,14 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+def wait_for(read: Callable[[], object], wanted: object, seconds: float = 60.0) -> None:
+    """Return as soon as what is read is as wanted; fail with what it is instead."""
+    deadline = time.monotonic() + seconds
+    while (found := read()) != wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert found == wanted
+
+
 def query(engine: Engine, statement: str) -> list[tuple[object, ...]]:
     """Return the rows of a query."""
     with connected(engine) as connection:
