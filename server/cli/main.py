@@ -15,6 +15,7 @@ from server.cli.doctor import doctor
 from server.cli.events import events
 from server.cli.forward import forward
 from server.cli.keys import keys
+from server.cli.person import person
 from server.cli.psql import psql
 from server.cli.rejected import rejected
 from server.cli.retention import retention
@@ -135,5 +136,5 @@ def completion(shell: str) -> None:
     click.echo(found(productgraph, {}, _NAME, _COMPLETION_VARIABLE).source())
 
 
-for command in (keys, events, forward, rejected, retention, psql, config, doctor):
+for command in (keys, events, forward, rejected, person, retention, psql, config, doctor):
     productgraph.add_command(command)

@@ -4,7 +4,7 @@ A dead event keeps its encoded bytes, the reason and the provider's last answer.
 into the outbox, or purged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,6 +16,7 @@ from server.events.event_ids import read_event_id
 from server.protocols import GRPC
 
 _DELETED_AT_ONCE = 1000
+_READ_AT_ONCE = 200
 
 _BURY = text("""
 INSERT INTO dead_events
@@ -33,6 +34,11 @@ SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
 _FIND_BY_EVENT = text("""
 SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
  WHERE event_id = :event_id AND project_id = :project_id ORDER BY id
+""")
+_FIND_NEWEST = text("SELECT coalesce(max(id), 0) FROM dead_events")
+_READ_PAGE = text("""
+SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
+ WHERE project_id = :project_id AND id > :after AND id <= :newest ORDER BY id LIMIT :limit
 """)
 _DELETE = """
 DELETE FROM dead_events
@@ -109,6 +115,24 @@ def find_dead_event(connection: Connection, project_id: str, event_id: str) -> l
     """Return the dead events of a project with this id."""
     wanted = {"project_id": project_id, "event_id": event_id}
     return _read_dead(connection.execute(_FIND_BY_EVENT, wanted))
+
+
+def read_dead_pages(connection: Connection, project_id: str) -> Iterator[list[DeadEvent]]:
+    """Yield the dead events of a project that are there now, oldest first.
+
+    No transaction is open while a page is in use.
+    """
+    with connection.begin():
+        newest = connection.scalar(_FIND_NEWEST)
+    values = {"project_id": project_id, "newest": newest, "limit": _READ_AT_ONCE}
+    after = 0
+    while True:
+        with connection.begin():
+            page = _read_dead(connection.execute(_READ_PAGE, values | {"after": after}))
+        if not page:
+            return
+        yield page
+        after = page[-1].id
 
 
 def _read_dead(rows: CursorResult[Any]) -> list[DeadEvent]:

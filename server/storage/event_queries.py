@@ -29,7 +29,7 @@ _LAST_PAGES = 16
 
 _OBJECTS = frozenset(field.name for field in EVENT_SCHEMA.of_kind(Kind.OBJECT))
 _WIRE_NAMES = {field.name: field.wire_name for field in EVENT_SCHEMA.fields}
-_COLUMNS = ", ".join(
+COLUMNS = ", ".join(
     [f"{name}::text" if name in _OBJECTS else name for name in _WIRE_NAMES] + ["received_at"]
 )
 # Enough of an event for a list, however large it is: no objects, and no text beyond the length of
@@ -60,7 +60,7 @@ SELECT {columns} FROM events WHERE {matches}
    AND received_at > :after AND received_at <= :until
  ORDER BY received_at DESC, event_timestamp DESC, event_id DESC LIMIT :limit
 """
-_FIND_ARRIVED_WHOLE = text(_FIND_ARRIVED.format(columns=_COLUMNS, matches=_MATCHES))
+_FIND_ARRIVED_WHOLE = text(_FIND_ARRIVED.format(columns=COLUMNS, matches=_MATCHES))
 _FIND_ARRIVED_BRIEF = text(_FIND_ARRIVED.format(columns=_BRIEF_COLUMNS, matches=_MATCHES))
 # Every project has had a key, and by the projects' names the primary key finds an id.
 _PROJECTS = """
@@ -68,12 +68,12 @@ ANY (ARRAY(SELECT DISTINCT project_id FROM api_keys
             WHERE CAST(:project AS text) IS NULL OR project_id = :project))
 """
 _FIND_BY_ID = text(f"""
-SELECT {_COLUMNS}, tableoid::regclass::text AS partition FROM events
+SELECT {COLUMNS}, tableoid::regclass::text AS partition FROM events
  WHERE project_id = {_PROJECTS} AND event_timestamp >= :since AND event_id = :event_id
  ORDER BY event_timestamp LIMIT :limit
 """)  # noqa: S608 - the columns are the schema's, as below
 _FIND_BY_KEY = text(f"""
-SELECT {_COLUMNS}, tableoid::regclass::text AS partition FROM events
+SELECT {COLUMNS}, tableoid::regclass::text AS partition FROM events
  WHERE project_id = :project AND event_timestamp = :timestamp AND event_id = :event_id
 """)  # noqa: S608
 # For each project the first entry of the primary key.
@@ -106,7 +106,7 @@ SELECT DISTINCT project_id FROM api_keys
  WHERE CAST(:project AS text) IS NULL OR project_id = :project ORDER BY 1
 """)
 _READ_PAGE = text(f"""
-SELECT {_COLUMNS} FROM events WHERE {_MATCHES}
+SELECT {COLUMNS} FROM events WHERE {_MATCHES}
    AND (event_timestamp, event_id) > (:after, :after_id) AND event_timestamp < :until
  ORDER BY event_timestamp, event_id LIMIT :limit
 """)  # noqa: S608
@@ -209,20 +209,20 @@ class EventQueries:
     ) -> list[StoredEvent]:
         """Return the newest events that arrived after one moment and until another."""
         values = {**wanted.values, "after": after, "until": until, "limit": limit}
-        return [_make_event(row) for row in self._query(self._find_arrived, values)]
+        return [make_event(row) for row in self._query(self._find_arrived, values)]
 
     def find_by_id(
         self, event_id: str, project: str | None, since: datetime, limit: int = 100
     ) -> list[StoredEvent]:
         """Return the events of this id since a time of theirs, the oldest first."""
         values = {"event_id": event_id, "project": project, "since": since, "limit": limit}
-        return [_make_event(row) for row in self._query(_FIND_BY_ID, values)]
+        return [make_event(row) for row in self._query(_FIND_BY_ID, values)]
 
     def find_by_key(self, project: str, timestamp: datetime, event_id: str) -> StoredEvent | None:
         """Return the event with this key, or None if there is none."""
         values = {"project": project, "timestamp": timestamp, "event_id": event_id}
         rows = self._query(_FIND_BY_KEY, values)
-        return _make_event(rows[0]) if rows else None
+        return make_event(rows[0]) if rows else None
 
     def find_oldest_time(self, project: str | None) -> datetime | None:
         """Return the earliest time of a stored event, or None if there is none."""
@@ -264,7 +264,7 @@ class EventQueries:
         while True:
             values |= {"after": after, "after_id": after_id, "limit": _PAGE_ROWS}
             rows = self._query(_READ_PAGE, values)
-            yield from map(_make_event, rows)
+            yield from map(make_event, rows)
             if len(rows) < _PAGE_ROWS:
                 return
             after, after_id = rows[-1]["event_timestamp"], rows[-1]["event_id"]
@@ -293,7 +293,8 @@ class EventQueries:
             ) from error
 
 
-def _make_event(row: RowMapping) -> StoredEvent:
+def make_event(row: RowMapping) -> StoredEvent:
+    """Return the event of a row that has COLUMNS, and perhaps the name of its partition."""
     present = {
         wire_name: orjson.Fragment(row[name]) if name in _OBJECTS else row[name]
         for name, wire_name in _WIRE_NAMES.items()

@@ -1,0 +1,89 @@
+"""`productgraph person`: gives out one person's data."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import click
+import orjson
+
+from server.cli.command import opened_engine, with_settings
+from server.config import Settings
+from server.events.persons import Person
+from server.privacy.export import Export
+from server.privacy.places import DEAD, EVENTS, OUTBOX, REJECTED
+from server.storage.connection import connected
+
+# What a number of an unreadable thing is a number of.
+_NUMBERED = {OUTBOX: "payloads of the outbox", DEAD: "dead events", REJECTED: "rejected events"}
+_PLACES = {
+    EVENTS: "in events",
+    OUTBOX: "in the outbox",
+    DEAD: "among dead events",
+    REJECTED: "among rejected events",
+}
+
+
+@click.group()
+def person() -> None:
+    """Export and delete one person's data.
+
+    A person is who sent events with this user.id, or with one of these user.anonymous_ids, in one
+    project.
+    """
+
+
+def _person_options(command: "Callable[..., None]") -> "Callable[..., None]":
+    """Add the options that name a person."""
+    for option in (
+        click.option(
+            "--anonymous-id",
+            "anonymous_ids",
+            multiple=True,
+            metavar="ID",
+            help="A user.anonymous_id of theirs; can be given several times.",
+        ),
+        click.option("--user", "user_id", metavar="ID", help="Their user.id."),
+        click.option("--project", required=True, help="The project of their events."),
+    ):
+        command = option(command)
+    return command
+
+
+def _name_person(project: str, user_id: str | None, anonymous_ids: Sequence[str]) -> Person:
+    named = Person(project, user_id, tuple(dict.fromkeys(anonymous_ids)))
+    if not named.ids or "" in named.ids:
+        raise click.UsageError("give --user, --anonymous-id, or both; neither can be empty")
+    return named
+
+
+@person.command()
+@_person_options
+@with_settings
+def export(
+    settings: Settings, project: str, user_id: str | None, anonymous_ids: tuple[str, ...]
+) -> None:
+    """Write a person's events to standard output, as lines of JSON.
+
+    Each has its place and the event by its names on the wire: stored, waiting for providers, dead
+    or rejected. The summary on standard error counts them by place, and has the numbers of what
+    cannot be read. The service goes on meanwhile.
+    """
+    wanted = _name_person(project, user_id, anonymous_ids)
+    with opened_engine(settings) as engine, connected(engine) as connection:
+        search = Export(connection, wanted)
+        for line in search.run():
+            sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_UTC_Z) + b"\n")
+        sys.stdout.buffer.flush()
+    click.echo(_count_places(search.counts), err=True)
+    _report_unreadable(search.unreadable)
+
+
+def _count_places(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{counts.get(place, 0)} {text}" for place, text in _PLACES.items())
+
+
+def _report_unreadable(unreadable: Mapping[str, Sequence[int]]) -> None:
+    """Name by number what cannot be read, and so may be anybody's."""
+    for place, numbers in unreadable.items():
+        listed = ", ".join(map(str, dict.fromkeys(numbers)))
+        click.echo(f"unreadable, and left alone: {_NUMBERED[place]} {listed}", err=True)
