@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from server.app.parts import BUCKETS, find_data
+from server.app.parts import BUCKETS, DEMO_PROJECT, find_data
 from server.app.probes import Pages, Probes
 from server.config import AMPLITUDE, MIXPANEL, Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
@@ -38,7 +38,6 @@ from server.telemetry.metrics_page import (
 )
 from server.telemetry.reports import ReportReceiver
 
-DEMO_PROJECT = "proj_demo"
 # Settings of libraries, unless the environment has its own.
 _WORKER_VARIABLES = {
     # gRPC's lines would be no JSON, and anybody could add some by a failed handshake.

@@ -24,6 +24,7 @@ from server.storage.places import locate_data
 if TYPE_CHECKING:
     from server.telemetry.tracing import Tracing
 
+DEMO_PROJECT = "proj_demo"
 # The variable by which a worker learns the file descriptor of the buckets that all of them share.
 BUCKETS = "PRODUCTGRAPH_BUCKETS"
 

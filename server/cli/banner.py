@@ -4,7 +4,7 @@ import json
 import uuid
 from datetime import UTC, datetime
 
-from server import app
+from server.app.parts import DEMO_PROJECT, find_data, name_command
 from server.config import Settings
 
 _BANNER = """\
@@ -51,8 +51,8 @@ def describe_service(settings: Settings, ports: dict[str, int], key: str | None)
     banner += _describe_data(settings)
     banner += (_FIRST_KEY if key else _MAKE_KEY).format(
         key=key,
-        project=app.DEMO_PROJECT,
-        command=app.name_command(),
+        project=DEMO_PROJECT,
+        command=name_command(),
     )
     banner += _EXAMPLES.format(
         **places,
@@ -76,7 +76,7 @@ def _name_host(host: str) -> str:
 def _describe_data(settings: Settings) -> str:
     if settings.database_url is not None:
         return ""
-    data = app.find_data(settings)
+    data = find_data(settings)
     if not settings.data_dir_is_default or data == settings.data_dir.resolve():
         return f"  data  {data}\n"
     return f"  data  {data} (PostgreSQL's account cannot enter {settings.data_dir})\n"
@@ -85,7 +85,7 @@ def _describe_data(settings: Settings) -> str:
 def _make_example(title: str) -> str:
     event = {
         "event_id": f"evt_{uuid.uuid4()}",
-        "project_id": app.DEMO_PROJECT,
+        "project_id": DEMO_PROJECT,
         "session.id": "sess_first",
         "event.type": "page.view",
         "event.timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),

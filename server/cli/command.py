@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec
 import click
 import orjson
 
-from server import app
+from server.app.parts import opened_database
 from server.config import Settings, find_strays, read_settings
 from server.logs import configure_logs
 from server.storage.connection import Connection, Engine, connected, open_engine
@@ -55,7 +55,7 @@ def warn_of_strays() -> None:
 @contextmanager
 def opened_engine(settings: Settings) -> Iterator[Engine]:
     """Open an engine of a database with this version's tables. Raises DatabaseError."""
-    with app.opened_database(settings) as url:
+    with opened_database(settings) as url:
         engine = open_engine(url)
         check_migrated(engine)
         yield engine

@@ -8,7 +8,7 @@ import click
 from google.protobuf.json_format import MessageToJson
 
 from productgraph.v1.event_pb2 import Event
-from server import app
+from server.app.forwarder import run_forwarder
 from server.cli.command import (
     NUMBER,
     Failure,
@@ -55,7 +55,7 @@ def forward(context: click.Context) -> None:
 
 @with_settings
 def _run_forwarder(settings: Settings) -> None:
-    app.run_forwarder(settings)
+    run_forwarder(settings)
 
 
 @forward.command()

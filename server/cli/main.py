@@ -2,23 +2,15 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import click
 from click.shell_completion import get_completion_class
 
-from server import app
+from server.app.parts import opened_database
 from server.cli.banner import describe_service
 from server.cli.command import Failure, warn_of_strays, with_settings
-from server.cli.config import config
-from server.cli.doctor import doctor
-from server.cli.events import events
-from server.cli.forward import forward
-from server.cli.keys import keys
-from server.cli.person import person
-from server.cli.psql import psql
-from server.cli.rejected import rejected
-from server.cli.retention import retention
 from server.config import InvalidSetting, Settings
 from server.processes.ports import PortTaken
 from server.processes.supervisor import WorkerFailed
@@ -31,6 +23,18 @@ from server.storage.partitions import add_months_patiently
 
 _NAME = "productgraph"
 _COMPLETION_VARIABLE = "_PRODUCTGRAPH_COMPLETE"
+# Each is the name of its module, and of the command in it.
+MODULES = (
+    "config",
+    "doctor",
+    "events",
+    "forward",
+    "keys",
+    "person",
+    "psql",
+    "rejected",
+    "retention",
+)
 _FAILURES = (
     DatabaseError,
     EmbeddedPostgresError,
@@ -67,7 +71,24 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
         context.exit()
 
 
+class _Commands(click.Group):
+    """Also has the commands of other modules, and imports one when it is called.
+
+    So a worker, which is a command too, imports what it needs and no more.
+    """
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), *MODULES])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in MODULES:
+            return super().get_command(context, name)
+        command: click.Command = getattr(import_module(f"server.cli.{name}"), name)
+        return command
+
+
 @click.group(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Settings come from environment variables: see productgraph config and OPERATIONS.md.",
 )
@@ -91,19 +112,22 @@ def serve(settings: Settings) -> None:
     It runs until SIGTERM or Ctrl-C, and then answers what it has accepted. SIGHUP replaces the
     workers one by one. Without DATABASE_URL it runs a PostgreSQL of its own in DATA_DIR.
     """
+    from server.app.parent import run_service
 
     def announce(ports: dict[str, int], key: str | None) -> None:
         click.echo(describe_service(settings, ports, key))
 
     warn_of_strays()
-    app.run_service(settings, announce)
+    run_service(settings, announce)
 
 
 @productgraph.command(hidden=True)
 @with_settings
 def worker(settings: Settings) -> None:
     """Run one worker, as `serve` does."""
-    app.run_worker(settings)
+    from server.app.worker import run_worker
+
+    run_worker(settings)
 
 
 @productgraph.command()
@@ -114,7 +138,7 @@ def migrate(settings: Settings, check: bool) -> None:
 
     Adds the coming months' partitions as well. Safe to run at any time, and several times at once.
     """
-    with app.opened_database(settings, create=not check) as url:
+    with opened_database(settings, create=not check) as url:
         engine = open_engine(url)
         if check:
             check_migrated(engine)
@@ -134,7 +158,3 @@ def completion(shell: str) -> None:
     found = get_completion_class(shell)
     assert found is not None
     click.echo(found(productgraph, {}, _NAME, _COMPLETION_VARIABLE).source())
-
-
-for command in (keys, events, forward, rejected, person, retention, psql, config, doctor):
-    productgraph.add_command(command)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from server import app
+from server.app.parts import opened_database
 from server.cli.command import Failure, with_settings
 from server.config import Settings
 from server.storage.connection import split_password
@@ -24,7 +24,7 @@ def psql(settings: Settings, arguments: tuple[str, ...]) -> None:
     Opens the embedded PostgreSQL, or that of DATABASE_URL. For one query:
     productgraph psql -c 'SELECT count(*) FROM events'
     """
-    with app.opened_database(settings) as url:
+    with opened_database(settings) as url:
         address, password = split_password(url)
         # Not as an argument, which everybody on this machine can read.
         environment = os.environ | ({"PGPASSWORD": password} if password else {})

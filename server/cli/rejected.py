@@ -2,7 +2,7 @@
 
 import click
 
-from server import app
+from server.app.worker import opened_replay
 from server.cli.command import (
     NUMBER,
     Failure,
@@ -84,7 +84,7 @@ def replay(settings: Settings, project: str | None, choose_all: bool, ids: tuple
     replayed = Replayed()
     with (
         opened_engine(settings) as engine,
-        app.opened_replay(settings, engine) as replay,
+        opened_replay(settings, engine) as replay,
         connected(engine) as connection,
     ):
         replay.run(connection, project, chosen, replayed)

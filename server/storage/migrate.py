@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
 from server.storage.checkup import keeps_transactions_whole
 from server.storage.connection import answers_without_transaction, connected
 from server.storage.errors import DatabaseError
 from server.storage.indexes import build_indexes, count_missing_indexes
+
+_MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
 # Held while migrating, so that several starts at once migrate one after the other.
 _ADVISORY_LOCK = 0x7067_6576_656E_7473  # "pgevents"
@@ -31,7 +29,7 @@ def migrate(engine: Engine) -> None:
         _check_encoding(connection)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         if _current_revision(connection) < _newest_revision():
-            command.upgrade(_alembic_config(connection), "head")
+            _upgrade(connection)
     build_indexes(engine)
 
 
@@ -81,17 +79,21 @@ def _check_encoding(connection: Connection) -> None:
 
 
 def _current_revision(connection: Connection) -> str:
-    return max(MigrationContext.configure(connection).get_current_heads(), default="")
+    if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
+        return ""
+    return connection.scalar(text("SELECT max(version_num) FROM alembic_version")) or ""
 
 
 def _newest_revision() -> str:
-    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
-    assert head is not None
-    return head
+    return max(file.name[:4] for file in (_MIGRATIONS / "versions").glob("[0-9]*.py"))
 
 
-def _alembic_config(connection: Connection | None = None) -> Config:
+def _upgrade(connection: Connection) -> None:
+    # Alembic takes longer to import than all else here, and every process checks the revision.
+    from alembic import command
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["connection"] = connection
-    return config
+    command.upgrade(config, "head")

@@ -8,9 +8,11 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from server.cli.main import MODULES
+
 # Importing takes most of a command's time, and the tests run hundreds of commands.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["server.cli.main"])
+_PROCESSES.set_forkserver_preload([f"server.cli.{name}" for name in ("main", *MODULES)])
 
 
 def fork_command(

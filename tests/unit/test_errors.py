@@ -7,7 +7,7 @@ import grpc
 import pytest
 from falcon.testing import TestClient
 
-import server.app  # noqa: F401 - so that the errors of every module are known
+import server.app.worker  # noqa: F401 - so that the errors of every module are known
 from server.deferral import ENVIRON_KEY, Deferral
 from server.errors import IngestError, InvalidEvents, ResourceExhausted, Unavailable
 from server.events.json_codec import JsonCodec

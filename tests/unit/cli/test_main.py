@@ -15,7 +15,10 @@ def list_commands(command: click.Command, *path: str) -> Iterator[tuple[str, ...
     """Yield the way to each command, groups included."""
     yield path
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
             yield from list_commands(child, *path, name)
 
 
