@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 import psycopg2
@@ -25,6 +25,7 @@ from tests.support.projects import Project
 from tests.support.services import (
     ROOT,
     Service,
+    ask,
     clean_environment,
     run_command,
     running_service,
@@ -127,6 +128,7 @@ def test_the_printed_grpcurl_command_stores_an_event(first_start: FirstStart) ->
     assert first_start.rows == 2
 
 
+@pytest.mark.slow
 def test_every_start_shows_how_to_send_events(first_start: FirstStart) -> None:
     """A later start shows no key, but commands that make one and store events with it."""
     command = {"PRODUCTGRAPH_COMMAND": str(ROOT / "scripts/productgraph")}
@@ -141,6 +143,7 @@ def test_every_start_shows_how_to_send_events(first_start: FirstStart) -> None:
         assert json.loads(answer) == {"accepted": 1, "rejected": 0, "errors": []}
 
 
+@pytest.mark.slow
 def test_a_second_start_keeps_events_and_key(first_start: FirstStart) -> None:
     """A second start on the same data finds the same events and key, and shows none."""
     with running_service(first_start.settings) as service:
@@ -311,29 +314,42 @@ def test_database_errors_do_not_show_the_password(command: str, place: str) -> N
         assert PASSWORD not in assert_fails(command, settings)
 
 
-def test_a_running_service_does_not_show_the_password(create_migrated: Callable[[], str]) -> None:
-    """A running service shows the password neither in its logs nor in the list of processes."""
+class Talkative(NamedTuple):
+    """What a service with DEBUG=true, and a password, has shown by its end."""
+
+    password: str
+    command_lines: str
+    printed: str
+    records: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def talkative(create_migrated: Callable[[], str]) -> Talkative:
+    """Run such a service, ask it for something, and stop it."""
     url = make_url(create_migrated())
     if url.password is None:
         url = url.set(password=PASSWORD)
     shown = url.render_as_string(hide_password=False)
     with running_service({"DATABASE_URL": shown, "DEBUG": "true"}) as service:
+        assert ask(f"{service.http_url}/nowhere") == 404
         parent = psutil.Process(service.process.pid)
-        for process in (parent, *parent.children(recursive=True)):
-            assert str(url.password) not in " ".join(process.cmdline())
+        processes = [parent, *parent.children(recursive=True)]
+        command_lines = " ".join(word for process in processes for word in process.cmdline())
         service.stop()
-        assert str(url.password) not in service.log.read_text() + service.output.read_text()
+        printed = service.log.read_text() + service.output.read_text()
+        return Talkative(str(url.password), command_lines, printed, service.read_log())
 
 
-def test_every_log_line_is_a_complete_json_object(create_migrated: Callable[[], str]) -> None:
+def test_a_running_service_does_not_show_the_password(talkative: Talkative) -> None:
+    """A running service shows the password neither in its logs nor in the list of processes."""
+    assert talkative.password not in talkative.command_lines + talkative.printed
+
+
+def test_every_log_line_is_a_complete_json_object(talkative: Talkative) -> None:
     """Every line of the log is a JSON object with a time, a level, a logger and a message."""
-    with running_service({"DATABASE_URL": create_migrated(), "DEBUG": "true"}) as service:
-        with closing(HTTPConnection("127.0.0.1", service.http_port)) as connection:
-            connection.request("GET", "/nowhere")
-            connection.getresponse().read()
-        service.stop()
-        for record in service.read_log():
-            assert {"time", "level", "logger", "message"} <= record.keys()
+    assert {"DEBUG", "INFO"} <= {record["level"] for record in talkative.records}
+    for record in talkative.records:
+        assert {"time", "level", "logger", "message"} <= record.keys()
 
 
 def test_connections_are_spread_over_both_workers(create_migrated: Callable[[], str]) -> None:

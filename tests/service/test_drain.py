@@ -29,6 +29,8 @@ from tests.support.load import (
 from tests.support.projects import Project, create_project
 from tests.support.services import Service, running_service, wait_until
 
+pytestmark = pytest.mark.slow
+
 END_SECONDS = 30.0
 
 
@@ -160,7 +162,6 @@ def finish_get(connection: http.client.HTTPConnection) -> tuple[int, object]:
         return answer.status, json.loads(answer.read())
 
 
-@pytest.mark.slow
 def test_a_rolling_restart_loses_no_accepted_request(create_migrated: Callable[[], str]) -> None:
     """While SIGHUP replaces all workers, clients lose no request that was accepted."""
     with running_service({"DATABASE_URL": create_migrated(), "WORKERS": "2"}) as service:

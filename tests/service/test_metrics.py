@@ -18,7 +18,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.events.problems import Reason
-from tests.support.clients import Refusal, Tenant, open_tenant, send
+from tests.support.clients import Refusal, Tenant, open_tenant
 from tests.support.events import to_message
 from tests.support.services import (
     ROOT,
@@ -222,6 +222,7 @@ def test_metrics_count_every_event_of_a_known_load(pair: Service, load: Load) ->
     assert reasons == {f"reason={reason}" for reason in Reason}
 
 
+@pytest.mark.slow
 def test_counts_of_a_killed_worker_stay(pair: Service, load: Load) -> None:
     """What a worker has counted stays on the page when it is killed; its successor goes on."""
     before = read_samples(pair)
@@ -237,6 +238,7 @@ def test_counts_of_a_killed_worker_stay(pair: Service, load: Load) -> None:
     settle(load, before, pair)
 
 
+@pytest.mark.slow
 def test_replaced_workers_lose_no_count(pair: Service, load: Load) -> None:
     """A rolling restart loses no count, and is no restart by death."""
     before = read_samples(pair)
@@ -289,14 +291,6 @@ def test_metrics_have_one_page_in_both_formats(pair: Service) -> None:
 
     # One page is read after the other, and what only the database knows may be missing in one.
     wait_until(lambda: find_names() == {metric.name for metric in read_whole_page(pair)})
-
-
-def test_requests_are_answered_without_a_metrics_page(create_migrated: Callable[[], str]) -> None:
-    """With METRICS_PORT=off there is no page, and requests are answered as ever."""
-    with running_service({"DATABASE_URL": create_migrated(), "METRICS_PORT": "off"}) as service:
-        assert "metrics" not in service.output.read_text()
-        assert "PRODUCTGRAPH_METRICS" not in service.find_workers()[0].environ()
-        assert send(service, "POST", "/v1/events").status == 401
 
 
 def find_expressions() -> list[str]:

@@ -28,7 +28,7 @@ from tests.support.clients import (
     frame,
 )
 from tests.support.events import Event, to_message
-from tests.support.services import Service, running_service
+from tests.support.services import Service
 
 MAX_EVENT_BYTES = 102_400
 MAX_REQUEST_BYTES = 10 * 1024 * 1024
@@ -440,11 +440,3 @@ def test_documented_json_through_reflection_makes_the_same_rows(twin: Twin) -> N
     for body in bodies:
         twin.post(body.encode())
     assert twin.read_rows() == over_grpc
-
-
-def test_ingestion_works_with_reflection_switched_off(twin: Twin) -> None:
-    """Reflection can be switched off, and ingestion works without it."""
-    settings = dict(twin.service.settings) | {"GRPC_REFLECTION": "false"}
-    with running_service(settings) as closed:
-        assert run_buf(closed, '{"events": []}', twin.project.key).returncode != 0
-        assert Tenant(closed, twin.project, twin.database).call(b"") == accepted(0)

@@ -1,8 +1,8 @@
 """What validation rejected is kept with its reason, shown, and taken again when it is told to."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import psycopg2
@@ -329,38 +329,15 @@ def test_requests_do_not_wait_for_rejected_events(tenant: Tenant) -> None:
     wait_for_kept(tenant, 10)
 
 
-@pytest.fixture
-def leaver(create_migrated: Callable[[], str]) -> Callable[..., AbstractContextManager[Tenant]]:
-    """Start a service of a test's own, with a project that has sent nothing yet."""
-
-    @contextmanager
-    def start(**settings: str) -> Iterator[Tenant]:
-        with (
-            running_service({"DATABASE_URL": create_migrated(), **settings}) as service,
-            open_tenant(service) as tenant,
-        ):
-            yield tenant
-
-    return start
-
-
-def test_rejected_events_are_written_before_the_end(
-    leaver: Callable[..., AbstractContextManager[Tenant]],
-) -> None:
+@pytest.mark.slow
+def test_rejected_events_are_written_before_the_end(create_migrated: Callable[[], str]) -> None:
     """What waits to be kept at SIGTERM is kept before the end."""
-    with leaver() as tenant:
+    with (
+        running_service({"DATABASE_URL": create_migrated()}) as service,
+        open_tenant(service) as tenant,
+    ):
         events = [tenant.make_event({"event.type": "ui.hover"})] * 1000
         for _ in range(3):
             assert tenant.post_events(events)["rejected"] == 1000
-        assert tenant.service.stop() == 0
+        assert service.stop() == 0
         assert len(read_kept(tenant)) == 3000
-
-
-def test_no_rejected_event_is_kept_when_switched_off(
-    leaver: Callable[..., AbstractContextManager[Tenant]],
-) -> None:
-    """With REJECTED_KEEP=off nothing is kept, and events are rejected as ever."""
-    with leaver(REJECTED_KEEP="off") as tenant:
-        reject(tenant)
-        assert tenant.service.stop() == 0
-        assert read_kept(tenant) == []

@@ -106,6 +106,7 @@ def read_places(tenant: Tenant) -> dict[str, str]:
         return dict(cursor.fetchall())
 
 
+@pytest.mark.slow
 def test_old_months_go_while_ingestion_loses_nothing(tenant: Tenant) -> None:
     """With ingestion running, old months go and nothing else: no request fails, no event is lost.
 
@@ -134,6 +135,7 @@ def test_old_months_go_while_ingestion_loses_nothing(tenant: Tenant) -> None:
     assert OLD.isoformat() not in read_places(tenant)
 
 
+@pytest.mark.slow
 def test_retention_without_yes_deletes_nothing(tenant: Tenant, engine: Engine) -> None:
     """Without --yes, what would go is shown, and stays."""
     post_at(tenant, OLD, PART, NEW, datetime(2001, 1, 1, tzinfo=UTC))
@@ -160,6 +162,7 @@ def query_nothing(engine: Engine, statement: str) -> None:
         connection.execute(text(statement))
 
 
+@pytest.mark.slow
 def test_retention_gives_up_for_a_long_reader(tenant: Tenant, engine: Engine) -> None:
     """A long reader makes it give up, with ingestion running meanwhile; later it works."""
     partitions = query(engine, PARTITIONS)

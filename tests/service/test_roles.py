@@ -114,6 +114,7 @@ def send_everything(tenant: Tenant) -> None:
     wait_until(lambda: "wrong" in tenant.service.run("rejected", "list").stdout)
 
 
+@pytest.mark.slow
 def test_migrate_makes_partitions_that_the_service_may_not(roles: Roles) -> None:
     """Without the right to make partitions, the service tells that one is missing, until it is."""
     assert find_missing_months(roles) == []

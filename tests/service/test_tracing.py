@@ -288,6 +288,7 @@ def test_spans_contain_neither_keys_nor_credentials(traced: tuple[list[Span], Pr
         assert project.key not in str(span.message)
 
 
+@pytest.mark.slow
 def test_standard_otel_variables_name_and_sample_the_service(
     create_migrated: Callable[[], str],
 ) -> None:

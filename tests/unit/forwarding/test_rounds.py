@@ -79,11 +79,12 @@ def test_a_claim_shrinks_while_there_is_no_time(
         wait_until(lambda: min(limits, default=8000) <= 1000)
         monkeypatch.setattr(lane, "LEASE_SECONDS", 60.0)
         wait_until(lambda: len(bench.servers["amplitude"].insert_ids) == 3)
-        for number in range(5):
-            bench.store(make_events(f"more{number}", 1))
-            wait_until(lambda n=number: len(bench.servers["amplitude"].insert_ids) == 4 + n)  # type: ignore[misc]
+        while limits[-1] < 8000:
+            sent = len(bench.servers["amplitude"].insert_ids)
+            bench.store(make_events(f"after{sent}", 1))
+            wait_until(lambda s=sent: len(bench.servers["amplitude"].insert_ids) > s)  # type: ignore[misc]
     assert limits[:3] == [8000, 4000, 2000]
-    assert limits[-1] == 8000
+    assert min(limits) <= 1000
 
 
 def test_a_backlog_of_one_project_delays_no_other(
@@ -101,7 +102,6 @@ def test_a_backlog_of_one_project_delays_no_other(
     server = bench.servers["amplitude"]
     before = bench.read_pending("amplitude")
     with bench.forwarding("amplitude"):
-        wait_until(lambda: server.insert_ids >= set(), 5)
         wait_until(lambda: bench.read_pending("amplitude") == set(), 60)
     order = [delivery.payload for delivery in server.deliveries]
     positions = [at for at, payload in enumerate(order) if b'"project_id":"few"' in payload]
