@@ -30,7 +30,7 @@ class InvalidEvents(InvalidArgument):
 
 
 class Unauthenticated(IngestError):
-    """The API key is missing, malformed, unknown or revoked; the text does not say which."""
+    """The API key is missing, malformed, unknown, revoked or ended; the text does not say which."""
 
     code = "UNAUTHENTICATED"
 

@@ -25,6 +25,7 @@ from server.storage.embedded import EmbeddedPostgres
 from server.storage.forward_history import ProviderNotes
 from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key, list_keys
+from server.storage.limits_monitor import LimitsMonitor
 from server.storage.migrate import check_migrated, migrate
 from server.storage.partitions import PartitionKeeper
 from server.storage.rights import check_rights
@@ -143,7 +144,10 @@ def _serve_metrics(
     totals = Totals(METRICS, counts)
     receiver = ReportReceiver(totals)
     providers = tuple(settings.destinations)
-    state = ServiceCollector(readiness.is_ready, monitor.lanes, providers, keeper.default_rows)
+    limits = LimitsMonitor(GuardedConnection(engine))
+    state = ServiceCollector(
+        readiness.is_ready, monitor.lanes, providers, keeper.default_rows, limits.read
+    )
     page = MetricsPage(CountsCollector(totals), state)
     console = None
     if settings.console is not None:
@@ -154,9 +158,9 @@ def _serve_metrics(
     listener = listen(settings.host, ports["METRICS_PORT"])
     probes = Probes(Pages(page, console), readiness.is_ready)
     server = HTTPServer(probes, listener)
-    stack.enter_context(Watchdog(readiness.check, monitor.check))
-    stack.enter_context(readiness)
-    stack.enter_context(monitor)
+    stack.enter_context(Watchdog(readiness.check, monitor.check, limits.check))
+    for thread in (readiness, monitor, limits):
+        stack.enter_context(thread)
     for part in (receiver, MetricsServer(server)):
         part.start()
         stack.callback(part.stop)

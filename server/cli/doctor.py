@@ -140,10 +140,11 @@ def _find_danger(facts: DatabaseFacts) -> str | None:
 
 
 def _look_at_keys(keys: Sequence[ApiKey]) -> Finding:
-    valid = [key for key in keys if key.revoked_at is None]
+    now = datetime.now(UTC)
+    valid = [key for key in keys if key.is_valid(now)]
     if not valid:
         return Finding("API keys", "make one: keys create --project …")
-    cut = datetime.now(UTC) - _UNUSED
+    cut = now - _UNUSED
     unused = [key for key in valid if key.last_used_at is None and key.created_at < cut]
     numbers = ", ".join(f"{key.id} ({key.project_id})" for key in unused[:5])
     more = f" and {len(unused) - 5} others" if len(unused) > 5 else ""

@@ -1,7 +1,8 @@
-"""`productgraph keys`: makes, lists, limits and revokes API keys."""
+"""`productgraph keys`: makes, shows, limits, replaces and revokes API keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 
 import click
 
@@ -18,7 +19,20 @@ from server.cli.command import (
 from server.config import Settings
 from server.events.schema import EVENT_SCHEMA
 from server.rates import format_byte_rate, format_event_rate, parse_byte_rate, parse_event_rate
-from server.storage.keys import ApiKey, create_key, limit_key, list_keys, revoke_key
+from server.storage.keys import (
+    ApiKey,
+    KeyReplaced,
+    KeyUse,
+    create_key,
+    find_key,
+    find_successor,
+    limit_key,
+    list_keys,
+    list_uses,
+    replace_key,
+    revoke_key,
+)
+from server.values import parse_duration
 
 # Stands for an option that was not given, where None means the default rate.
 _UNCHANGED = -1
@@ -39,6 +53,23 @@ class _Rate(click.ParamType[int | None]):
             return None if value.lower() == "default" else self._parse(value)
         except ValueError as problem:
             self.fail(str(problem), parameter, context)
+
+
+class _Age(click.ParamType[timedelta]):
+    name = "time"
+
+    def convert(
+        self,
+        value: str | timedelta,
+        parameter: click.Parameter | None,
+        context: click.Context | None,
+    ) -> timedelta:
+        if isinstance(value, timedelta):
+            return value
+        try:
+            return timedelta(seconds=parse_duration(value))
+        except ValueError as problem:
+            self.fail(f"{problem}, is {value!r}", parameter, context)
 
 
 class _Project(click.ParamType[str]):
@@ -69,12 +100,15 @@ _byte_rate_option = click.option(
     default=_UNCHANGED,
     help="Bytes a second, such as 5MB; off; or default.",
 )
+_expires_option = click.option(
+    "--expires", type=_Age(), help="When the key ends, such as 90d (s, m, h or d)."
+)
 _key_argument = click.argument("key_id", type=NUMBER, metavar="ID")
 
 
 @click.group()
 def keys() -> None:
-    """Make, list, limit and revoke API keys."""
+    """Make, show, limit, replace and revoke API keys."""
 
 
 @keys.command()
@@ -84,17 +118,26 @@ def keys() -> None:
 @click.option("--name", default="", help="What the key is for, for your own memory.")
 @_event_rate_option
 @_byte_rate_option
+@_expires_option
 @with_settings
 def create(
-    settings: Settings, project: str, name: str, event_rate: int | None, byte_rate: int | None
+    settings: Settings,
+    project: str,
+    name: str,
+    event_rate: int | None,
+    byte_rate: int | None,
+    expires: timedelta | None,
 ) -> None:
     """Make an API key and print it.
 
     Prints nothing else. The key works at once, and cannot be shown again. A project can have
     several, to change from one to the next.
     """
+    event_rate, byte_rate = (
+        None if rate == _UNCHANGED else rate for rate in (event_rate, byte_rate)
+    )
     with opened_tables(settings) as connection:
-        click.echo(create_key(connection, project, name, **_given_rates(event_rate, byte_rate)))
+        click.echo(create_key(connection, project, name, event_rate, byte_rate, lifetime=expires))
 
 
 def _given_rates(event_rate: int | None, byte_rate: int | None) -> dict[str, int | None]:
@@ -110,11 +153,12 @@ def list_(settings: Settings, as_json: bool) -> None:
     with opened_tables(settings) as connection:
         known = list_keys(connection)
     if as_json:
-        print_json(map(asdict, known))
+        now = datetime.now(UTC)
+        print_json(key.describe(now) for key in known)
         return
     click.echo(
         f"{'ID':>4}  {'PROJECT':20}  {'NAME':20}  {'RATE':>10}  {'BYTE RATE':>10}"
-        f"  {'CREATED':16}  {'LAST USED':16}  REVOKED"
+        f"  {'CREATED':16}  {'LAST USED':16}  {'EXPIRES':16}  REVOKED"
     )
     for key in known:
         click.echo(_describe(key))
@@ -122,10 +166,49 @@ def list_(settings: Settings, as_json: bool) -> None:
 
 def _describe(key: ApiKey) -> str:
     rates = f"{format_event_rate(key.event_rate):>10}  {format_byte_rate(key.byte_rate):>10}"
-    moments = (key.created_at, key.last_used_at, key.revoked_at)
-    created, used, revoked = map(format_moment, moments)
+    moments = (key.created_at, key.last_used_at, key.ends_at, key.revoked_at)
+    created, used, ends, revoked = map(format_moment, moments)
     names = f"{make_printable(key.project_id):20}  {make_printable(key.name):20}"
-    return f"{key.id:4}  {names}  {rates}  {created:16}  {used:16}  {revoked}"
+    return f"{key.id:4}  {names}  {rates}  {created:16}  {used:16}  {ends:16}  {revoked}"
+
+
+@keys.command()
+@_key_argument
+@json_option
+@with_settings
+def show(settings: Settings, key_id: int, as_json: bool) -> None:
+    """Show an API key, without the key itself, and its last use on each of the last 90 days.
+
+    Uses are noted once a minute. Days and times are in UTC.
+    """
+    with opened_tables(settings) as connection:
+        key, uses = find_key(connection, key_id), list_uses(connection, key_id)
+        successor = find_successor(connection, key_id)
+    if key is None:
+        raise Failure(f"no key {key_id}")
+    if as_json:
+        described = key.describe(datetime.now(UTC))
+        print_json([{**described, "replaced_by": successor, "uses": [*map(asdict, uses)]}])
+        return
+    click.echo("\n".join(_describe_whole(key, successor, uses)))
+
+
+def _describe_whole(key: ApiKey, successor: int | None, uses: Sequence[KeyUse]) -> Iterator[str]:
+    facts = {
+        "key": str(key.id),
+        "project": make_printable(key.project_id),
+        "name": make_printable(key.name) or "-",
+        "rate": format_event_rate(key.event_rate),
+        "byte rate": format_byte_rate(key.byte_rate),
+        "created": format_moment(key.created_at),
+        "expires": format_moment(key.ends_at),
+        "revoked": format_moment(key.revoked_at),
+        "replaces": f"key {key.replaces}" if key.replaces else "-",
+        "replaced by": f"key {successor}" if successor else "-",
+        "last used": format_moment(key.last_used_at),
+    }
+    yield from (f"{name:11}  {fact}" for name, fact in facts.items())
+    yield from (f"{' ':11}  {use.day}  {use.last_used_at.astimezone(UTC):%H:%M}" for use in uses)
 
 
 @keys.command()
@@ -144,6 +227,33 @@ def limit(settings: Settings, key_id: int, event_rate: int | None, byte_rate: in
     with opened_tables(settings) as connection:
         if not limit_key(connection, key_id, **rates):
             raise Failure(f"no key {key_id}")
+
+
+@keys.command()
+@_key_argument
+@click.option(
+    "--grace",
+    type=_Age(),
+    default="7d",
+    show_default=True,
+    help="How long the old key still works (s, m, h or d).",
+)
+@_expires_option
+@with_settings
+def rotate(settings: Settings, key_id: int, grace: timedelta, expires: timedelta | None) -> None:
+    """Make the next API key of one, print it, and end the old one after a time of grace.
+
+    The next key has the project, name and limits of the old one, and its lifetime unless --expires
+    gives another. It works at once. A key that has leaked must be revoked instead.
+    """
+    with opened_tables(settings) as connection:
+        try:
+            key = replace_key(connection, key_id, grace, expires)
+        except KeyReplaced as problem:
+            raise Failure(str(problem)) from None
+        if key is None:
+            raise Failure(f"no key {key_id} that can be used")
+        click.echo(key)
 
 
 @keys.command()

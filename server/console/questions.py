@@ -1,7 +1,7 @@
 """The console's questions to the database. Each is a value: equal questions share an answer."""
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any, ClassVar, Protocol
 
@@ -151,11 +151,15 @@ class Keys:
     rest_seconds: ClassVar[float] = 2.0
 
     def ask(self, connection: Connection) -> Answer:
-        """Ask for those that can be used, the one that was used last first."""
+        """Ask for those that can be used: first those that end soon, then the last used ones."""
+        now = datetime.now(UTC)
         with EventQueries(connection, STATEMENT_SECONDS).transaction() as opened:
-            keys = [key for key in list_keys(opened) if key.revoked_at is None]
+            keys = [key for key in list_keys(opened) if key.is_valid(now)]
         keys.sort(key=lambda key: key.last_used_at or key.created_at, reverse=True)
-        return {"count": len(keys), "keys": keys[:_MAX_KEYS]}
+        keys.sort(key=lambda key: not key.is_ending(now))
+        shown = [{**key.describe(now), "is_ending": key.is_ending(now)} for key in keys[:_MAX_KEYS]]
+        ending = sum(key.is_ending(now) for key in keys)
+        return {"count": len(keys), "ending": ending, "keys": shown}
 
 
 def _describe(rejection: StoredRejection) -> Answer:

@@ -167,9 +167,21 @@ def test_the_console_lists_keys_without_their_secrets(tenant: Tenant) -> None:
     assert (key["event_rate"], key["byte_rate"], key["last_used_at"]) == (7, None, None)
     assert set(key) == {
         *("id", "project_id", "name", "created_at", "last_used_at", "revoked_at"),
-        *("event_rate", "byte_rate"),
+        *("event_rate", "byte_rate", "expires_at", "retires_at", "replaces", "origins"),
+        *("ends_at", "is_valid", "is_ending"),
     }
     assert made.stdout.strip() not in ask_console(tenant.service, "/keys").body.decode()
+
+
+def test_the_console_lists_keys_about_to_end_first(tenant: Tenant) -> None:
+    """A key that is in use and about to end comes before all others, and is counted."""
+    old = "UPDATE api_keys SET last_used_at = now(), expires_at = now() + interval '3 d'"
+    tenant.database.cursor().execute(f"{old} WHERE project_id = %s", [tenant.project.id])
+    wait_until(lambda: any(key["is_ending"] for key in find_keys(tenant, "test")))
+    listed = read_json(tenant.service, "/keys")
+    ending = [key["is_ending"] for key in listed["keys"]]
+    assert ending == sorted(ending, reverse=True)
+    assert listed["ending"] == sum(ending)
 
 
 def find_keys(tenant: Tenant, name: str) -> list[dict[str, Any]]:

@@ -366,6 +366,7 @@ HEALTHY = [
     give("productgraph_provider_requests_total", "0+60x60", outcome="accepted", **LANE),
     give("productgraph_provider_requests_total", "0+6x60", outcome="throttled", **LANE),
     give("productgraph_provider_requests_total", "0+60x60", outcome="refused", **LANE),
+    give("productgraph_api_keys_ending", "0x60", **HERE),
 ]
 # What is different if an alert has to fire, and the labels that it then has.
 TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
@@ -439,6 +440,10 @@ TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
     "ProviderFailing": (
         [give("productgraph_provider_requests_total", "0+200x60", outcome="throttled", **LANE)],
         {"severity": "warning"} | LANE,
+    ),
+    "ApiKeyExpiring": (
+        [give("productgraph_api_keys_ending", "0x40 2x20", **HERE)],
+        {"severity": "warning"},
     ),
 }
 

@@ -188,8 +188,10 @@ function describeGroup(group) {
 
 // Keys
 
-function showKeys({ keys, count: all }) {
-  find("keys-note").textContent = all > keys.length ? `${count(keys.length)} of ${count(all)}` : "";
+function showKeys({ keys, count: all, ending }) {
+  const notes = [all > keys.length ? `${count(keys.length)} of ${count(all)}` : null,
+    ending ? `${count(ending)} about to expire` : null];
+  find("keys-note").textContent = notes.filter(Boolean).join(", ");
   const rows = keys.map((key) => make(
     "li",
     {},
@@ -198,6 +200,8 @@ function showKeys({ keys, count: all }) {
     make("p", { class: "facts-line" },
       key.last_used_at ? make("span", {}, "used ", ago(key.last_used_at))
         : make("span", {}, "never used"),
+      key.ends_at ? make("span", { class: key.is_ending ? "bad" : null },
+        key.retires_at ? "replaced, ends " : "expires ", ahead(key.ends_at)) : null,
       make("span", {}, tellLimits(key))),
   ));
   show(find("key-list"), ...(rows.length ? rows

@@ -5,6 +5,7 @@ import logging
 import string
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -20,11 +21,17 @@ from server.storage.connection import Engine, GuardedConnection, connected, open
 from server.storage.health import Watchdog
 from server.storage.keys import (
     ApiKey,
+    KeyReplaced,
+    count_ending,
     create_key,
+    find_key,
+    find_successor,
     generate_key,
     is_well_formed,
     limit_key,
     list_keys,
+    list_uses,
+    replace_key,
     revoke_key,
 )
 from tests.support.services import wait_until
@@ -241,6 +248,78 @@ def test_a_revoked_key_is_refused_after_a_refresh(
         directory.known_caller(key)
 
 
+@pytest.mark.parametrize("column", ["expires_at", "retires_at"])
+def test_a_key_is_refused_after_its_end(
+    column: str, engine: Engine, directory: KeyCache, clock: Clock
+) -> None:
+    """A key that ends is refused after the next refresh, and its neighbour is not."""
+    neighbour, key = add_key(engine, "neighbour"), add_key(engine, "mine")
+    set_newest(engine, f"{column} = now() + interval '1 h'")
+    for each in (neighbour, key):
+        directory.look_up(each).result(60)
+    set_newest(engine, f"{column} = now()")
+    clock.now += REFRESH_SECONDS
+    refresh(directory)
+    assert known_project(directory, neighbour) == "neighbour"
+    with pytest.raises(Unauthenticated):
+        directory.look_up(key).result(60)
+
+
+def set_newest(engine: Engine, change: str) -> None:
+    """Change the row of the newest key."""
+    newest = "(SELECT max(id) FROM api_keys)"
+    with connected(engine) as connection:
+        connection.execute(text(f"UPDATE api_keys SET {change} WHERE id = {newest}"))
+
+
+def test_a_replaced_key_is_followed_by_its_like(engine: Engine) -> None:
+    """The next key has the old one's terms and lifetime; a valid one is not replaced twice."""
+    with connected(engine) as connection:
+        create_key(connection, "next", "web", 5, 2048, lifetime=timedelta(days=90))
+        old = list_keys(connection)[-1]
+        grace = timedelta(days=2)
+        assert replace_key(connection, old.id, grace)
+        new, replaced = list_keys(connection)[-1], find_key(connection, old.id)
+        assert replaced is not None
+        assert replaced.retires_at == old.created_at + grace == replaced.ends_at
+        terms = ("project_id", "name", "event_rate", "byte_rate", "expires_at", "origins")
+        assert [getattr(new, name) for name in terms] == [getattr(old, name) for name in terms]
+        assert (new.replaces, find_successor(connection, old.id)) == (old.id, new.id)
+        with pytest.raises(KeyReplaced, match=f"replaced by key {new.id}"):
+            replace_key(connection, old.id, grace)
+        assert revoke_key(connection, new.id)
+        assert replace_key(connection, old.id, grace, timedelta(days=1))
+        assert list_keys(connection)[-1].expires_at == old.created_at + timedelta(days=1)
+        assert replace_key(connection, new.id, grace) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "is_ending"),
+    [
+        ("expires_at = now() + interval '6 d', last_used_at = now()", True),
+        ("expires_at = now() + interval '8 d', last_used_at = now()", False),
+        ("retires_at = now() + interval '23 h', last_used_at = now()", True),
+        ("retires_at = now() + interval '6 d', last_used_at = now()", False),
+        ("expires_at = now() + interval '6 d', last_used_at = now() - interval '3 d'", False),
+        ("expires_at = now() + interval '6 d'", False),
+        ("expires_at = now() - interval '1 h', last_used_at = now()", False),
+        ("expires_at = now() + interval '6 d', last_used_at = now(), revoked_at = now()", False),
+    ],
+)
+def test_only_keys_in_use_are_announced_to_end(
+    change: str, is_ending: bool, engine: Engine
+) -> None:
+    """A key is announced a week before it ends, a replaced one a day, if it is valid and used."""
+    with connected(engine) as connection:
+        before = count_ending(connection)
+    add_key(engine)
+    set_newest(engine, change)
+    with connected(engine) as connection:
+        assert count_ending(connection) - before == is_ending
+        assert list_keys(connection)[-1].is_ending(datetime.now(UTC)) == is_ending
+    set_newest(engine, "revoked_at = now()")
+
+
 def test_new_rates_apply_after_a_refresh(engine: Engine, directory: KeyCache, clock: Clock) -> None:
     """A key's rates are known with it, and new ones after the next refresh."""
     with connected(engine) as connection:
@@ -284,6 +363,32 @@ def test_the_last_use_of_a_key_is_recorded(
         records = [key.last_used_at for key in list_keys(connection)[-2:]]
     assert [record is not None for record in records] == [False, True]
     assert [known_project(directory, key) for key in (idle, used)] == [None, "proj"]
+
+
+def test_the_last_use_of_each_day_is_kept(
+    engine: Engine, directory: KeyCache, clock: Clock
+) -> None:
+    """The last use of a key on each day is kept for 90 days; a later use takes its place."""
+    directory.look_up(key := add_key(engine)).result(60)
+    with connected(engine) as connection:
+        number = list_keys(connection)[-1].id
+        connection.execute(
+            text(
+                "INSERT INTO api_key_uses SELECT :id, CAST(now() AT TIME ZONE 'UTC' AS date) - age,"
+                " now() - age * interval '1 d' FROM unnest(ARRAY[0, 1, 91]) AS age"
+            ),
+            {"id": number},
+        )
+        earlier = list_uses(connection, number)
+    for _ in range(7):
+        directory.known_caller(key)
+        clock.now += REFRESH_SECONDS
+        refresh(directory)
+    with connected(engine) as connection:
+        kept = list_uses(connection, number)
+    assert [use for use in kept if use.day == earlier[1].day] == [earlier[1]]
+    assert kept[0].last_used_at > earlier[0].last_used_at
+    assert earlier[2].day not in [use.day for use in kept]
 
 
 def test_look_ups_fail_at_once_during_an_outage() -> None:
