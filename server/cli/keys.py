@@ -177,9 +177,10 @@ def _describe(key: ApiKey) -> str:
 @json_option
 @with_settings
 def show(settings: Settings, key_id: int, as_json: bool) -> None:
-    """Show an API key, without the key itself, and its last use on each of the last 90 days.
+    """Show what is known of an API key.
 
-    Uses are noted once a minute. Days and times are in UTC.
+    With it comes its last use on each of the last 90 days. Uses are noted once a minute. Days and
+    times are in UTC.
     """
     with opened_tables(settings) as connection:
         key, uses = find_key(connection, key_id), list_uses(connection, key_id)
@@ -241,10 +242,11 @@ def limit(settings: Settings, key_id: int, event_rate: int | None, byte_rate: in
 @_expires_option
 @with_settings
 def rotate(settings: Settings, key_id: int, grace: timedelta, expires: timedelta | None) -> None:
-    """Make the next API key of one, print it, and end the old one after a time of grace.
+    """Make the next API key and print it.
 
-    The next key has the project, name and limits of the old one, and its lifetime unless --expires
-    gives another. It works at once. A key that has leaked must be revoked instead.
+    The old one ends after a time of grace. The next key has the project, name and limits of the old
+    one, and its lifetime unless --expires gives another. It works at once. A key that has leaked
+    must be revoked instead.
     """
     with opened_tables(settings) as connection:
         try:
