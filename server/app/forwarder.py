@@ -32,6 +32,7 @@ from server.processes.priority import lower_priority
 from server.storage.connection import Engine, GuardedConnection, open_engine
 from server.storage.health import Readiness, Watchdog
 from server.storage.migrate import check_migrated
+from server.storage.outages import OutageLog
 from server.telemetry.counting import Counts, Totals
 from server.telemetry.metrics import FORWARDER_METRICS, PROVIDER_REQUESTS
 from server.telemetry.metrics_page import (
@@ -151,7 +152,7 @@ def _serve_metrics(
     except PortTaken as problem:
         _log.warning("no metrics and no health check: %s", problem)
         return
-    readiness = Readiness(GuardedConnection(engine))
+    readiness = Readiness(GuardedConnection(engine, outages=OutageLog()))
     monitor = OutboxMonitor(GuardedConnection(engine))
     state = ServiceCollector(readiness.is_ready, monitor.lanes, tuple(settings.destinations))
     totals = CountsCollector(Totals(FORWARDER_METRICS, counts))

@@ -33,6 +33,7 @@ from server.storage.errors import (
     DatabaseError,
     DoubtfulCommit,
     Fault,
+    Obstacle,
     OnError,
     Refused,
     name_kind,
@@ -269,7 +270,6 @@ class GuardedConnection:
         self._lock = threading.Lock()
         # True if a transaction was broken off and its backend may still run.
         self._left_one = False
-        self._obstacle: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -370,20 +370,11 @@ class GuardedConnection:
     def ping(self) -> None:
         """Ask whether the database can be written; raise Unavailable if not, or not in time."""
         with self.connected(PING_TIMEOUT_SECONDS) as connection:
-            obstacle = connection.scalar(_FIND_OBSTACLE, {"name": _NAME})
-            self._note_obstacle(connection, obstacle)
-            if obstacle:
+            if obstacle := connection.scalar(_FIND_OBSTACLE, {"name": _NAME}):
+                driver = connection.connection.driver_connection
+                assert driver is not None
                 # Not kept: behind the same name, the next connection may reach another server.
-                raise Unavailable(obstacle)
-
-    def _note_obstacle(self, connection: Connection, obstacle: str | None) -> None:
-        """Log an obstacle when it appears, with the server that has it."""
-        if obstacle and obstacle != self._obstacle:
-            driver = connection.connection.driver_connection
-            assert driver is not None
-            place = {"database_host": driver.info.host, "database_port": driver.info.port}
-            _log.warning(obstacle, extra=place)
-        self._obstacle = obstacle
+                raise Obstacle(obstacle, driver.info.host, driver.info.port)
 
     def wait_until_available(self, stop: threading.Event) -> bool:
         """Ping until it works, and return True; return False once `stop` is set."""

@@ -19,6 +19,15 @@ class DoubtfulCommit(Unavailable):
     """A commit may be lost with its server, although it succeeded there."""
 
 
+class Obstacle(Unavailable):
+    """The database answers, and confirms no write; the text says why, `host` and `port` who."""
+
+    def __init__(self, text: str, host: str, port: int) -> None:
+        super().__init__(text)
+        self.host = host
+        self.port = port
+
+
 class Conflict(Exception):
     """The transaction met another one's and was rolled back: it can be run again at once."""
 

@@ -21,6 +21,7 @@ from server.storage.connection import Engine, GuardedConnection, connected, open
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.errors import Conflict, DatabaseError, Fault, Refused, translated_errors
 from server.storage.health import Readiness, Watchdog
+from server.storage.outages import OutageLog
 from tests.support.services import wait_until
 
 UNREACHABLE = "postgresql://me:s3cret@127.0.0.1:1/db"
@@ -346,7 +347,7 @@ def test_a_read_only_database_is_not_ready(
     setting = f"ALTER DATABASE {make_url(url).database} SET default_transaction_read_only = "
     with GuardedConnection(engine) as link:
         run(link, f"{setting} on")
-    readiness = Readiness(GuardedConnection(engine))
+    readiness = Readiness(GuardedConnection(engine, outages=OutageLog()))
     with Watchdog(readiness.check), readiness:
         wait_until(lambda: "read-only" in caplog.text)
         assert not readiness.is_ready()

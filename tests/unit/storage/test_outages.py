@@ -1,13 +1,16 @@
 """An outage is one line at its start and one at its end, however many connections see it."""
 
 import logging
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg2.extensions import parse_dsn
 
 from server.errors import Unavailable
-from server.storage.connection import Engine, GuardedConnection, open_engine
+from server.storage.connection import Engine, GuardedConnection, connected, open_engine
+from server.storage.errors import Obstacle
 from server.storage.outages import OutageLog
 
 BEGIN, END = "the database is unavailable", "the database is available again"
@@ -78,3 +81,46 @@ def test_a_connection_reports_its_outage_and_recovery(
         broken._engine = engine
         broken.ping()
         assert read_messages(caplog) == [END]
+
+
+def test_a_read_only_database_is_logged_once(
+    create_database: Callable[[], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many connections meet it, one line names the server, and one tells of its end."""
+    url = create_database()
+    name = parse_dsn(url)["dbname"]
+    set_read_only = f"ALTER DATABASE {name} SET default_transaction_read_only = "
+    outages = OutageLog()
+    links = [GuardedConnection(open_engine(url), outages=outages) for _ in range(3)]
+    with connected(open_engine(url)) as connection:
+        connection.exec_driver_sql(f"{set_read_only} on")
+    with caplog.at_level(logging.INFO):
+        for link in links * 2:
+            with pytest.raises(Unavailable):
+                link.ping()
+        [record] = caplog.records
+        assert (record.levelname, record.message) == (
+            "WARNING",
+            "the database is a standby, or read-only",
+        )
+        assert record.database_port  # type: ignore[attr-defined]
+        caplog.clear()
+        with connected(open_engine(url)) as connection:
+            connection.exec_driver_sql(f"SET TRANSACTION READ WRITE; {set_read_only} off")
+        for link in links:
+            with link:
+                link.ping()
+        assert read_messages(caplog) == [END]
+
+
+def test_each_obstacle_of_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """An obstacle is told beside the loss of a connection, once for each server and outage."""
+    outages = OutageLog()
+    causes = [ValueError("no route"), Obstacle("read-only", "a", 1), Obstacle("read-only", "b", 1)]
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            for cause in causes * 2:
+                outages.note_failure("writer", cause)
+            assert read_messages(caplog) == [BEGIN, "read-only", "read-only"]
+            outages.note_success("writer")
+            assert read_messages(caplog) == [END]

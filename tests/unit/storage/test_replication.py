@@ -23,6 +23,7 @@ from server.storage.events import EventStore
 from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key
 from server.storage.migrate import migrate
+from server.storage.outages import OutageLog
 from tests.support.events import ENCODER, make_row
 from tests.support.postgres_server import PostgresServer, make_room
 from tests.support.services import query, wait_until
@@ -96,7 +97,7 @@ def test_a_database_without_its_standby_is_unready(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While a commit waits for the standby in vain, the database is unready, as the log says."""
-    readiness = Readiness(GuardedConnection(engine))
+    readiness = Readiness(GuardedConnection(engine, outages=OutageLog()))
     with ThreadPoolExecutor(1) as threads, Watchdog(readiness.check), readiness:
         wait_until(readiness.is_ready)
         saving = threads.submit(save, engine, "waits", 60)
