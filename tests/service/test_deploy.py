@@ -48,15 +48,18 @@ PODS: dict[str, Node] = {
     for workload in OBJECTS
     if (template := find_template(workload))
 }
+# By pod: what runs before it and then for as long as it lives.
+CONTAINERS: dict[str, list[Node]] = {
+    name: [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+    for name, pod in PODS.items()
+}
 SERVICES: dict[str, Node] = {
     name: service
     for name, service in COMPOSE["services"].items()
     if IMAGE in service.get("image", "")
 }
 
-each_pod = pytest.mark.parametrize(
-    "pod", [pytest.param(pod, id=name) for name, pod in PODS.items()]
-)
+each_pod = pytest.mark.parametrize("name", PODS)
 
 
 def find_object(kind: str, name: str) -> Node:
@@ -99,9 +102,10 @@ def list_environments() -> Iterator[tuple[str, dict[str, str]]]:
         yield f"compose.yaml: {name}", service["environment"]
     for generator in KUSTOMIZATION["configMapGenerator"]:
         yield "kustomization.yaml", dict(text.split("=", 1) for text in generator["literals"])
-    for name, pod in PODS.items():
-        [container] = pod["spec"]["containers"]
-        yield name, {entry["name"]: entry["value"] for entry in container.get("env", [])}
+    for name, containers in CONTAINERS.items():
+        for container in containers:
+            values = {entry["name"]: entry["value"] for entry in container.get("env", [])}
+            yield f"{name}: {container['name']}", values
     yield "Dockerfile", dict(re.findall(r"(\w+)=(\S+)", read_instruction("ENV")[0]))
 
 
@@ -109,8 +113,9 @@ def list_commands() -> Iterator[tuple[str, list[str]]]:
     """Yield the arguments of `productgraph` in each place."""
     for name, service in SERVICES.items():
         yield f"compose.yaml: {name}", service.get("command", ["serve"])
-    for name, pod in PODS.items():
-        yield name, pod["spec"]["containers"][0]["args"]
+    for name, containers in CONTAINERS.items():
+        for container in containers:
+            yield f"{name}: {container['name']}", container["args"]
     yield "Dockerfile", json.loads(read_instruction("CMD")[0])
 
 
@@ -209,37 +214,37 @@ def test_the_image_health_check_passes_only_while_alive(service: Service) -> Non
 
 
 @each_pod
-def test_pods_meet_the_restricted_security_standard(pod: Node) -> None:
+def test_pods_meet_the_restricted_security_standard(name: str) -> None:
     """Every pod meets the Pod Security Standard `restricted`, and has a root that it cannot write.
 
     https://kubernetes.io/docs/concepts/security/pod-security-standards/
     """
-    spec = pod["spec"]
+    spec = PODS[name]["spec"]
     assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert all(kind in ("name", "emptyDir") for volume in spec["volumes"] for kind in volume)
-    [container] = spec["containers"]
-    context = container["securityContext"]
-    assert context["allowPrivilegeEscalation"] is False
-    assert context["readOnlyRootFilesystem"] is True
-    assert context["capabilities"] == {"drop": ["ALL"]}
+    for container in CONTAINERS[name]:
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["capabilities"] == {"drop": ["ALL"]}
 
 
 @each_pod
-def test_pods_request_resources_and_no_token(pod: Node) -> None:
+def test_pods_request_resources_and_no_token(name: str) -> None:
     """Every pod asks for what it needs, and has neither a token nor variables of other services."""
-    spec = pod["spec"]
+    spec = PODS[name]["spec"]
     assert (
         spec["serviceAccountName"] == find_object("ServiceAccount", "ingestion")["metadata"]["name"]
     )
     assert spec["automountServiceAccountToken"] is False
     assert spec["enableServiceLinks"] is False
-    [container] = spec["containers"]
-    assert container["image"] == IMAGE  # which kustomization.yaml replaces
-    assert container["resources"]["requests"].keys() == {"cpu", "memory"}
-    assert "memory" in container["resources"]["limits"]
-    assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/tmp"]
+    for container in CONTAINERS[name]:
+        assert container["image"] == IMAGE  # which kustomization.yaml replaces
+        assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+        assert "memory" in container["resources"]["limits"]
+        assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/tmp"]
 
 
 def test_compose_containers_write_only_to_tmp() -> None:
@@ -299,6 +304,27 @@ def test_compose_serves_as_a_role_that_owns_nothing() -> None:
     command = COMPOSE["services"]["roles"]["command"]
     assert {f"--variable=owner={owner}", f"--variable=role={role}"} <= set(command)
     assert role != owner
+
+
+def test_kubernetes_serves_as_a_role_that_owns_nothing() -> None:
+    """Only what changes tables has the secret of their owner, and it runs daily too."""
+    secrets = {
+        (name, container["name"]): [s["secretRef"]["name"] for s in container["envFrom"][-1:]]
+        for name, containers in CONTAINERS.items()
+        for container in containers
+    }
+    owners = {("migrate", "migrate"), ("retention", "migrate"), ("retention", "retention")}
+    assert {place for place, names in secrets.items() if names == ["ingestion-owner"]} == owners
+    others = [names for place, names in secrets.items() if place not in owners]
+    assert others == [["ingestion"], ["ingestion"]]
+    first = (MANIFESTS / "kustomization.yaml").read_text().partition("apiVersion")[0]
+    assert set(re.findall(r"create secret generic (\S+)", first)) == {
+        "ingestion-owner",
+        "ingestion",
+    }
+    roles = dict(re.findall(r"generic (\S+) \\\n.*postgresql://(\w+):", first))
+    documented = (ROOT / "OPERATIONS.md").read_text()
+    assert f"-v owner={roles['ingestion-owner']} -v role={roles['ingestion']}" in documented
 
 
 def test_the_compose_retention_runs_again_and_again(tmp_path: Path) -> None:
@@ -407,14 +433,22 @@ def test_the_image_installs_what_the_packages_need() -> None:
     assert all(name in copied for name in ("pyproject.toml", "gen/", "scripts/requirements"))
 
 
-def test_every_alert_links_to_its_runbook_section() -> None:
-    """Every alert has a section of OPERATIONS.md, which its link names."""
-    alerts = yaml.safe_load((ROOT / "scripts/deploy/alerts.yml").read_text())
-    rules = [rule for group in alerts["groups"] for rule in group["rules"]]
-    assert rules
-    headings = re.findall(r"^#+ (.+)$", (ROOT / "OPERATIONS.md").read_text(), re.MULTILINE)
-    sections = {f"OPERATIONS.md#{heading.lower().replace(' ', '-')}" for heading in headings}
-    assert {rule["annotations"]["runbook_url"] for rule in rules} <= sections
+def test_the_links_of_alerts_lead_to_their_sections(tmp_path: Path) -> None:
+    """Once the documented command has named OPERATIONS.md, every link leads to a heading."""
+    document = (ROOT / "OPERATIONS.md").read_text()
+    headings = re.findall(r"^#+ (.+)$", document, re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    [command] = re.findall(r"^    (sed -i .*?\.yaml)$", document, re.MULTILINE | re.DOTALL)
+    shutil.copytree(ROOT / "scripts/deploy", tmp_path / "scripts/deploy")
+    place = (ROOT / "OPERATIONS.md").as_uri()
+    command = command.replace("https://…", place)
+    subprocess.run(["sh", "-ec", command], cwd=tmp_path, check=True)
+    for name in ("alerts.yml", "prometheus-operator/prometheus-rule.yaml"):
+        text = (tmp_path / "scripts/deploy" / name).read_text()
+        links = re.findall(r"^ +runbook_url: (.*)$", text, re.MULTILINE)
+        assert len(links) == text.count("alert:") > 0
+        assert {link.partition("#")[0] for link in links} == {place}
+        assert {link.partition("#")[2] for link in links} <= anchors
 
 
 def test_the_image_account_is_the_pods_account() -> None:
@@ -464,12 +498,10 @@ def test_the_kustomization_lists_every_manifest_and_setting() -> None:
     assert set(KUSTOMIZATION["resources"]) == files
     assert [image["name"] for image in KUSTOMIZATION["images"]] == [IMAGE]
     generated = {generator["name"] for generator in KUSTOMIZATION["configMapGenerator"]}
-    sources = [s for pod in PODS.values() for s in pod["spec"]["containers"][0]["envFrom"]]
+    sources = [s for each in CONTAINERS.values() for c in each for s in c["envFrom"]]
     assert {s["configMapRef"]["name"] for s in sources if "configMapRef" in s} == generated
     # It would be another name with each change of a setting, and a job cannot be changed.
-    assert PODS["migrate"]["spec"]["containers"][0]["envFrom"] == [
-        {"secretRef": {"name": "ingestion"}}
-    ]
+    assert not any("configMapRef" in s for s in CONTAINERS["migrate"][0]["envFrom"])
 
 
 def test_deployment_files_contain_no_password() -> None:

@@ -479,4 +479,4 @@ def test_every_alert_is_tried_and_documented() -> None:
     names = re.findall(r"alert: (\w+)", rules)
     assert names == list(TROUBLES)
     anchors = [re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower() for name in names]
-    assert re.findall(r"runbook_url: OPERATIONS\.md#(\S+)", rules) == anchors
+    assert re.findall(r"runbook_url: \S+/OPERATIONS\.md#(\S+)", rules) == anchors
