@@ -263,9 +263,10 @@ def check_calm(scene: Scene) -> None:
 
 
 def provoke_bad_events(scene: Scene, note: Note) -> None:
-    """Send events that are wrong, old, too many, or refused by a provider."""
+    """Send events that are wrong, old or refused by a provider, and too many by a key that ends."""
     tenant, service = scene.tenant, scene.service
-    made = service.run("keys", "create", "--project", tenant.project.id, "--rate", "1")
+    options = ("--project", tenant.project.id, "--rate", "1", "--expires", "3d")
+    made = service.run("keys", "create", *options)
     limited = Tenant(service, Project(tenant.project.id, made.stdout.strip()), tenant.database)
     assert scene.post_new(age=timedelta(hours=-3)) == 202  # Mixpanel takes no such event
     assert [scene.post_new(600, age=timedelta(days=900)) for _ in range(2)] == [202, 202]
@@ -274,7 +275,7 @@ def provoke_bad_events(scene: Scene, note: Note) -> None:
             assert scene.post_new(1000, event_type="wrong") == 202
     with repeating(lambda: limited.post({"events": tenant.make_events(50)})):
         names = ("EventsRejected", "RejectedEventsDropped", "RequestsLimited")
-        more = ("DeadEventsRising", "EventsDefaultGrowing")
+        more = ("DeadEventsRising", "EventsDefaultGrowing", "ApiKeyExpiring")
         scene.prometheus.wait_for_alerts((*names, *more), note)
 
 

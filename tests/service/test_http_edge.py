@@ -215,15 +215,17 @@ def test_probes_on_the_metrics_port_see_a_hung_worker(
         port = service.metrics_url.rpartition("/")[0]
         wait_until(lambda: ask(f"{port}/ready") == 200)
         victim, _ = service.find_workers()
-        victim.suspend()
-        wait_until(lambda: ask(f"{port}/health") == ask(f"{port}/ready") == 503)
 
         def find_hung() -> list[int]:
             log = service.read_log()
             return [said["worker_pid"] for said in log if said["message"] == "worker hangs"]
 
-        wait_until(lambda: find_hung() == [victim.pid])
-        victim.resume()
+        victim.suspend()
+        try:
+            wait_until(lambda: ask(f"{port}/health") == ask(f"{port}/ready") == 503)
+            wait_until(lambda: victim.pid in find_hung())
+        finally:
+            victim.resume()
         wait_until(lambda: ask(f"{port}/health") == ask(f"{port}/ready") == 200)
 
 
