@@ -7,10 +7,12 @@ class Caller(NamedTuple):
     """A project with one of its API keys.
 
     `event_rate` and `byte_rate` are the key's own limits a second, or None for the default;
-    `key_id` is 0 if there is no key.
+    `origins` are those of the pages that may use it, or None for all; `key_id` is 0 if there is no
+    key.
     """
 
     project_id: str
     key_id: int = 0
     event_rate: int | None = None
     byte_rate: int | None = None
+    origins: frozenset[str] | None = None

@@ -38,6 +38,15 @@ class Unauthenticated(IngestError):
         super().__init__("missing or invalid API key")
 
 
+class PermissionDenied(IngestError):
+    """The API key must not be used by a page of this origin."""
+
+    code = "PERMISSION_DENIED"
+
+    def __init__(self) -> None:
+        super().__init__("this API key is not for pages of this origin")
+
+
 class ResourceExhausted(IngestError):
     """The API key has reached its rate limit. Nothing was stored; the same may be sent later."""
 

@@ -13,6 +13,10 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PASSWORD_LENGTH = 12
+_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?", re.ASCII
+)
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 # Of an address of a database in keywords, what may be shown.
 _PLACE = ("service", "host", "hostaddr", "port", "dbname", "target_session_attrs")
@@ -156,6 +160,20 @@ def parse_origins(text: str) -> frozenset[str]:
         if not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
             raise ValueError(f"must be * or origins such as https://example.com, has {origin!r}")
     return origins
+
+
+def parse_pages(text: str) -> frozenset[str]:
+    """Return the origins of a list separated by commas, as browsers spell them."""
+    origins = [origin.strip().lower() for origin in text.split(",")]
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"must be origins such as https://example.com, has {origin!r}")
+    return frozenset(map(_spell_origin, origins))
+
+
+def _spell_origin(origin: str) -> str:
+    port = _DEFAULT_PORTS.get(origin.partition(":")[0], "")
+    return origin.removesuffix(port)
 
 
 def parse_database_url(text: str) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import click
 
@@ -23,6 +24,7 @@ from server.storage.keys import (
     ApiKey,
     KeyReplaced,
     KeyUse,
+    allow_origins,
     create_key,
     find_key,
     find_successor,
@@ -32,7 +34,7 @@ from server.storage.keys import (
     replace_key,
     revoke_key,
 )
-from server.values import parse_duration
+from server.values import parse_duration, parse_pages
 
 # Stands for an option that was not given, where None means the default rate.
 _UNCHANGED = -1
@@ -70,6 +72,18 @@ class _Age(click.ParamType[timedelta]):
             return timedelta(seconds=parse_duration(value))
         except ValueError as problem:
             self.fail(f"{problem}, is {value!r}", parameter, context)
+
+
+class _Pages(click.ParamType[frozenset[str] | None]):
+    name = "origins"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> frozenset[str] | None:
+        try:
+            return None if value.lower() == "any" else parse_pages(value)
+        except ValueError as problem:
+            self.fail(str(problem), parameter, context)
 
 
 class _Project(click.ParamType[str]):
@@ -119,6 +133,12 @@ def keys() -> None:
 @_event_rate_option
 @_byte_rate_option
 @_expires_option
+@click.option(
+    "--origins",
+    type=_Pages(),
+    default="any",
+    help="The pages that may use it, such as https://shop.example; several with commas.",
+)
 @with_settings
 def create(
     settings: Settings,
@@ -127,6 +147,7 @@ def create(
     event_rate: int | None,
     byte_rate: int | None,
     expires: timedelta | None,
+    origins: frozenset[str] | None,
 ) -> None:
     """Make an API key and print it.
 
@@ -137,7 +158,9 @@ def create(
         None if rate == _UNCHANGED else rate for rate in (event_rate, byte_rate)
     )
     with opened_tables(settings) as connection:
-        click.echo(create_key(connection, project, name, event_rate, byte_rate, lifetime=expires))
+        rates = event_rate, byte_rate
+        key = create_key(connection, project, name, *rates, lifetime=expires, origins=origins)
+        click.echo(key)
 
 
 def _given_rates(event_rate: int | None, byte_rate: int | None) -> dict[str, int | None]:
@@ -201,6 +224,7 @@ def _describe_whole(key: ApiKey, successor: int | None, uses: Sequence[KeyUse]) 
         "name": make_printable(key.name) or "-",
         "rate": format_event_rate(key.event_rate),
         "byte rate": format_byte_rate(key.byte_rate),
+        "origins": "any" if key.origins is None else ", ".join(key.origins),
         "created": format_moment(key.created_at),
         "expires": format_moment(key.ends_at),
         "revoked": format_moment(key.revoked_at),
@@ -227,6 +251,21 @@ def limit(settings: Settings, key_id: int, event_rate: int | None, byte_rate: in
         raise click.UsageError("give --rate, --byte-rate or both")
     with opened_tables(settings) as connection:
         if not limit_key(connection, key_id, **rates):
+            raise Failure(f"no key {key_id}")
+
+
+@keys.command()
+@_key_argument
+@click.argument("pages", type=_Pages(), metavar="ORIGINS")
+@with_settings
+def origins(settings: Settings, key_id: int, pages: frozenset[str] | None) -> None:
+    """Set which pages may use an API key.
+
+    ORIGINS are such as https://shop.example, several with commas; or any. The service applies it
+    within 30 seconds. Programs other than browsers can name any origin, or none, and are let in.
+    """
+    with opened_tables(settings) as connection:
+        if not allow_origins(connection, key_id, pages):
             raise Failure(f"no key {key_id}")
 
 

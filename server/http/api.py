@@ -31,6 +31,7 @@ _APPLIED = "Preference-Applied"
 _STATUS = {
     "INVALID_ARGUMENT": falcon.HTTP_400,
     "UNAUTHENTICATED": falcon.HTTP_401,
+    "PERMISSION_DENIED": falcon.HTTP_403,
     "RESOURCE_EXHAUSTED": falcon.HTTP_429,
     "UNAVAILABLE": falcon.HTTP_503,
     "INTERNAL": falcon.HTTP_500,
@@ -133,6 +134,7 @@ class _Events:
         if caller is None:
             deferral.hold(admission.look_up(key), repeat=True)
             return
+        admission.check_origin(caller, req.env.get("HTTP_ORIGIN"))
         request.record.authenticated(caller)
         max_bytes = SMALL_BODY_BYTES if deferral.in_loop else MAX_REQUEST_BYTES
         room = admission.find_room(caller)

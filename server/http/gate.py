@@ -32,8 +32,10 @@ class BodyGate:
             return False
         key = head.headers.get("X_PG_API_KEY", "")
         try:
-            if self._admission.identify(key) is None:
+            caller = self._admission.identify(key)
+            if caller is None:
                 return self._admission.look_up(key)
+            self._admission.check_origin(caller, head.headers.get("ORIGIN"))
         except IngestError as error:
             return error
         return head.content_length <= MAX_REQUEST_BYTES

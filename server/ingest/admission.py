@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from server.caller import Caller
-from server.errors import ResourceExhausted
+from server.errors import PermissionDenied, ResourceExhausted
 from server.ingest.key_cache import KeyCache
 from server.ingest.limits import Allowance, RateLimiter
 
@@ -26,6 +26,14 @@ class Admission:
     def look_up(self, key: str) -> "Future[Caller]":
         """Ask the database whose a key is; see KeyCache.look_up."""
         return self._keys.look_up(key)
+
+    def check_origin(self, caller: Caller, origin: str | None) -> None:
+        """Raise PermissionDenied if a browser says that a page uses the key that must not.
+
+        Services send no origin, and could send any: so this is no authentication.
+        """
+        if caller.origins is not None and origin is not None and origin not in caller.origins:
+            raise PermissionDenied
 
     def take_bytes(self, caller: Caller, size: int) -> None:
         """Count the bytes of a request; raises ResourceExhausted if they are too many now."""

@@ -261,12 +261,22 @@ def limit_key(connection: Connection, key_id: int, **rates: int | None) -> bool:
     return connection.execute(statement).rowcount == 1
 
 
+def allow_origins(connection: Connection, key_id: int, origins: Collection[str] | None) -> bool:
+    """Set the origins of the pages that may use a key, None for all; False if there is no id."""
+    listed = None if origins is None else sorted(origins)
+    statement = update(_TABLE).where(_TABLE.c.id == key_id).values(origins=listed)
+    return connection.execute(statement).rowcount == 1
+
+
 def find_callers(connection: Connection, digests: Collection[bytes]) -> dict[bytes, Caller]:
     """Return the callers of those digests that belong to a valid key."""
     table = _TABLE.c
     wanted = (table.digest, table.project_id, table.id, table.event_rate, table.byte_rate)
-    rows = connection.execute(select(*wanted).where(table.digest.in_(digests) & _IS_VALID))
-    return {bytes(digest): Caller(*columns) for digest, *columns in rows}
+    statement = select(*wanted, table.origins).where(table.digest.in_(digests) & _IS_VALID)
+    return {
+        bytes(digest): Caller(*columns)._replace(origins=pages and frozenset(pages))
+        for digest, *columns, pages in connection.execute(statement)
+    }
 
 
 def record_use(connection: Connection, digests: Collection[bytes]) -> None:

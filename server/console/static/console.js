@@ -202,7 +202,8 @@ function showKeys({ keys, count: all, ending }) {
         : make("span", {}, "never used"),
       key.ends_at ? make("span", { class: key.is_ending ? "bad" : null },
         key.retires_at ? "replaced, ends " : "expires ", ahead(key.ends_at)) : null,
-      make("span", {}, tellLimits(key))),
+      make("span", {}, tellLimits(key)),
+      key.origins ? make("span", {}, `only from ${key.origins.join(", ")}`) : null),
   ));
   show(find("key-list"), ...(rows.length ? rows
     : [make("li", { class: "plain" }, "No key. Make one: ",
