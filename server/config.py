@@ -30,6 +30,7 @@ from server.values import (
     parse_path,
     parse_protocol,
     parse_seconds,
+    parse_secret,
     whole_number,
 )
 
@@ -118,6 +119,8 @@ class Settings:
     forwarders: int
     # None: rejected events are not kept.
     rejected_keep: RejectedKeep | None
+    # None: no person's data can be deleted.
+    privacy_secret: str | None = field(repr=False)
     # Whether OpenTelemetry's own variables ask for traces.
     tracing: bool
     log_level: str
@@ -304,6 +307,14 @@ _REJECTED_KEEP = Setting(
     "how many rejected events of each project are kept, and for how long; `off`: none",
     _parse_rejected_keep,
 )
+_PRIVACY_SECRET = Setting(
+    "PRIVACY_SECRET",
+    "",
+    "at least 32 random characters under which ids of persons are kept as HMACs ([a person's"
+    " data](#a-persons-data)); the same for every service, and never in the database",
+    parse_secret,
+    _mask,
+)
 _LOG_LEVEL = Setting("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR", parse_level)
 _DEBUG = Setting("DEBUG", "false", "true: the same as `LOG_LEVEL=DEBUG`", parse_flag)
 # In the order of the table.
@@ -314,7 +325,7 @@ SETTINGS: tuple[Setting[Any], ...] = (
     *(_REQUEST_TIMEOUT_SECONDS, _MAX_WAITING_MB, _RATE_LIMIT, _BYTE_RATE_LIMIT),
     *(_ANALYTICS_ENABLED, _AMPLITUDE_ENABLED, _AMPLITUDE_API_KEY, _AMPLITUDE_ENDPOINT),
     *(_MIXPANEL_ENABLED, _MIXPANEL_TOKEN, _MIXPANEL_ENDPOINT, _FORWARD_MAX_AGE, _FORWARDERS),
-    *(_REJECTED_KEEP, _LOG_LEVEL, _DEBUG),
+    *(_REJECTED_KEEP, _PRIVACY_SECRET, _LOG_LEVEL, _DEBUG),
 )
 
 # Those of OpenTelemetry that decide whether there are traces; it reads all others by itself:
@@ -360,6 +371,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         forward_max_age_seconds=_FORWARD_MAX_AGE.read(environment),
         forwarders=_FORWARDERS.read(environment),
         rejected_keep=_REJECTED_KEEP.read(environment),
+        privacy_secret=_PRIVACY_SECRET.read(environment),
         tracing=_read_tracing(environment),
         log_level="DEBUG" if _DEBUG.read(environment) else _LOG_LEVEL.read(environment),
     )

@@ -16,6 +16,8 @@ BEFORE_COMMIT = "before-commit"
 AFTER_COMMIT = "after-commit"
 # A provider has answered, but its answer is not recorded.
 AFTER_PROVIDER = "after-provider"
+# A step of the deletion of a person's data is committed.
+AFTER_DELETION = "after-deletion"
 
 
 def _pass(_point: str) -> None:

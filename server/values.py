@@ -13,6 +13,7 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PASSWORD_LENGTH = 12
+_SECRET_LENGTH = 32
 _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?", re.ASCII
 )
@@ -85,6 +86,13 @@ def parse_password(text: str) -> str | None:
     """Return a password, or None for none. The text is never shown."""
     if text and len(text) < _PASSWORD_LENGTH:
         raise ValueError(f"must have at least {_PASSWORD_LENGTH} characters")
+    return text or None
+
+
+def parse_secret(text: str) -> str | None:
+    """Return a secret that digests are made under, or None for none. The text is never shown."""
+    if text and len(text) < _SECRET_LENGTH:
+        raise ValueError(f"must have at least {_SECRET_LENGTH} characters")
     return text or None
 
 

@@ -1,4 +1,4 @@
-"""`productgraph person`: gives out one person's data."""
+"""`productgraph person`: gives out and deletes one person's data."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 import click
 import orjson
 
-from server.cli.command import opened_engine, with_settings
+from server.cli.command import Failure, opened_engine, print_json, with_settings
 from server.config import Settings
 from server.events.persons import Person
+from server.privacy.deletion import Deletion, describe_receipt, find_second_time
+from server.privacy.digests import Digests
 from server.privacy.export import Export
 from server.privacy.places import DEAD, EVENTS, OUTBOX, REJECTED
-from server.storage.connection import connected
+from server.storage.connection import Connection, connected
 
 # What a number of an unreadable thing is a number of.
 _NUMBERED = {OUTBOX: "payloads of the outbox", DEAD: "dead events", REJECTED: "rejected events"}
@@ -75,6 +77,54 @@ def export(
             sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_UTC_Z) + b"\n")
         sys.stdout.buffer.flush()
     click.echo(_count_places(search.counts), err=True)
+    _report_unreadable(search.unreadable)
+
+
+@person.command()
+@_person_options
+@click.option("--yes", is_flag=True, help="Delete it; without it, only its counts are shown.")
+@click.option("--no-wait", is_flag=True, help="Leave the second time to another run.")
+@with_settings
+def delete(
+    settings: Settings,
+    project: str,
+    user_id: str | None,
+    anonymous_ids: tuple[str, ...],
+    yes: bool,
+    no_wait: bool,
+) -> None:
+    """Delete a person's events, wherever they are kept.
+
+    Without --yes it only counts them. With it, it goes through everything twice, the second time
+    once nothing that came before can be in the memory of a worker, and prints a receipt as JSON.
+    Whatever ends it, run it again: it completes what is left. Needs PRIVACY_SECRET.
+    """
+    wanted = _name_person(project, user_id, anonymous_ids)
+    digests = _require_digests(settings)
+    with opened_engine(settings) as engine, connected(engine) as connection:
+        if not yes:
+            _count(connection, wanted)
+            return
+        deletion = Deletion(connection, wanted, digests, lambda text: click.echo(text, err=True))
+        receipt = deletion.run(wait=not no_wait)
+    print_json([describe_receipt(receipt)])
+    _report_unreadable(receipt.unreadable)
+    if receipt.finished_at is None:
+        due_at = find_second_time(receipt)
+        click.echo(f"not complete: run it again after {due_at:%Y-%m-%d %H:%M:%S} UTC", err=True)
+
+
+def _require_digests(settings: Settings) -> Digests:
+    if settings.privacy_secret is None:
+        raise Failure("PRIVACY_SECRET must be set: the receipt keeps ids as HMACs under it")
+    return Digests(settings.privacy_secret)
+
+
+def _count(connection: Connection, wanted: Person) -> None:
+    search = Export(connection, wanted)
+    for _ in search.run():
+        pass
+    click.echo(f"{_count_places(search.counts)}; --yes deletes them")
     _report_unreadable(search.unreadable)
 
 

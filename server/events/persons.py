@@ -1,5 +1,6 @@
 """Whose an event is: the ids of a person, and what of them an encoded event carries."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,32 +142,25 @@ def _spell_value(value: Value) -> str:
     return _spell(value.string_value)
 
 
-def hide_ids(text: str, person: Person) -> str:
-    """Return a text, such as a provider's answer, without the ids that it quotes.
-
-    A short id is hidden only between quotes, as it may be a part of any word.
-    """
-    for each in person.ids:
-        for spelling in spell_in_text(each):
-            text = text.replace(f'"{spelling}"', '"…"')
-            if len(spelling) >= _TELLING_CHARACTERS:
-                text = text.replace(spelling, "…")
-    return text
-
-
-# What is this long is no accident.
+# A text this long is hidden wherever it stands; a shorter one may be a part of any word.
 _TELLING_CHARACTERS = 8
 
 
-def spell_in_text(text: str) -> list[str]:
+def hide_ids(text: str, person: Person) -> str:
+    """Return a text, such as a provider's answer, without the ids of a person that it names."""
+    for wanted in texts_naming(person):
+        text = text.replace(wanted, '"…"' if wanted.startswith('"') else "…")
+    return text
+
+
+def texts_naming(person: Person) -> list[str]:
+    """Return the texts by which a provider's answer may name a person: short ids in quotes."""
+    spelled = {spelling for each in person.ids for spelling in _spell_in_text(each)}
+    long = {each for each in spelled if len(each) >= _TELLING_CHARACTERS}
+    return [*sorted(long, key=len, reverse=True), *(f'"{each}"' for each in spelled - long)]
+
+
+def _spell_in_text(text: str) -> list[str]:
     """Return an id as a text may have it: as it is, or escaped as JSON does it."""
     escaped = orjson.dumps(text).decode()[1:-1]
-    ascii_only = "".join(
-        character if character.isascii() else _escape(character) for character in escaped
-    )
-    return list(dict.fromkeys((text, escaped, ascii_only)))
-
-
-def _escape(character: str) -> str:
-    units = character.encode("utf-16-be").hex()
-    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+    return [text, escaped, json.dumps(text)[1:-1]]

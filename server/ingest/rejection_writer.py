@@ -5,7 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Concatenate, ParamSpec
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError
@@ -16,6 +16,7 @@ from server.storage.connection import Connection, GuardedConnection
 from server.storage.database_thread import DatabaseThread
 from server.storage.errors import Conflict
 from server.storage.rejected_events import (
+    KEPT_WITHIN_SECONDS,
     MAX_EVENT_BYTES,
     Rejection,
     delete_expired,
@@ -34,6 +35,8 @@ _REST = 25
 _TRIM_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
 _QUERY_SECONDS = 10.0
+# What has waited for longer is dropped, so that it is known when nothing can come any more.
+_LONGEST_WAIT = timedelta(seconds=KEPT_WITHIN_SECONDS - 3 * _QUERY_SECONDS)
 
 P = ParamSpec("P")
 
@@ -63,6 +66,12 @@ class _Backlog:
         self._rejections.append(rejection)
         self._count_of[rejection.project_id] += 1
         self._bytes_of[rejection.project_id] += len(rejection.event)
+
+    def drop_older(self, cut: datetime) -> int:
+        """Take off what came before `cut`; return how many."""
+        older = list(takewhile(lambda each: each.received_at < cut, self._rejections))
+        self.remove(older)
+        return len(older)
 
     def first(self) -> list[Rejection]:
         """As many as are written at a time."""
@@ -157,6 +166,7 @@ class RejectionWriter(DatabaseThread):
                 lambda: self._backlog or self._stopping.is_set(),
                 max(0.0, self._trim_at - self._clock()),
             )
+            self._dropped += self._backlog.drop_older(datetime.now(UTC) - _LONGEST_WAIT)
             return self._backlog.first()
 
     def _write(self, group: Sequence[Rejection]) -> None:

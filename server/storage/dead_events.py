@@ -4,7 +4,7 @@ A dead event keeps its encoded bytes, the reason and the provider's last answer.
 into the outbox, or purged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -40,6 +40,15 @@ _READ_PAGE = text("""
 SELECT id, provider, project_id, reason, answer, event, died_at FROM dead_events
  WHERE project_id = :project_id AND id > :after AND id <= :newest ORDER BY id LIMIT :limit
 """)
+_LOCK = text("SELECT id FROM dead_events WHERE id = ANY(:ids) ORDER BY id FOR UPDATE")
+_DELETE_THESE = text("DELETE FROM dead_events WHERE id = ANY(:ids)")
+_FIND_TEXTS = text("""
+SELECT id, reason, answer FROM dead_events WHERE EXISTS (
+    SELECT FROM unnest(CAST(:texts AS text[])) AS wanted
+     WHERE strpos(answer, wanted) > 0 OR strpos(reason, wanted) > 0
+) ORDER BY id
+""")
+_SET_TEXTS = text("UPDATE dead_events SET reason = :reason, answer = :answer WHERE id = :id")
 _DELETE = """
 DELETE FROM dead_events
  WHERE (CAST(:provider AS text) IS NULL OR provider = :provider)
@@ -155,6 +164,24 @@ def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int])
 def purge_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
     """Delete dead events, all if `ids` is empty, and return their number."""
     return int(connection.scalar(_PURGE, {"provider": provider, "ids": list(ids)}) or 0)
+
+
+def delete_dead(connection: Connection, ids: Sequence[int]) -> int:
+    """Delete these dead events because of whose they are; return their number.
+
+    Runs in the connection's transaction. Nobody will ask for their fate.
+    """
+    connection.execute(_LOCK, {"ids": list(ids)})
+    return connection.execute(_DELETE_THESE, {"ids": list(ids)}).rowcount
+
+
+def change_texts(connection: Connection, texts: Sequence[str], change: Callable[[str], str]) -> int:
+    """Change reasons and answers that have one of these texts, in the connection's transaction."""
+    found = connection.execute(_FIND_TEXTS, {"texts": list(texts)}).mappings().all()
+    for row in found:
+        changed = {name: change(row[name]) for name in ("reason", "answer")}
+        connection.execute(_SET_TEXTS, {"id": row["id"], **changed})
+    return len(found)
 
 
 def count_old_dead(connection: Connection, cut: datetime) -> int:

@@ -6,7 +6,7 @@ that one commit stored.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from heapq import heapify, heappop, heappush
@@ -164,6 +164,14 @@ SELECT provider FROM (
 _FORGET_TROUBLE = text("""
 UPDATE forward_lanes SET stopped_reason = NULL, stopped_at = NULL, failing_since = NULL,
        next_try_at = NULL WHERE provider = :provider
+""")
+_FIND_TROUBLE = text("""
+SELECT provider, last_error, stopped_reason FROM forward_lanes
+ WHERE last_error IS NOT NULL OR stopped_reason IS NOT NULL ORDER BY provider FOR UPDATE
+""")
+_SET_TROUBLE = text("""
+UPDATE forward_lanes SET last_error = :last_error, stopped_reason = :stopped_reason
+ WHERE provider = :provider
 """)
 _COUNT_WAITING = text("""
 SELECT coalesce(sum(event_count), 0) FROM outbox_deliveries WHERE provider = :provider
@@ -488,6 +496,18 @@ def forget_trouble(connection: Connection, provider: str) -> None:
     """Note that a provider is neither stopped nor failing, since nobody sends to it."""
     with connection.begin():
         connection.execute(_FORGET_TROUBLE, {"provider": provider})
+
+
+def change_trouble(connection: Connection, change: Callable[[str], str]) -> int:
+    """Change what lanes say of their trouble, in the connection's transaction; return how many."""
+    count = 0
+    for row in connection.execute(_FIND_TROUBLE).mappings().all():
+        texts = {name: row[name] for name in ("last_error", "stopped_reason")}
+        changed = {name: each if each is None else change(each) for name, each in texts.items()}
+        if changed != texts:
+            connection.execute(_SET_TROUBLE, {"provider": row["provider"], **changed})
+            count += 1
+    return count
 
 
 def count_waiting(connection: Connection, provider: str) -> int:

@@ -34,7 +34,7 @@ ctid >= format('(%s,0)', CAST(:start AS bigint))::tid
 _ARRIVED = "received_at >= :since"
 _READ = f"SELECT {COLUMNS}, tableoid::regclass::text AS partition FROM events WHERE "  # noqa: S608 - the columns are the schema's
 _ORDER = " ORDER BY event_timestamp, event_id"
-_COUNT, _DELETE = "SELECT count(*) FROM events WHERE ", "DELETE FROM events WHERE "
+_DELETE = "DELETE FROM events WHERE "
 
 
 class Part(NamedTuple):
@@ -59,13 +59,6 @@ def read_events(connection: Connection, person: Person, part: Part) -> list[Stor
         statement, values = _compose(_READ, person, part)
         rows = connection.execute(text(statement + _ORDER), values).mappings()
         return [make_event(row) for row in rows]
-
-
-def count_events(connection: Connection, person: Person, part: Part) -> int:
-    """Count a person's events in one part."""
-    with connection.begin():
-        statement, values = _compose(_COUNT, person, part)
-        return int(connection.scalar(text(statement), values) or 0)
 
 
 def delete_events(connection: Connection, person: Person, part: Part) -> int:

@@ -14,6 +14,8 @@ from server.events.event_ids import read_event_id
 from server.events.schema import EVENT_SCHEMA
 
 MAX_EVENT_BYTES = EVENT_SCHEMA.max_bytes
+# What validation rejects is in the table within this time, or never.
+KEPT_WITHIN_SECONDS = 330.0
 # How many rows one statement deletes at the most.
 _DELETED_AT_ONCE = 1000
 _READ_AT_ONCE = 200
@@ -248,6 +250,12 @@ def settle_replayed(
         connection.execute(_DELETE, {"ids": list(accepted)})
         values = {"ids": list(reasons), "reasons": list(reasons.values())}
         connection.execute(_SET_REASONS, values)
+
+
+def delete_rejections(connection: Connection, ids: Sequence[int]) -> int:
+    """Delete these rows in the connection's transaction; return how many were there."""
+    connection.execute(_LOCK, {"ids": list(ids)})
+    return connection.execute(_DELETE, {"ids": list(ids)}).rowcount
 
 
 def _make_rejections(

@@ -118,6 +118,7 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         {"1/1h": RejectedKeep(1, 3600.0), "1000000/30d": RejectedKeep(10**6, 2592e3), "off": None},
         ["on", "100", "100/", "/7d", "0/7d", "1000001/7d", "100/7", "100/7d/8d", "-1/7d"],
     ),
+    "privacy_secret": ("PRIVACY_SECRET", None, {"x" * 32: "x" * 32}, ["x" * 31]),
     "log_level": (
         "LOG_LEVEL",
         "INFO",

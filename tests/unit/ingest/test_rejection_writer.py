@@ -75,6 +75,19 @@ def test_the_newest_rejections_of_each_project_are_kept(engine: Engine) -> None:
         wait_until(lambda: query(engine, f"{kept} ORDER BY id") == wanted)
 
 
+def test_what_waits_too_long_is_never_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has waited for longer than is said is dropped, so that nothing comes after that."""
+    monkeypatch.setattr("server.ingest.rejection_writer._LONGEST_WAIT", timedelta(seconds=1))
+    dropped: list[int] = []
+    writer = RejectionWriter(GuardedConnection(engine), KEEP, on_dropped=dropped.append)
+    record(writer, "a", 3)
+    time.sleep(1.1)
+    record(writer, "a", 2)
+    with running(writer):
+        wait_until(lambda: query(engine, COUNT) == [("a", 2)])
+        wait_until(lambda: sum(dropped) == 3)
+
+
 def test_a_smaller_setting_trims_silent_projects_too(engine: Engine) -> None:
     """A service that is to keep less than before trims projects that send nothing any more."""
     insert(engine, "a", 2500)

@@ -1,0 +1,206 @@
+"""A person's events deleted wherever they are kept, beside a running service.
+
+The order of the places is the way of an event: what a forwarder has at hand is waited for, and if
+it buries an event, that one is found among the dead ones behind. Everything is gone through once
+more when nothing of what came before can be in the memory of a worker any longer.
+
+Every step is a transaction of its own that counts in the receipt what it deletes. Whatever ends the
+command, the next one with the same ids goes on with the same receipt.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Concatenate, ParamSpec
+
+from server import failpoints
+from server.events.persons import Person, hide_ids, read_ids, texts_naming
+from server.privacy.digests import Digests
+from server.privacy.places import ANSWERS, DEAD, EVENTS, OUTBOX, REJECTED
+from server.protocols import GRPC
+from server.storage.connection import Connection
+from server.storage.dead_events import change_texts, delete_dead, read_dead_pages
+from server.storage.outbox import change_trouble
+from server.storage.person_deletions import (
+    Receipt,
+    add_deleted,
+    begin_deletion,
+    finish_deletion,
+    note_first_time,
+    read_now,
+    read_receipt,
+)
+from server.storage.person_events import delete_arrived_events, delete_events, list_parts
+from server.storage.person_payloads import read_payloads, rewrite_payload, split_payload
+from server.storage.rejected_events import KEPT_WITHIN_SECONDS, delete_rejections, read_pages
+
+# What was in a transaction when the deletion began may have an earlier time of arrival.
+_OVERLAP = timedelta(minutes=10)
+_RETRY_SECONDS = 1.0
+_ROUNDS_PER_REPORT = 10
+
+P = ParamSpec("P")
+
+
+class Deletion:
+    """Deletes a person's events; `report` is told in a sentence what is waited for."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        person: Person,
+        digests: Digests,
+        report: Callable[[str], None],
+    ) -> None:
+        self._connection = connection
+        self._person = person
+        self._report = report
+        of_person = digests.of_person(person)
+        self._receipt = begin_deletion(connection, person.project_id, of_person, digests.mark)
+        self._is_again = self._receipt.deleted_at is not None
+        self._unreadable: defaultdict[str, list[int]] = defaultdict(list)
+
+    def run(self, *, wait: bool) -> Receipt:
+        """Go through everything twice, and return the receipt.
+
+        Without `wait` it ends if it is too early for the second time.
+        """
+        if not self._is_again:
+            for part in list_parts(self._connection):
+                self._delete(EVENTS, delete_events, self._person, part)
+            self._delete_copies()
+            note_first_time(self._connection, self._receipt.id)
+            self._receipt, self._is_again = self._read_receipt(), True
+        if self._is_due(wait):
+            self._delete_again()
+        return self._read_receipt()
+
+    def _read_receipt(self) -> Receipt:
+        return read_receipt(self._connection, self._receipt.id)
+
+    def _is_due(self, wait: bool) -> bool:
+        """Return whether it is time for the second time, waiting for that if it is wanted."""
+        due_at = find_second_time(self._receipt)
+        assert due_at is not None
+        left = (due_at - read_now(self._connection)).total_seconds()
+        if left > 0 and wait:
+            self._report(f"waiting for {due_at:%H:%M:%S} UTC, to look once more")
+            time.sleep(left)
+        return left <= 0 or wait
+
+    def _delete_again(self) -> None:
+        since = self._receipt.began_at - _OVERLAP
+        self._unreadable.clear()
+        self._delete(EVENTS, delete_arrived_events, self._person, since)
+        self._delete_copies()
+        finish_deletion(self._connection, self._receipt.id, self._unreadable)
+
+    def _delete_copies(self) -> None:
+        self._empty_payloads()
+        for page in read_dead_pages(self._connection, self._person.project_id):
+            dead = [each.id for each in page if self._owns(DEAD, each.id, GRPC, each.event)]
+            self._delete(DEAD, delete_dead, dead)
+        for rows in read_pages(self._connection, self._person.project_id, []):
+            rejected = [
+                row.id for row in rows if self._owns(REJECTED, row.id, row.protocol, row.event)
+            ]
+            self._delete(REJECTED, delete_rejections, rejected)
+        self._delete(ANSWERS, self._hide_answers)
+
+    def _delete(
+        self,
+        place: str,
+        work: Callable[Concatenate[Connection, P], int],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
+        """Do one step, and count in the same transaction what it has deleted."""
+        with self._connection.begin():
+            if count := work(self._connection, *args, **kwargs):
+                receipt_id, again = self._receipt.id, self._is_again
+                add_deleted(self._connection, receipt_id, place, count, again=again)
+        if count:
+            failpoints.reach(failpoints.AFTER_DELETION)
+
+    def _empty_payloads(self) -> None:
+        """Take the person's events out of the payloads; those being sent once they are not."""
+        busy = list(self._find_payloads())
+        rounds = 0
+        while busy := [number for number in busy if not self._empty_payload(number)]:
+            if rounds % _ROUNDS_PER_REPORT == 0:
+                self._report(f"waiting for {len(busy)} payloads that are being sent")
+            rounds += 1
+            time.sleep(_RETRY_SECONDS)
+
+    def _find_payloads(self) -> Iterator[int]:
+        for number, _, encoded in read_payloads(self._connection, self._person.project_id):
+            if not self._person.may_own(encoded):
+                continue
+            events = split_payload(encoded)
+            if events is None:
+                self._unreadable[OUTBOX].append(number)
+                continue
+            owned = [self._owns(OUTBOX, number, GRPC, event) for event in events]
+            if any(owned):
+                yield number
+
+    def _empty_payload(self, number: int) -> bool:
+        """Take the person's events out of a payload; return False if some of it is being sent."""
+        is_free = True
+
+        def rewrite(connection: Connection) -> int:
+            nonlocal is_free
+            count = rewrite_payload(connection, number, self._is_others)
+            is_free = count is not None
+            return count or 0
+
+        self._delete(OUTBOX, rewrite)
+        return is_free
+
+    def _is_others(self, event: bytes) -> bool:
+        return not self._person.owns(read_ids(GRPC, event))
+
+    def _owns(self, place: str, number: int, protocol: str, event: bytes) -> bool:
+        is_owned = self._person.owns(read_ids(protocol, event))
+        if is_owned is None:
+            self._unreadable[place].append(number)
+        return bool(is_owned)
+
+    def _hide_answers(self, connection: Connection) -> int:
+        """Hide the ids in what providers answered about the events of others."""
+
+        def hide(text: str) -> str:
+            return hide_ids(text, self._person)
+
+        changed = change_texts(connection, texts_naming(self._person), hide)
+        return changed + change_trouble(connection, hide)
+
+
+def find_second_time(receipt: Receipt) -> datetime | None:
+    """Return when a deletion goes through everything for the second time, if that is known."""
+    if receipt.deleted_at is None:
+        return None
+    return receipt.deleted_at + timedelta(seconds=KEPT_WITHIN_SECONDS)
+
+
+def describe_receipt(receipt: Receipt) -> Mapping[str, Any]:
+    """Return what a receipt says, for JSON."""
+    return {
+        "receipt": receipt.id,
+        "project_id": receipt.project_id,
+        "digests": [digest.hex() for digest in receipt.digests],
+        "secret_mark": receipt.secret_mark.hex(),
+        "began_at": receipt.began_at,
+        "deleted": _list_counts(receipt.deleted),
+        "deleted_at": receipt.deleted_at,
+        "again_at": find_second_time(receipt),
+        "deleted_again": _list_counts(receipt.deleted_again),
+        "finished_at": receipt.finished_at,
+        "unreadable": receipt.unreadable,
+    }
+
+
+def _list_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
+    places: Sequence[str] = (EVENTS, OUTBOX, DEAD, REJECTED, ANSWERS)
+    return {place: counts.get(place, 0) for place in places}

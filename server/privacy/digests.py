@@ -1,0 +1,41 @@
+"""Ids as HMACs under PRIVACY_SECRET: with it they can be recognised, without it not even guessed.
+
+A plain hash would not do: who has a list of possible ids, such as addresses, could hash them all.
+"""
+
+import hmac
+from hashlib import sha256
+
+from server.events.persons import Person
+
+_USER, _ANONYMOUS, _MARK = b"user", b"anonymous", b"mark"
+_MARK_BYTES = 8
+
+
+class Digests:
+    """Makes the HMACs of ids under one secret."""
+
+    def __init__(self, secret: str) -> None:
+        self._key = sha256(secret.encode()).digest()
+        # Tells apart what was made under different secrets, and nothing about them.
+        self.mark = self._digest(_MARK)[:_MARK_BYTES]
+
+    def of_user(self, project_id: str, user_id: str) -> bytes:
+        """Return the digest of a project's user.id."""
+        return self._digest(_USER, project_id.encode(), user_id.encode())
+
+    def of_anonymous(self, project_id: str, anonymous_id: str) -> bytes:
+        """Return the digest of a project's user.anonymous_id."""
+        return self._digest(_ANONYMOUS, project_id.encode(), anonymous_id.encode())
+
+    def of_person(self, person: Person) -> list[bytes]:
+        """Return the digests of all ids of a person, in one order."""
+        project_id, user_id = person.project_id, person.user_id
+        digests = [self.of_anonymous(project_id, each) for each in person.anonymous_ids]
+        if user_id is not None:
+            digests.append(self.of_user(project_id, user_id))
+        return sorted(digests)
+
+    def _digest(self, *parts: bytes) -> bytes:
+        # No project has a NUL, nor has an id.
+        return hmac.digest(self._key, b"\0".join(parts), sha256)
