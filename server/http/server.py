@@ -49,8 +49,10 @@ _CONNECTIONS = 2000
 _ACCEPTED_AT_ONCE = 64
 _LOOP_SECONDS = 1.0
 _DRAIN_LOOP_SECONDS = 0.05
-# While draining, a connection without a request is kept this long: one may be on its way.
+# While draining, a connection without a request is kept this long: one may be on its way. Whoever
+# has just connected is sure to send one, and a client does not expect to lose the first.
 _IDLE_GRACE_SECONDS = 0.25
+_FIRST_GRACE_SECONDS = 3.0
 # Fields that WSGI names as HTTP does.
 _ENVIRON_NAMES = {"CONTENT_LENGTH": "CONTENT_LENGTH", "CONTENT_TYPE": "CONTENT_TYPE"}
 
@@ -278,6 +280,10 @@ class _Channel(HTTPChannel):
         """Return whether nothing of a request or an answer is on this connection."""
         return not self.requests and self.request is None and not self.total_outbufs_len
 
+    def has_served(self) -> bool:
+        """Return whether a request has been completed on this connection."""
+        return bool(self.completed_at > self.creation_time)
+
 
 class HTTPServer(TcpWSGIServer):
     """Serves a WSGI application on a bound socket: construct, `serve`, `drain`."""
@@ -368,12 +374,15 @@ class HTTPServer(TcpWSGIServer):
         wasyncore.dispatcher.close(self)  # the listener only: the loop still needs its trigger
         while self.active_channels and time.monotonic() < started + seconds:
             self._run_loop(_DRAIN_LOOP_SECONDS)
-            if time.monotonic() >= started + _IDLE_GRACE_SECONDS:
-                for channel in self.active_channels.values():
-                    channel.will_close = channel.will_close or channel.is_idle()
+            self._close_idle(time.monotonic() - started)
         self.task_dispatcher.shutdown()
         wasyncore.close_all(self._map)
         self._connections.close()
+
+    def _close_idle(self, drained: float) -> None:
+        for channel in self.active_channels.values():
+            grace = _IDLE_GRACE_SECONDS if channel.has_served() else _FIRST_GRACE_SECONDS
+            channel.will_close = channel.will_close or (channel.is_idle() and drained >= grace)
 
     def handle_accept(self) -> None:
         """Accept what is queued, up to a bound, and make room for it."""

@@ -4,6 +4,7 @@ import http.client
 import json
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from queue import SimpleQueue
@@ -126,6 +127,22 @@ def test_connections_queued_at_sigterm_are_answered(leaver: Service, project: Pr
         worker.resume()
         assert {client.end() for client in clients} == {"202"}
     assert event_ids <= set(read_stored(leaver, project))
+
+
+def test_the_first_request_of_a_connection_is_waited_for(leaver: Service, project: Project) -> None:
+    """Who connected before the end began has a moment to send the first request, and an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", leaver.http_port, timeout=END_SECONDS)
+    headers = {"Content-Type": "application/json", "X-PG-API-Key": project.key}
+    with closing(connection):
+        connection.connect()
+        leaver.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not is_listening(leaver))
+        time.sleep(0.6)  # longer than a connection is kept that has been of use
+        connection.auto_open = 0
+        connection.request(
+            "POST", "/v1/events", json.dumps({"events": [make_event(project.id)]}), headers
+        )
+        assert connection.getresponse().status == 202
 
 
 def test_a_draining_service_is_unready_but_healthy(leaver: Service) -> None:
