@@ -7,6 +7,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,13 @@ def _execute(url: str, statement: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
-    """Make databases with the tables of this version."""
-
-    def create() -> str:
-        url = create_database()
-        migrate(open_engine(url))
-        return url
-
-    return create
+def create_migrated(create_database: Callable[..., str]) -> Callable[[], str]:
+    """Make databases with the tables of this version, as copies of one."""
+    original = create_database()
+    engine = open_engine(original)
+    migrate(engine)
+    engine.dispose()
+    return partial(create_database, f"TEMPLATE {make_url(original).database}")
 
 
 @pytest.fixture(scope="module")
