@@ -12,7 +12,14 @@ from typing import Any
 import click
 import orjson
 
-from server.cli.command import Failure, json_option, make_printable, opened_engine, with_settings
+from server.cli.command import (
+    Failure,
+    json_option,
+    make_printable,
+    opened_engine,
+    print_json,
+    with_settings,
+)
 from server.config import Settings
 from server.events.schema import EVENT_SCHEMA
 from server.storage.connection import connected
@@ -63,12 +70,15 @@ class Moment(click.ParamType[datetime]):
             )
 
 
-class _Groups(click.ParamType[list[str]]):
+class Groups(click.ParamType[list[str]]):
+    """What to count for each of, some of GROUPINGS."""
+
     name = ",".join(GROUPINGS)
 
     def convert(
         self, value: Any, parameter: click.Parameter | None, context: click.Context | None
     ) -> list[str]:
+        """Return the names without repetitions."""
         names = list(dict.fromkeys(value.split(",")))
         if not set(names) <= set(GROUPINGS):
             self.fail(f"must be some of {', '.join(GROUPINGS)}, is {value!r}", parameter, context)
@@ -80,14 +90,14 @@ _type_option = click.option("--type", "event_type", metavar="TYPE", help="Only o
 _since_option = click.option(
     "--since", type=Moment(), default="7d", show_default=True, help="The earliest event.timestamp."
 )
-_timeout_option = click.option(
+timeout_option = click.option(
     "--timeout",
     type=click.IntRange(1, 86_400),
     default=QUERY_SECONDS,
     show_default=True,
     help="After how many seconds to end a query.",
 )
-_until_option = click.option("--until", type=Moment(), help="Only with an event.timestamp before.")
+until_option = click.option("--until", type=Moment(), help="Only with an event.timestamp before.")
 
 
 @click.group()
@@ -117,7 +127,7 @@ def opened_queries(settings: Settings, timeout: int) -> Iterator[EventQueries]:
     "--limit", type=click.IntRange(1, 100_000), default=20, show_default=True, help="How many."
 )
 @click.option("--follow", "-f", is_flag=True, help="Go on with those that arrive, until Ctrl-C.")
-@_timeout_option
+@timeout_option
 @json_option
 @with_settings
 def tail(
@@ -198,7 +208,7 @@ def describe_event(event: StoredEvent) -> str:
 @click.argument("event_id", metavar="ID")
 @project_option
 @_since_option
-@_timeout_option
+@timeout_option
 @json_option
 @with_settings
 def show(
@@ -288,7 +298,7 @@ def _format_time(moment: datetime) -> str:
 @events.command()
 @click.option(
     "--by",
-    type=_Groups(),
+    type=Groups(),
     default="project,type",
     show_default=True,
     help="What to count for each of.",
@@ -296,8 +306,8 @@ def _format_time(moment: datetime) -> str:
 @project_option
 @_type_option
 @_since_option
-@_until_option
-@_timeout_option
+@until_option
+@timeout_option
 @json_option
 @with_settings
 def count(
@@ -313,16 +323,21 @@ def count(
     """Count events by project, type or day (UTC)."""
     with opened_queries(settings, timeout) as queries:
         wanted = EventFilter(project, event_type)
-        counts = queries.count(by, wanted, since, until or _latest())
+        counts = queries.count(by, wanted, since, until or latest())
+    print_counts(by, counts, as_json=as_json)
+
+
+def print_counts(by: Sequence[str], counts: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    """Print numbers of events as a table, or as one JSON object a line."""
     if as_json:
-        for row in counts:
-            click.echo(orjson.dumps(row))
+        print_json(counts)
         return
     rows = [[*(make_printable(row[name]) for name in by), str(row["events"])] for row in counts]
     _print_table([name.upper() for name in (*by, "events")], rows)
 
 
-def _latest() -> datetime:
+def latest() -> datetime:
+    """Return a moment after all events."""
     return datetime.max.replace(tzinfo=UTC)
 
 
@@ -338,7 +353,7 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 @project_option
 @_type_option
 @click.option("--since", type=Moment(), required=True, help="The earliest event.timestamp.")
-@_until_option
+@until_option
 @click.option(
     "--format",
     "form",
@@ -347,7 +362,7 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
     show_default=True,
     help="One JSON object a line, or CSV.",
 )
-@_timeout_option
+@timeout_option
 @with_settings
 def export(
     settings: Settings,
@@ -364,7 +379,7 @@ def export(
     `events`; CSV has received_at as well. The service goes on meanwhile.
     """
     write = _write_json if form == "jsonl" else _write_csv
-    wanted, end = EventFilter(project, event_type), until or _latest()
+    wanted, end = EventFilter(project, event_type), until or latest()
     with opened_queries(settings, timeout) as queries:
         found = queries.read(wanted, since, end)
         if sys.stderr.isatty() and not sys.stdout.isatty():

@@ -34,6 +34,7 @@ MODULES = (
     "psql",
     "rejected",
     "retention",
+    "usage",
 )
 _FAILURES = (
     DatabaseError,

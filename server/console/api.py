@@ -20,6 +20,7 @@ from server.console.questions import (
     Question,
     RejectedEvent,
     RejectedEvents,
+    Usage,
 )
 from server.console.reader import Reader
 from server.deferral import ENVIRON_KEY, Deferral
@@ -69,6 +70,7 @@ def create_app(sources: Sources, access: Access) -> App:
     app.add_route("/rejected", _Asked(html, sources.reader, RejectedEvents()))
     app.add_route("/rejected/{number:int(min=1)}", _Rejected(html, sources.reader))
     app.add_route("/keys", _Asked(html, sources.reader, Keys()))
+    app.add_route("/usage", _Asked(html, sources.reader, Usage()))
     app.add_route("/static/{name}", _Static(page))
     app.set_error_serializer(_serialize_http_error)
     app.add_error_handler(Exception, _answer_unexpected)

@@ -1,5 +1,8 @@
 """The console's questions to the database. Each is a value: equal questions share an answer."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from time import monotonic
@@ -26,6 +29,9 @@ _GROUPED_REJECTIONS = 5000
 _MAX_GROUPS = 20
 _MAX_KEYS = 200
 _MAX_FOUND = 10
+_MAX_PROJECTS = 20
+# For how many days usage is asked, the first that is answered in time.
+_USAGE_DAYS, _USAGE_SECONDS = (7, 1), 1.0
 
 Answer = dict[str, Any]
 
@@ -142,6 +148,36 @@ class RejectedEvent:
         if rejection is None:
             raise NotFound(f"no rejected event {self.number}: it was replayed, or is too old")
         return {"rejected": [_describe(rejection)], "stored": []}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many events each project has stored of late, by their own time, in UTC days."""
+
+    rest_seconds: ClassVar[float] = 30.0
+
+    def ask(self, connection: Connection) -> Answer:
+        """Ask for the last seven days, or if that takes too long, for fewer."""
+        queries = EventQueries(connection, _USAGE_SECONDS)
+        midnight = queries.read_now().replace(hour=0, minute=0, second=0, microsecond=0)
+        wanted, tomorrow = EventFilter(), midnight + timedelta(days=1)
+        for days in _USAGE_DAYS:
+            since = tomorrow - timedelta(days=days)
+            with suppress(DatabaseError):
+                counts = queries.count(["project", "day"], wanted, since, tomorrow)
+                return {"days": days, **_rank(counts, f"{midnight:%Y-%m-%d}")}
+        return {"days": 0, "count": 0, "events": 0, "projects": []}
+
+
+def _rank(counts: Sequence[Mapping[str, Any]], today: str) -> Answer:
+    """Return the projects with their events in all and today's, the largest first."""
+    whole, current = Counter[str](), Counter[str]()
+    for row in counts:
+        whole[row["project"]] += row["events"]
+        current[row["project"]] += row["events"] if row["day"] == today else 0
+    ranked = whole.most_common(_MAX_PROJECTS)
+    projects = [{"project": name, "events": n, "today": current[name]} for name, n in ranked]
+    return {"count": len(whole), "events": whole.total(), "projects": projects}
 
 
 @dataclass(frozen=True)

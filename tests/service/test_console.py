@@ -14,7 +14,7 @@ from tests.support.clients import Tenant
 from tests.support.console import BROWSER, PASSWORD, ask_console, make_credentials, spell
 from tests.support.services import Service, ask, wait_until
 
-PAGES = ["/", "/events", "/event?id=x", "/rejected", "/rejected/1", "/keys"]
+PAGES = ["/", "/events", "/event?id=x", "/rejected", "/rejected/1", "/usage", "/keys"]
 PATHS = [*PAGES, "/static/console.js", "/static/nothing", "/nothing"]
 
 

@@ -167,6 +167,16 @@ def test_the_plot_moves_with_what_is_sent(
         wait_for_text(page, f"#legend .{name} small", lambda text: int(text.split()[0]) > 0)
 
 
+def test_usage_and_ends_of_keys_are_on_the_page(page: Chrome, tenant: Tenant) -> None:
+    """The page shows what a project has used, and which of its keys is about to end."""
+    tenant.post_events([make_event(tenant)])
+    old = "UPDATE api_keys SET last_used_at = now(), expires_at = now() + interval '3 d'"
+    tenant.database.cursor().execute(f"{old} WHERE project_id = %s", [tenant.project.id])
+    wait_for_text(page, "#usage-list", tenant.project.id)
+    wait_for_text(page, "#key-list", "expires in 2 d")
+    wait_for_text(page, "#keys-note", "1 about to expire")
+
+
 def test_hostile_texts_stay_texts_on_the_page(page: Chrome, tenant: Tenant) -> None:
     """Markup in every field of stored and rejected events is shown and never run."""
     names = ("session.id", "user.id", "page.path", "page.title", "error.type", "error.message")

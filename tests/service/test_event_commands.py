@@ -116,6 +116,27 @@ def test_count_counts_by_project_type_and_day(tenant: Tenant) -> None:
     assert [row.split()[1:] for row in rows] == [["custom", "1"], ["error", "2"]]
 
 
+def test_usage_adds_up_to_the_rows(tenant: Tenant) -> None:
+    """`usage` counts by project, day and type what is stored, from the beginning of a UTC day."""
+    times = ["2024-01-15T00:00:00Z", "2024-01-15T23:59:59Z", "2024-01-16T00:30:00+02:00"]
+    events = [make_event(tenant, n, **{"event.timestamp": time}) for n, time in enumerate(times)]
+    earlier = make_event(tenant, 9, **{"event.timestamp": "2024-01-14T23:59:59Z"})
+    tenant.post_events([*events, earlier])
+
+    def count(*options: str) -> str:
+        chosen = ("--project", tenant.project.id, "--since", "2024-01-15T12:00Z", *options)
+        done = tenant.service.run("usage", *chosen)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    day = {"project": tenant.project.id, "day": "2024-01-15", "events": 3}
+    assert read_json(count("--json")) == [day]
+    assert read_json(count("--json", "--by", "type")) == [{"type": "custom", "events": 3}]
+    everything = read_json(count("--json", "--since", "1970-01-01"))
+    assert sum(row["events"] for row in everything) == len(tenant.read_rows()) == 4
+    assert count().splitlines()[0].split() == ["PROJECT", "DAY", "EVENTS"]
+
+
 def test_an_export_is_complete_and_ordered(tenant: Tenant) -> None:
     """More than a page of events are exported, each once, by time, in both formats."""
     events = [make_event(tenant, number) for number in range(6000)]

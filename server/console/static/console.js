@@ -186,6 +186,24 @@ function describeGroup(group) {
   );
 }
 
+// Usage
+
+function showUsage({ days, events, count: all, projects }) {
+  const period = days === 1 ? "today" : `the last ${days} days`;
+  const some = all > projects.length ? `, ${count(projects.length)} of ${count(all)} projects` : "";
+  find("usage-note").textContent = days ? `${count(events)} events of ${period}${some}` : "";
+  const rows = projects.map((each) => make(
+    "li",
+    {},
+    make("div", { class: "row" }, make("b", {}, each.project),
+      make("span", {}, count(each.events))),
+    days > 1 ? make("p", { class: "facts-line" },
+      make("span", {}, `${count(each.today)} today, by their own time in UTC`)) : null,
+  ));
+  const none = days ? "No event." : "Not known: there are too many events to count in time.";
+  show(find("usage-list"), ...(rows.length ? rows : [make("li", { class: "plain" }, none)]));
+}
+
 // Keys
 
 function showKeys({ keys, count: all, ending }) {
@@ -394,6 +412,7 @@ function start() {
   setInterval(tick, SECOND);
   poll("/", 1, showOverview);
   poll("/rejected", 1, showRejected);
+  poll("/usage", 30, showUsage);
   poll("/keys", 5, showKeys);
   follow();
   route();
