@@ -18,7 +18,7 @@ from server.grpc.certificates import read_certificates
 from server.http.server import HTTPServer
 from server.ingest.buckets import BucketTable
 from server.processes.ports import listen, reserve_ports
-from server.processes.supervisor import Supervisor
+from server.processes.supervisor import Program, Supervisor
 from server.storage.accounts import EmbeddedPostgresError
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
@@ -117,15 +117,10 @@ def _supervise(
         environment = {**environment, **metrics.receiver.environment}
         descriptors = (*descriptors, metrics.receiver.descriptor)
         on_exit = partial(metrics.note_exit, command)
-    return Supervisor(
-        # -P as in this process, lest modules of the working directory come first.
-        [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "server", command],
-        count,
-        environment=environment,
-        descriptors=descriptors,
-        drain_seconds=_KILL_SECONDS,
-        on_exit=on_exit,
-    )
+    # -P as in this process, lest modules of the working directory come first.
+    python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
+    program = Program([*python, "-m", "server", command], environment, descriptors)
+    return Supervisor(program, count, drain_seconds=_KILL_SECONDS, on_exit=on_exit)
 
 
 def _serve_metrics(

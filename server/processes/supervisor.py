@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from typing import NamedTuple
 
 from server.processes.lifeline import LIFELINE
 
@@ -34,21 +35,30 @@ class WorkerFailed(Exception):
         self.status = status
 
 
+class Program(NamedTuple):
+    """What workers run: a command with the variables of `environment` and no others.
+
+    They inherit the open file `descriptors`, under the same numbers.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    descriptors: Sequence[int] = ()
+
+
 class _Worker:
     """A worker process as its parent sees it. Times are those of `time.monotonic`."""
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
-    ) -> None:
+    def __init__(self, program: Program) -> None:
         self._lifeline, theirs = socket.socketpair()
         self._lifeline.setblocking(False)
         with theirs, ExitStack() as undo:
             undo.callback(self._lifeline.close)
             self._process = subprocess.Popen(  # noqa: S603 - the command is the caller's own
-                command,
-                env={**environment, LIFELINE: str(theirs.fileno())},
+                program.command,
+                env={**program.environment, LIFELINE: str(theirs.fileno())},
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *descriptors],
+                pass_fds=[theirs.fileno(), *program.descriptors],
                 # Ctrl-C goes to the terminal's whole process group. Only the parent must get it,
                 # and it drains the workers with SIGTERM.
                 start_new_session=True,
@@ -108,26 +118,21 @@ class _Worker:
 
 
 class Supervisor:
-    """Keeps `count` workers running `command`, each with the variables of `environment` only.
+    """Keeps `count` workers running a program.
 
-    They inherit the open file `descriptors`, under the same numbers.
     `on_exit` is called with the process id of each that exits, and whether it had been told to.
     """
 
     def __init__(
         self,
-        command: Sequence[str],
+        program: Program,
         count: int,
         *,
-        environment: Mapping[str, str],
-        descriptors: Sequence[int] = (),
         drain_seconds: float = 30.0,
         on_exit: Callable[[int, bool], None] | None = None,
     ) -> None:
-        self._command = command
+        self._program = program
         self._count = count
-        self._environment = environment
-        self._descriptors = descriptors
         self._drain_seconds = drain_seconds
         self._on_exit = on_exit
         self._slots: list[_Worker] = []  # the worker of each place, or its last one
@@ -193,7 +198,7 @@ class Supervisor:
             time.sleep(_LOOK_SECONDS)
 
     def _spawn(self) -> _Worker:
-        worker = _Worker(self._command, self._environment, self._descriptors)
+        worker = _Worker(self._program)
         self._running.append(worker)
         logger.info("worker started", extra=worker.fields)
         return worker

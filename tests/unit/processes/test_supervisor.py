@@ -17,7 +17,7 @@ import pytest
 
 from server.processes.ports import PortTaken, listen, reserve_ports
 from server.processes.pulse import Pulse
-from server.processes.supervisor import Supervisor, WorkerFailed
+from server.processes.supervisor import Program, Supervisor, WorkerFailed
 from tests.support.services import ROOT, clean_environment, wait_until
 
 HOST = "127.0.0.1"
@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 PARENT = """
 import json, logging, os, signal, sys, threading
 from server.processes.ports import reserve_ports
-from server.processes.supervisor import Supervisor
+from server.processes.supervisor import Program, Supervisor
 
 class Lines(logging.Handler):
     def emit(self, record):
@@ -40,9 +40,8 @@ worker, count, drain_seconds = sys.argv[1:]
 stop = threading.Event()
 with reserve_ports("127.0.0.1", {"PORT": 0}) as ports:
     supervisor = Supervisor(
-        [sys.executable, worker],
+        Program([sys.executable, worker], {**os.environ, "PORT": str(ports["PORT"])}),
         int(count),
-        environment={**os.environ, "PORT": str(ports["PORT"])},
         drain_seconds=float(drain_seconds),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -354,7 +353,7 @@ def test_a_privileged_port_is_reported_in_one_line() -> None:
 def test_a_worker_exiting_early_fails_the_start() -> None:
     """A worker that exits before it is ready fails the start, with its exit status."""
     supervisor = Supervisor(
-        [sys.executable, "-c", "raise SystemExit(3)"], 2, environment=dict(os.environ)
+        Program([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)), 2
     )
     with pytest.raises(WorkerFailed, match="status 3 ") as failure:
         supervisor.start()
@@ -363,7 +362,7 @@ def test_a_worker_exiting_early_fails_the_start() -> None:
 
 def test_a_missing_command_fails_the_start_cleanly(tmp_path: Path) -> None:
     """A command that cannot be run fails the start, and leaves nothing open."""
-    supervisor = Supervisor([str(tmp_path / "missing")], 1, environment={})
+    supervisor = Supervisor(Program([str(tmp_path / "missing")], {}), 1)
     with pytest.raises(FileNotFoundError):
         supervisor.start()
 
@@ -373,7 +372,8 @@ def test_a_silent_worker_hangs_until_it_is_heard_again(
 ) -> None:
     """A worker that gives no sign of life is said to hang, beside others that do, until it does."""
     monkeypatch.setattr("server.processes.supervisor._SILENT_SECONDS", 2.0)
-    supervisor = Supervisor([sys.executable, "-c", BEATING], 2, environment=clean_environment({}))
+    program = Program([sys.executable, "-c", BEATING], clean_environment({}))
+    supervisor = Supervisor(program, 2)
     stop = threading.Event()
     watching = threading.Thread(target=supervisor.run, args=(lambda: None, stop))
     caplog.set_level(logging.INFO)
