@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from server.app.parts import BUCKETS, DEMO_PROJECT, find_data
+from server.app.parts import BUCKETS, DEMO_PROJECT, find_data, load_block_list
 from server.app.probes import Pages, Probes
 from server.config import AMPLITUDE, MIXPANEL, Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
@@ -22,6 +22,7 @@ from server.processes.supervisor import Program, Supervisor
 from server.storage.accounts import EmbeddedPostgresError
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
+from server.storage.errors import DatabaseError
 from server.storage.forward_history import ProviderNotes
 from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key, list_keys
@@ -83,6 +84,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
             wanted["METRICS_PORT"] = settings.metrics_port
         ports = stack.enter_context(reserve_ports(settings.host, wanted))
         engine, tick, first_key = _prepare_database(settings, stack)
+        _warn_of_blocked(settings, engine)
         counts = Counts()
         on_failure = partial(counts.add, PARTITION_FAILURES, 1)
         keeper = PartitionKeeper(GuardedConnection(engine), on_failure=on_failure)
@@ -103,6 +105,14 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
             supervisors.append(_keep_forwarding(settings.forwarders, metrics, stack))
         announce(ports, first_key)
         supervisor.run(tick, stop)
+
+
+def _warn_of_blocked(settings: Settings, engine: Engine) -> None:
+    """Log that persons are blocked whose events would be stored all the same."""
+    try:
+        load_block_list(settings, engine)
+    except DatabaseError as error:
+        _log.error("not all blocked persons are kept out: %s", error)
 
 
 def _supervise(

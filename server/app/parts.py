@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 from server.config import Settings
 from server.events.copy_rows import RowEncoder
 from server.events.json_codec import JsonCodec
+from server.events.persons import RowIds
 from server.events.protobuf_codec import ProtobufCodec
 from server.events.quick_json import QuickReader
 from server.events.quick_protobuf import QuickProtobufReader
 from server.events.schema import EVENT_SCHEMA
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
+from server.privacy.block_list import BlockedPersons, check_recognised, load_blocked
+from server.privacy.digests import Digests
+from server.storage.connection import Engine, connected
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.events import AlsoStore
 from server.storage.outbox import Outbox
@@ -80,6 +84,20 @@ def open_protobuf_codec(settings: Settings) -> ProtobufCodec:
     """Return the codec of gRPC's events; it keeps their protobuf if they are forwarded."""
     quick = QuickProtobufReader(EVENT_SCHEMA, keep_encoded=bool(settings.destinations))
     return ProtobufCodec(EVENT_SCHEMA, quick)
+
+
+def load_block_list(settings: Settings, engine: Engine) -> Callable[[str], BlockedPersons | None]:
+    """Return what tells a project's blocked persons, as they are now.
+
+    Raises DatabaseError if somebody was blocked under another PRIVACY_SECRET, or there is none.
+    """
+    digests = None if settings.privacy_secret is None else Digests(settings.privacy_secret)
+    with connected(engine) as connection:
+        check_recognised(connection, digests)
+        if digests is None:
+            return lambda _project_id: None
+        rows = RowIds(RowEncoder(EVENT_SCHEMA).columns)
+        return load_blocked(connection, digests, rows).get
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":

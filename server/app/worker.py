@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 from server.app.parts import (
     BUCKETS,
+    load_block_list,
     open_json_codec,
     open_outbox,
     open_protobuf_codec,
@@ -19,6 +20,7 @@ from server.app.parts import (
 from server.config import Settings
 from server.events.copy_rows import RowEncoder
 from server.events.json_codec import JsonCodec
+from server.events.persons import RowIds
 from server.events.protobuf_codec import ProtobufCodec
 from server.events.schema import EVENT_SCHEMA, MAX_REQUEST_BYTES
 from server.grpc.api import IngestServicer
@@ -38,6 +40,8 @@ from server.ingest.rejection_writer import RejectionWriter
 from server.ingest.replay import Replay
 from server.ingest.request_record import RequestRecorder, Sink
 from server.ingest.service import IngestService
+from server.privacy.block_list import BlockList
+from server.privacy.digests import Digests
 from server.processes.lifeline import Lifeline
 from server.processes.ports import listen
 from server.processes.pulse import Pulse
@@ -79,16 +83,20 @@ class Worker:
             on_group=metrics.count_group,
         )
         self._rejections = _open_rejection_writers(settings, engine, metrics.count_dropped)
+        self._blocked = _open_block_lists(settings, engine)
         self._checks = (
             self._writer.check,
             self._keys.check,
             self._readiness.check,
             *(writer.check for writer in self._rejections),
+            *(blocked.check for blocked in self._blocked),
         )
         ingestion = Ingestion(
             EVENT_SCHEMA,
             self._writer,
             on_rejected=next((writer.record for writer in self._rejections), None),
+            find_blocked=next((blocked.find for blocked in self._blocked), _find_nobody),
+            on_blocked=metrics.count_blocked,
         )
         service = IngestService(
             Admission(self._keys, _build_limiter(settings)),
@@ -155,7 +163,13 @@ class Worker:
                 self._reporter.start()
                 stack.callback(self._reporter.stop)
             stack.enter_context(Watchdog(*self._checks, pulse.check))
-            for part in (self._keys, *self._rejections, self._writer, self._readiness):
+            for part in (
+                self._keys,
+                *self._blocked,
+                *self._rejections,
+                self._writer,
+                self._readiness,
+            ):
                 stack.enter_context(part)
             self._grpc.start()
             on_ready()
@@ -186,6 +200,18 @@ def _open_rejection_writers(
     if keep is None:
         return []
     return [RejectionWriter(GuardedConnection(engine), keep, on_dropped=on_dropped)]
+
+
+def _open_block_lists(settings: Settings, engine: Engine) -> list[BlockList]:
+    """Return a list of blocked persons in a list, which is empty if they cannot be recognised."""
+    if settings.privacy_secret is None:
+        return []
+    digests, rows = Digests(settings.privacy_secret), RowIds(RowEncoder(EVENT_SCHEMA).columns)
+    return [BlockList(GuardedConnection(engine), digests, rows)]
+
+
+def _find_nobody(_project_id: str) -> None:
+    """Return that nobody of a project is blocked."""
 
 
 def _build_limiter(settings: Settings) -> RateLimiter:
@@ -225,7 +251,7 @@ def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
         EventStore(RowEncoder(EVENT_SCHEMA).columns, open_outbox(settings)),
         max_waiting_bytes=settings.max_waiting_bytes,
     )
-    ingestion = Ingestion(EVENT_SCHEMA, writer)
+    ingestion = Ingestion(EVENT_SCHEMA, writer, find_blocked=load_block_list(settings, engine))
     with Watchdog(writer.check), writer:
         yield Replay(
             ingestion,

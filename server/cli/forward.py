@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import click
 from google.protobuf.json_format import MessageToJson
 
 from productgraph.v1.event_pb2 import Event
 from server.app.forwarder import run_forwarder
+from server.app.parts import load_block_list
 from server.cli.command import (
     NUMBER,
     Failure,
@@ -23,6 +25,7 @@ from server.cli.command import (
     with_settings,
 )
 from server.config import Settings
+from server.protocols import GRPC
 from server.storage.connection import Connection, connected
 from server.storage.dead_events import DeadEvent, find_dead, list_dead, purge_dead, retry_dead
 from server.storage.outbox import (
@@ -186,8 +189,20 @@ def show(settings: Settings, dead_id: int) -> None:
 @_ids_argument
 @with_settings
 def retry(settings: Settings, provider: str | None, choose_all: bool, ids: tuple[int, ...]) -> None:
-    """Put dead events back into the queue."""
-    _change(settings, retry_dead, provider, choose_ids(ids, choose_all), "put back into the queue")
+    """Put dead events back into the queue.
+
+    Those of blocked persons are deleted instead.
+    """
+    chosen = choose_ids(ids, choose_all)
+    with opened_engine(settings) as engine:
+        find_blocked = load_block_list(settings, engine)
+
+    def is_dropped(project_id: str, event: bytes) -> bool:
+        blocked = find_blocked(project_id)
+        return blocked is not None and blocked.may_own(GRPC, event)
+
+    revive = partial(retry_dead, is_dropped=is_dropped)
+    _change(settings, revive, provider, chosen, "put back into the queue")
 
 
 @dead.command()

@@ -1,19 +1,30 @@
-"""`productgraph person`: gives out and deletes one person's data."""
+"""`productgraph person`: gives out, deletes and keeps out one person's data."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import click
 import orjson
 
-from server.cli.command import Failure, opened_engine, print_json, with_settings
+from server.cli.command import (
+    Failure,
+    format_moment,
+    json_option,
+    opened_engine,
+    opened_tables,
+    print_json,
+    with_settings,
+)
 from server.config import Settings
 from server.events.persons import Person
 from server.privacy.deletion import Deletion, describe_receipt, find_second_time
 from server.privacy.digests import Digests
 from server.privacy.export import Export
 from server.privacy.places import DEAD, EVENTS, OUTBOX, REJECTED
+from server.storage.blocked_persons import block_person, find_blocked, unblock_person
 from server.storage.connection import Connection, connected
+from server.storage.person_deletions import find_receipts
 
 # What a number of an unreadable thing is a number of.
 _NUMBERED = {OUTBOX: "payloads of the outbox", DEAD: "dead events", REJECTED: "rejected events"}
@@ -27,7 +38,7 @@ _PLACES = {
 
 @click.group()
 def person() -> None:
-    """Export and delete one person's data.
+    """Export, delete and keep out one person's data.
 
     A person is who sent events with this user.id, or with one of these user.anonymous_ids, in one
     project.
@@ -114,9 +125,69 @@ def delete(
         click.echo(f"not complete: run it again after {due_at:%Y-%m-%d %H:%M:%S} UTC", err=True)
 
 
+@person.command()
+@_person_options
+@with_settings
+def block(
+    settings: Settings, project: str, user_id: str | None, anonymous_ids: tuple[str, ...]
+) -> None:
+    """Drop a person's later events.
+
+    They are answered as if they were stored. In force within ten seconds, on every service with the
+    same PRIVACY_SECRET. What is there stays: see delete.
+    """
+    wanted, digests = _name_person(project, user_id, anonymous_ids), _require_digests(settings)
+    with opened_tables(settings) as connection:
+        count = block_person(connection, project, digests.of_person(wanted), digests.mark)
+    click.echo(f"{count} of {len(wanted.ids)} ids are blocked now; the others were before")
+
+
+@person.command()
+@_person_options
+@with_settings
+def unblock(
+    settings: Settings, project: str, user_id: str | None, anonymous_ids: tuple[str, ...]
+) -> None:
+    """Take a person's later events again, within ten seconds."""
+    wanted, digests = _name_person(project, user_id, anonymous_ids), _require_digests(settings)
+    with opened_tables(settings) as connection:
+        count = unblock_person(connection, project, digests.of_person(wanted))
+    click.echo(f"{count} of {len(wanted.ids)} ids were blocked, and are no longer")
+
+
+@person.command()
+@_person_options
+@json_option
+@with_settings
+def status(
+    settings: Settings,
+    project: str,
+    user_id: str | None,
+    anonymous_ids: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show since when a person is blocked, and what was deleted."""
+    wanted, digests = _name_person(project, user_id, anonymous_ids), _require_digests(settings)
+    of_person = digests.of_person(wanted)
+    with opened_engine(settings) as engine, connected(engine) as connection:
+        receipts = find_receipts(connection, project, of_person)
+        blocked = find_blocked(connection, project, of_person)
+    if as_json:
+        since = {digest.hex(): moment for digest, moment in blocked.items()}
+        print_json([{"blocked": since, "receipts": list(map(describe_receipt, receipts))}])
+        return
+    oldest = min(blocked.values(), default=None)
+    click.echo(f"blocked since {format_moment(oldest)}: {len(blocked)} of {len(of_person)} ids")
+    for receipt in receipts:
+        end = format_moment(receipt.finished_at) if receipt.finished_at else "not complete"
+        deleted = Counter(receipt.deleted) + Counter(receipt.deleted_again)
+        begin = format_moment(receipt.began_at)
+        click.echo(f"receipt {receipt.id}, {begin} to {end}: {_count_places(deleted)}")
+
+
 def _require_digests(settings: Settings) -> Digests:
     if settings.privacy_secret is None:
-        raise Failure("PRIVACY_SECRET must be set: the receipt keeps ids as HMACs under it")
+        raise Failure("PRIVACY_SECRET must be set: ids are kept as HMACs under it")
     return Digests(settings.privacy_secret)
 
 

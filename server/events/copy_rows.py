@@ -3,8 +3,10 @@
 https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
 """
 
+import csv
 from collections.abc import Sequence
 from functools import partial
+from io import StringIO
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -93,6 +95,13 @@ def join_cells(cells: Sequence[str], special: str = SPECIAL) -> str:
                 line = f"{line[:start]}{_QUOTE}{line[start:end]}{_QUOTE}{line[end:]}"
                 end += 2
     return line
+
+
+def split_cells(line: str) -> list[str]:
+    """Return the texts of a line's cells, as they were before they were quoted."""
+    if _QUOTE not in line:
+        return line[:-1].split("\t")
+    return next(csv.reader(StringIO(line, newline=""), delimiter="\t", quotechar=_QUOTE))
 
 
 def _quote_special(cell: str) -> str:

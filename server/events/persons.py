@@ -14,6 +14,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 
 from productgraph.v1.event_pb2 import Event
 from server.errors import InvalidArgument
+from server.events.copy_rows import Row, split_cells
 from server.events.derived_messages import derive_message
 from server.events.free_form import REPLACEMENT
 from server.events.json_parser import parse_document
@@ -140,6 +141,22 @@ def _spell_value(value: Value) -> str:
     if value.WhichOneof("kind") == "number_value":
         return _spell(value.number_value)
     return _spell(value.string_value)
+
+
+class RowIds:
+    """Reads the ids off rows whose cells are these columns."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._user = columns.index("user_id")
+        self._attributes = columns.index(EVENT_SCHEMA.catch_all.name)
+
+    def read(self, row: Row) -> EventIds:
+        """Return the ids of an event that is to be stored."""
+        cells = split_cells(row.text)
+        attributes = cells[self._attributes]
+        if ANONYMOUS_ID not in attributes:
+            return EventIds(cells[self._user], "")
+        return EventIds(cells[self._user], _spell(orjson.loads(attributes).get(ANONYMOUS_ID)))
 
 
 # A text this long is hidden wherever it stands; a shorter one may be a part of any word.

@@ -15,10 +15,13 @@ from server.events.schema import Schema
 from server.events.timestamps import truncate_timestamp
 from server.events.validation import Validator
 from server.ingest.group_commit import Writer
+from server.privacy.block_list import BlockedPersons
 
 # Reading the events of a batch may take seconds from this size on.
 _LARGE_BYTES = 1 << 20
 
+# Returns the blocked persons of a project, if it has any.
+FindBlocked = Callable[[str], BlockedPersons | None]
 # Takes a project's rejected events; the bytes of one are to be had from the batch. Must not block.
 OnRejected = Callable[[str, ParsedBatch, Sequence[EventError]], None]
 
@@ -40,18 +43,23 @@ class Ingestion:
         writer: Writer,
         *,
         on_rejected: OnRejected | None = None,
+        find_blocked: FindBlocked = lambda _project_id: None,
+        on_blocked: Callable[[int], None] = lambda _count: None,
     ) -> None:
         self._writer = writer
         self._validator = Validator(schema)
         self._rows = RowEncoder(schema)
         self._on_rejected = on_rejected
+        self._find_blocked = find_blocked
+        self._on_blocked = on_blocked
 
     def ingest(
         self, project_id: str, batch: ParsedBatch, deadline: Deadline, *, strict: bool = False
     ) -> Answer:
         """Validate a project's events and hand the valid ones over to be stored.
 
-        Raises Unavailable if they cannot be stored now, or not be read in time. If `strict`, one
+        Those of blocked persons are answered like the others, and neither stored nor kept. Raises
+        Unavailable if they cannot be stored now, or not be read in time. If `strict`, one
         invalid event is enough to store nothing and raise InvalidEvents.
         """
         rows: list[Row] = []
@@ -69,6 +77,9 @@ class Ingestion:
         if errors and strict:
             raise InvalidEvents([(each.index, each.error) for each in errors], batch.count)
         response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
+        if (blocked := self._find_blocked(project_id)) is not None:
+            rows = self._drop_blocked(rows, blocked)
+            errors = _drop_unkept(batch, errors, blocked)
         stored = self._store(rows, deadline)
         if errors and self._on_rejected is not None:
             self._on_rejected(project_id, batch, errors)
@@ -84,12 +95,29 @@ class Ingestion:
         truncate_timestamp(parsed.event.event_timestamp)  # as the row does
         return row._replace(encoded=parsed.event.SerializeToString())
 
+    def _drop_blocked(self, rows: list[Row], blocked: BlockedPersons) -> list[Row]:
+        others = [row for row in rows if not blocked.own_row(row)]
+        if len(others) < len(rows):
+            self._on_blocked(len(rows) - len(others))
+        return others
+
     def _store(self, rows: list[Row], deadline: Deadline) -> "Future[None]":
         if rows:
             return self._writer.submit(rows, deadline)
         nothing: Future[None] = Future()
         nothing.set_result(None)
         return nothing
+
+
+def _drop_unkept(
+    batch: ParsedBatch, errors: list[EventError], blocked: BlockedPersons
+) -> list[EventError]:
+    """Return the errors of events that may be kept."""
+    return [
+        error
+        for error in errors
+        if not blocked.may_own(batch.protocol, batch.received(error.index))
+    ]
 
 
 def _read_in_time(batch: ParsedBatch, deadline: Deadline) -> Iterator[ReadEvent]:

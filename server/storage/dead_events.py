@@ -148,17 +148,24 @@ def _read_dead(rows: CursorResult[Any]) -> list[DeadEvent]:
     return [DeadEvent(**{**row, "event": bytes(row["event"])}) for row in rows.mappings()]
 
 
-def retry_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
+def retry_dead(
+    connection: Connection,
+    provider: str | None,
+    ids: Sequence[int],
+    is_dropped: Callable[[str, bytes], bool] = lambda _project_id, _event: False,
+) -> int:
     """Put dead events back into the outbox, all if `ids` is empty, and return their number.
 
-    Runs in the connection's transaction, as `purge_dead` does.
+    Those that `is_dropped` tells by their project and bytes are deleted instead. Runs in the
+    connection's transaction, as `purge_dead` does.
     """
     chosen = {"provider": provider, "ids": list(ids)}
     taken = connection.execute(_TAKE, chosen).mappings().all()
-    for row in taken:
+    revived = [row for row in taken if not is_dropped(row["project_id"], bytes(row["event"]))]
+    for row in revived:
         events = EncodedEvents(events=[bytes(row["event"])]).SerializeToString()
         connection.execute(_REVIVE, {**row, "events": events})
-    return len(taken)
+    return len(revived)
 
 
 def purge_dead(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:

@@ -41,7 +41,7 @@ REJECTED = Metric(
 ACCEPTED = Metric(
     Kind.COUNTER,
     "events_accepted",
-    "Events accepted and stored, including those that had been stored before.",
+    "Events accepted: stored, or stored before, or dropped since their persons are blocked.",
     ("protocol",),
     known=_PROTOCOLS,
 )
@@ -57,6 +57,12 @@ DUPLICATES = Metric(
     Kind.COUNTER,
     "events_duplicate",
     "Accepted events that had been stored before.",
+    known=_ALONE,
+)
+BLOCKED = Metric(
+    Kind.COUNTER,
+    "events_blocked",
+    "Accepted events that were dropped, because their persons are blocked.",
     known=_ALONE,
 )
 GROUP_ROWS = Metric(
@@ -132,7 +138,17 @@ FORWARDER_METRICS = (PROVIDER_REQUESTS,)
 METRICS = (
     *FORWARDER_METRICS,
     *(REQUESTS, REJECTED, ACCEPTED, EVENTS, SECONDS, SECONDS_DECODING, SECONDS_STORING),
-    *(DUPLICATES, GROUP_ROWS, GROUP_BYTES, WAITING, WAITING_BYTES, CACHED, DROPPED, ERRORS),
+    *(
+        DUPLICATES,
+        BLOCKED,
+        GROUP_ROWS,
+        GROUP_BYTES,
+        WAITING,
+        WAITING_BYTES,
+        CACHED,
+        DROPPED,
+        ERRORS,
+    ),
     *(LOOKUPS, EVICTIONS, WAITING_LIMIT, WORKERS, RESTARTS, PARTITION_FAILURES),
 )
 
@@ -196,6 +212,10 @@ class StorageMetrics:
     def count_duplicates(self, count: int) -> None:
         """Count committed rows that were not new."""
         self._counts.add(DUPLICATES, count)
+
+    def count_blocked(self, count: int) -> None:
+        """Count accepted events that were dropped."""
+        self._counts.add(BLOCKED, count)
 
     def count_error(self, kind: str) -> None:
         """Count a failed transaction."""
