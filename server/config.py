@@ -29,6 +29,7 @@ from server.values import (
     parse_password,
     parse_path,
     parse_protocol,
+    parse_redaction,
     parse_seconds,
     parse_secret,
     whole_number,
@@ -121,6 +122,8 @@ class Settings:
     rejected_keep: RejectedKeep | None
     # None: no person's data can be deleted.
     privacy_secret: str | None = field(repr=False)
+    # Names of fields, and what becomes of each on the way in.
+    redact: tuple[tuple[str, str], ...]
     # Whether OpenTelemetry's own variables ask for traces.
     tracing: bool
     log_level: str
@@ -315,6 +318,13 @@ _PRIVACY_SECRET = Setting(
     parse_secret,
     _mask,
 )
+_REDACT = Setting(
+    "REDACT",
+    "",
+    "fields that are dropped, hashed or freed of a URL's query on the way in, such as"
+    " `page.url=no-query,metadata.email=hash,error.stack=drop` ([redaction](#redaction))",
+    parse_redaction,
+)
 _LOG_LEVEL = Setting("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR", parse_level)
 _DEBUG = Setting("DEBUG", "false", "true: the same as `LOG_LEVEL=DEBUG`", parse_flag)
 # In the order of the table.
@@ -325,7 +335,7 @@ SETTINGS: tuple[Setting[Any], ...] = (
     *(_REQUEST_TIMEOUT_SECONDS, _MAX_WAITING_MB, _RATE_LIMIT, _BYTE_RATE_LIMIT),
     *(_ANALYTICS_ENABLED, _AMPLITUDE_ENABLED, _AMPLITUDE_API_KEY, _AMPLITUDE_ENDPOINT),
     *(_MIXPANEL_ENABLED, _MIXPANEL_TOKEN, _MIXPANEL_ENDPOINT, _FORWARD_MAX_AGE, _FORWARDERS),
-    *(_REJECTED_KEEP, _PRIVACY_SECRET, _LOG_LEVEL, _DEBUG),
+    *(_REJECTED_KEEP, _PRIVACY_SECRET, _REDACT, _LOG_LEVEL, _DEBUG),
 )
 
 # Those of OpenTelemetry that decide whether there are traces; it reads all others by itself:
@@ -372,6 +382,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         forwarders=_FORWARDERS.read(environment),
         rejected_keep=_REJECTED_KEEP.read(environment),
         privacy_secret=_PRIVACY_SECRET.read(environment),
+        redact=_read_redaction(environment),
         tracing=_read_tracing(environment),
         log_level="DEBUG" if _DEBUG.read(environment) else _LOG_LEVEL.read(environment),
     )
@@ -429,6 +440,13 @@ def _require(setting: Setting[str], cause: Setting[bool], environment: Mapping[s
     if not (text := setting.read(environment)):
         raise InvalidSetting(f"{setting.name}: must be set, since {cause.name} is true")
     return text
+
+
+def _read_redaction(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    rules = _REDACT.read(environment)
+    if any(action == "hash" for _, action in rules) and not _PRIVACY_SECRET.read(environment):
+        raise InvalidSetting(f"{_PRIVACY_SECRET.name}: must be set, since {_REDACT.name} hashes")
+    return rules
 
 
 def _read_tls(environment: Mapping[str, str]) -> TlsFiles | None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from server.app.parts import BUCKETS, DEMO_PROJECT, find_data, load_block_list
+from server.app.parts import BUCKETS, DEMO_PROJECT, find_data, load_block_list, open_redactor
 from server.app.probes import Pages, Probes
 from server.config import AMPLITUDE, MIXPANEL, Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
@@ -78,6 +78,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         signal.signal(signal.SIGHUP, lambda *_: None)  # no workers to replace yet
     if settings.grpc_tls:
         read_certificates(settings.grpc_tls)  # unusable ones end the start here, not each worker
+    open_redactor(settings)  # rules that cannot be followed end the start here
     with ExitStack() as stack:
         wanted = {"PORT": settings.port, "GRPC_PORT": settings.grpc_port}
         if settings.metrics_port is not None:

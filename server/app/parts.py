@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.config import Settings
+from server.config import InvalidSetting, Settings
 from server.events.copy_rows import RowEncoder
 from server.events.json_codec import JsonCodec
 from server.events.persons import RowIds
 from server.events.protobuf_codec import ProtobufCodec
 from server.events.quick_json import QuickReader
 from server.events.quick_protobuf import QuickProtobufReader
+from server.events.redaction import RedactionRule, Redactor, find_fault
 from server.events.schema import EVENT_SCHEMA
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
 from server.privacy.block_list import BlockedPersons, check_recognised, load_blocked
@@ -77,13 +78,23 @@ def open_json_codec(settings: Settings) -> JsonCodec:
     """Return the codec of HTTP's events; it keeps their protobuf if they are forwarded."""
     columns = RowEncoder(EVENT_SCHEMA).columns
     quick = QuickReader(EVENT_SCHEMA, columns, keep_encoded=bool(settings.destinations))
-    return JsonCodec(EVENT_SCHEMA, quick)
+    return JsonCodec(EVENT_SCHEMA, quick, open_redactor(settings))
 
 
 def open_protobuf_codec(settings: Settings) -> ProtobufCodec:
     """Return the codec of gRPC's events; it keeps their protobuf if they are forwarded."""
     quick = QuickProtobufReader(EVENT_SCHEMA, keep_encoded=bool(settings.destinations))
-    return ProtobufCodec(EVENT_SCHEMA, quick)
+    return ProtobufCodec(EVENT_SCHEMA, quick, open_redactor(settings))
+
+
+def open_redactor(settings: Settings) -> Redactor | None:
+    """Return what redacts events on their way in, if anything is to be. Raises InvalidSetting."""
+    if not settings.redact:
+        return None
+    rules = [RedactionRule(*each) for each in settings.redact]
+    if faults := list(filter(None, map(find_fault, rules))):
+        raise InvalidSetting(f"REDACT: {faults[0]}")
+    return Redactor(rules, Digests(settings.privacy_secret or "").of_value)
 
 
 def load_block_list(settings: Settings, engine: Engine) -> Callable[[str], BlockedPersons | None]:

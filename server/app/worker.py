@@ -14,6 +14,7 @@ from server.app.parts import (
     open_json_codec,
     open_outbox,
     open_protobuf_codec,
+    open_redactor,
     open_tracing,
     opened_database,
 )
@@ -255,7 +256,7 @@ def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
     with Watchdog(writer.check), writer:
         yield Replay(
             ingestion,
-            JsonCodec(EVENT_SCHEMA),
-            ProtobufCodec(EVENT_SCHEMA),
+            JsonCodec(EVENT_SCHEMA, redactor=open_redactor(settings)),
+            ProtobufCodec(EVENT_SCHEMA, redactor=open_redactor(settings)),
             timeout_seconds=settings.request_timeout_seconds,
         )

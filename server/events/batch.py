@@ -15,11 +15,11 @@ class ParsedBatch:
     """The events of one request in order, each parsed when it is asked for.
 
     `count` is their number, `size` the bytes of the whole request. `received` returns the bytes of
-    one that was parsed, by its index, in the form of `protocol`.
+    one that was parsed, by its index, in the form of `protocol`; None if they must not be kept.
     """
 
     protocol: str
     count: int
     size: int
     events: Iterator[ReadEvent]
-    received: Callable[[int], bytes]
+    received: Callable[[int], bytes | None]

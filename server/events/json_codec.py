@@ -43,6 +43,7 @@ from server.events.problems import (
     report_excess,
 )
 from server.events.quick_json import QuickReader, find_special
+from server.events.redaction import Redactor
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.events.timestamps import parse_timestamp
 from server.protocols import HTTP
@@ -58,8 +59,14 @@ _LONG_NUMBER = re.compile(rb"\de\+(1[89]|[2-9]\d|\d{3})")
 class JsonCodec:
     """Reads batches of events by one schema, with `quick` most of them in one go."""
 
-    def __init__(self, schema: Schema, quick: QuickReader | None = None) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        quick: QuickReader | None = None,
+        redactor: Redactor | None = None,
+    ) -> None:
         self._quick = quick
+        self._redactor = redactor
         self._fields = schema.fields
         self._name_of = {field.wire_name: field.name for field in schema.fields}.get
         self._catch_all = schema.catch_all
@@ -80,6 +87,8 @@ class JsonCodec:
         body = body.removeprefix(BOM_UTF8)
         check_values(body, deadline)
         received = _ReceivedEvents(body, deadline)
+        if self._redactor is not None:
+            received.redact(self._redactor, is_measured=len(body) > self._max_bytes // 2)
         count, events = len(received.items), self._parse_items(received)
         if self._quick is not None and project_id is not None:
             events = self._parse_quickly(self._quick, received, project_id, find_special(body))
@@ -93,7 +102,8 @@ class JsonCodec:
         for index, item in enumerate(received.items):
             row = quick.read(item, project_id, special)
             if row is not None and (
-                len(row.text) <= small or len(received.encode(index)) <= self._max_bytes
+                received.are_small(len(row.text) <= small)
+                or received.measure(index) <= self._max_bytes
             ):
                 yield row
             else:
@@ -115,7 +125,7 @@ class JsonCodec:
             problem = Problem("event", *item) if item is NOT_UTF8 else NOT_AN_EVENT
             return MalformedEvent(Event(), 0, problem)
         fields = self._collect_fields(item)
-        if len(received.encode(index)) <= self._max_bytes:
+        if received.measure(index) <= self._max_bytes:
             return self._set_fields(fields)
         # Objects are not unfolded: that could take seconds.
         parsed = self._set_fields({n: v for n, v in fields.items() if type(v) is not dict})
@@ -181,21 +191,57 @@ class _ReceivedEvents:
         self._deadline = deadline
         self._quick = parse_document(body, deadline)
         self.items = _read_items(self._quick)
+        self._redactor: Redactor | None = None
+        self._sizes: list[int] | None = None
+
+    def redact(self, redactor: Redactor, *, is_measured: bool) -> None:
+        """Redact all events; if `is_measured`, their sizes stay those from before."""
+        if is_measured:
+            self._sizes = [len(self._encode(index)) for index in range(len(self.items))]
+        self._redactor = redactor
+        _redact_document(self._quick, redactor)
+        if "_exact" in self.__dict__:
+            _redact_document(self._exact, redactor)
 
     @cached_property
     def _exact(self) -> Document:
-        return parse_exactly(self._body, self._deadline)
+        document = parse_exactly(self._body, self._deadline)
+        if self._redactor is not None:
+            _redact_document(document, self._redactor)
+        return document
 
     @property
     def exact_items(self) -> list[Any]:
         return _read_items(self._exact)
 
-    def encode(self, index: int) -> bytes:
-        """Return the JSON of one, as orjson writes it, with all digits that it had."""
+    def are_small(self, by_rows: bool) -> bool:
+        """Return whether an event is small because its row is: if nothing was taken out of it."""
+        return by_rows and self._sizes is None
+
+    def measure(self, index: int) -> int:
+        """Return the bytes of the JSON of one as it was sent."""
+        return len(self._encode(index)) if self._sizes is None else self._sizes[index]
+
+    def encode(self, index: int) -> bytes | None:
+        """Return the JSON of one, as orjson writes it; None if it cannot be redacted."""
+        if self._redactor is not None and not isinstance(self.items[index], dict):
+            return None
+        return self._encode(index)
+
+    def _encode(self, index: int) -> bytes:
+        """Return the JSON of one with all digits that it had."""
         encoded = encode_document(self._quick.raw["events"][index])
         if not _LONG_NUMBER.search(encoded):
             return encoded
         return encode_document(self._exact.raw["events"][index])
+
+
+def _redact_document(document: Document, redactor: Redactor) -> None:
+    for item in _read_items(document):
+        redactor.redact_item(item)
+    if document.raw is not document.value:
+        for item in document.raw["events"]:
+            redactor.redact_item(item)
 
 
 def _read_items(document: Document) -> list[Any]:

@@ -1,6 +1,6 @@
 """Protobuf bytes to Events, each parsed by itself."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
@@ -25,6 +25,7 @@ from server.events.problems import (
     report_nesting,
 )
 from server.events.quick_protobuf import QuickProtobufReader
+from server.events.redaction import Redactor
 from server.events.schema import MAX_BATCH_SIZE, Field, Kind, Schema
 from server.protocols import GRPC
 
@@ -34,9 +35,15 @@ _READABLE_SHARE = 8
 class ProtobufCodec:
     """Reads batches of events by one schema, with `quick` most of them in one go."""
 
-    def __init__(self, schema: Schema, quick: QuickProtobufReader | None = None) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        quick: QuickProtobufReader | None = None,
+        redactor: Redactor | None = None,
+    ) -> None:
         self._schema = schema
         self._quick = quick
+        self._redactor = redactor
         self._texts = schema.of_kind(Kind.TEXT)
         self._objects = schema.of_kind(Kind.OBJECT)
         self._columns = ColumnReader(schema)
@@ -65,14 +72,24 @@ class ProtobufCodec:
         events: Iterator[ReadEvent] = map(self._parse_event, frames)
         if self._quick is not None and project_id is not None:
             events = self._parse_quickly(self._quick, frames, project_id)
-        return ParsedBatch(GRPC, len(frames), len(request), events, frames.__getitem__)
+        received: Callable[[int], bytes | None] = frames.__getitem__
+        if (redactor := self._redactor) is not None:
+            received = lambda index: redactor.redact_frame(frames[index])  # noqa: E731 - as the other
+        return ParsedBatch(GRPC, len(frames), len(request), events, received)
 
     def _parse_quickly(
         self, quick: QuickProtobufReader, frames: Iterable[bytes], project_id: str
     ) -> Iterator[ReadEvent]:
         for frame in frames:
-            row = quick.read(frame, project_id)
+            plain = frame if self._redactor is None else self._redact(frame)
+            row = None if plain is None else quick.read(plain, project_id)
             yield row if row is not None else self._parse_event(frame)
+
+    def _redact(self, frame: bytes) -> bytes | None:
+        """Return an event with everything redacted; None if it cannot be read, or is too large."""
+        assert self._redactor is not None
+        is_small = len(frame) <= self._schema.max_bytes
+        return self._redactor.redact_frame(frame) if is_small else None
 
     def _parse_event(self, encoded: bytes) -> ParsedEvent | MalformedEvent:
         if len(encoded) > self._readable_bytes:
@@ -80,9 +97,16 @@ class ProtobufCodec:
         try:
             event = Event.FromString(encoded)
         except DecodeError:
-            return self._find_malformed(encoded)
+            malformed = self._find_malformed(encoded)
+            if self._redactor is not None:
+                self._redactor.redact_message(malformed.event)
+            return malformed
         max_bytes = self._schema.max_bytes
-        if len(encoded) > max_bytes and event.ByteSize() > max_bytes:
+        is_too_large = len(encoded) > max_bytes and event.ByteSize() > max_bytes
+        if self._redactor is not None:
+            self._redactor.redact_message(event)
+            encoded = event.SerializeToString()
+        if is_too_large:
             # Its free-form fields would take seconds to read.
             return MalformedEvent(event, len(self._schema.fields), self._too_large)
         parsed = self._columns.read(event, encoded)

@@ -116,7 +116,8 @@ def _drop_unkept(
     return [
         error
         for error in errors
-        if not blocked.may_own(batch.protocol, batch.received(error.index))
+        if (event := batch.received(error.index)) is None
+        or not blocked.may_own(batch.protocol, event)
     ]
 
 

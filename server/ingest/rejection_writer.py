@@ -127,6 +127,8 @@ class RejectionWriter(DatabaseThread):
                     self._dropped += len(errors) - position
                     break
                 event, reason = batch.received(error.index), error.error
+                if event is None:
+                    continue
                 kept = event[:MAX_EVENT_BYTES]
                 self._backlog.append(
                     Rejection(project_id, now, batch.protocol, reason, len(event), kept)

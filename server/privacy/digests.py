@@ -8,8 +8,9 @@ from hashlib import sha256
 
 from server.events.persons import Person
 
-_USER, _ANONYMOUS, _MARK = b"user", b"anonymous", b"mark"
+_USER, _ANONYMOUS, _MARK, _VALUE = b"user", b"anonymous", b"mark", b"value"
 _MARK_BYTES = 8
+_VALUE_CHARACTERS = 32
 
 
 class Digests:
@@ -35,6 +36,10 @@ class Digests:
         if user_id is not None:
             digests.append(self.of_user(project_id, user_id))
         return sorted(digests)
+
+    def of_value(self, text: str) -> str:
+        """Return what stands for a text that is hashed on the way in, the same in any field."""
+        return self._digest(_VALUE, text.encode(errors="replace")).hex()[:_VALUE_CHARACTERS]
 
     def _digest(self, *parts: bytes) -> bytes:
         # No project has a NUL, nor has an id.

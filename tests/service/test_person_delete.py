@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,17 @@ from server.privacy.digests import Digests
 from server.storage.accounts import find_account
 from server.storage.connection import connected, open_engine
 from server.storage.places import find_programs
+from tests.support.clients import Tenant, open_tenant
 from tests.support.events import make_message
-from tests.support.forwarding import SECRET, Bench
+from tests.support.forwarding import SECRET, Bench, enable_providers
 from tests.support.persons import Database
 from tests.support.provider_servers import AmplitudeServer, MixpanelServer
-from tests.support.services import clean_environment, run_command, wait_until
+from tests.support.services import (
+    clean_environment,
+    run_command,
+    running_service,
+    wait_until,
+)
 
 KEY = "0123456789abcdef0123456789abcdef"
 USER = "žofie o'neill\"x <z@example.org>"
@@ -259,3 +268,75 @@ def test_a_payload_being_sent_is_waited_for(database: Database, project: str) ->
     assert database.query("SELECT event_count, count(*) FROM outbox_deliveries GROUP BY 1") == [
         (1, 2)
     ]
+
+
+def send_mixed(tenant: Tenant, number: int) -> list[str]:
+    """Send a batch of the person and of neighbours, an invalid event of each among them."""
+    users = (USER, "n1", "n2")
+    events = [
+        tenant.make_event({"event_id": f"{number}-{place}", "user.id": users[place % 3]})
+        for place in range(30)
+    ]
+    for event in events[-3:]:
+        event["event.type"] = "ui.hover"
+    assert tenant.post_events(events)["accepted"] == 27
+    return [event["event_id"] for event in events[:-3] if event["user.id"] != USER]
+
+
+def stores_person(tenant: Tenant) -> bool:
+    """Return whether an event of the person is stored that is sent now."""
+    event = tenant.make_event({"event_id": uuid.uuid4().hex, "user.id": USER})
+    assert tenant.post_events([event])["accepted"] == 1
+    return event["event_id"] in {row["event_id"] for row in tenant.read_rows()}
+
+
+@pytest.mark.slow
+def test_a_deletion_under_load_survives_being_killed(
+    database: Database, bench: Bench, open_directory: Path
+) -> None:
+    """Killed again and again under load, it leaves nothing; neighbours are stored and sent once."""
+    settings = {"DATABASE_URL": database.url, "PRIVACY_SECRET": KEY}
+    stop, sent = threading.Event(), list[str]()
+
+    def send(tenant: Tenant) -> None:
+        number = 0
+        while not stop.is_set():
+            sent.extend(send_mixed(tenant, number))
+            number += 1
+
+    with ExitStack() as stack:
+        service = stack.enter_context(
+            running_service(settings | enable_providers(bench.servers, SECRET))
+        )
+        tenant = stack.enter_context(open_tenant(service))
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(stop.set)
+        sending = threads.submit(send, tenant)
+        person = ("--project", tenant.project.id, "--user", USER)
+        wait_until(lambda: len(sent) > 500)
+        assert service.run("person", "block", *person).returncode == 0
+        command = [sys.executable, "-m", "server", "person", "delete", *person, "--yes"]
+        for seconds in (1.0, 1.3, 1.6, 2.0):
+            with subprocess.Popen(
+                command,
+                env=clean_environment(settings),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            ) as process:
+                time.sleep(seconds)
+                process.kill()
+        delete(database, tenant.project.id, "--user", USER)
+        wait_until(lambda: not stores_person(tenant))
+        stop.set()
+        sending.result()
+        wait_until(bench.is_done)
+        database.query(LATER, tenant.project.id)
+        receipt = delete(database, tenant.project.id, "--user", USER)
+    assert receipt["finished_at"] is not None
+    assert find_traces(dump(database, open_directory), USER) == Counter()
+    stored = [row for (row,) in database.query("SELECT event_id FROM events")]
+    assert sorted(stored) == sorted(sent)
+    for server in bench.servers.values():
+        arrived = Counter(delivery.insert_id for delivery in tuple(server.deliveries))
+        assert set(arrived.values()) == {1}
+        assert bench.read_stored() <= arrived.keys()

@@ -119,6 +119,18 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         ["on", "100", "100/", "/7d", "0/7d", "1000001/7d", "100/7", "100/7d/8d", "-1/7d"],
     ),
     "privacy_secret": ("PRIVACY_SECRET", None, {"x" * 32: "x" * 32}, ["x" * 31]),
+    "redact": (
+        "REDACT",
+        (),
+        {
+            "page.url=no-query": (("page.url", "no-query"),),
+            " error.stack = drop, metadata.e=drop ": (
+                ("error.stack", "drop"),
+                ("metadata.e", "drop"),
+            ),
+        },
+        ["page.url", "page.url=", "=drop", "page.url=hide", "a=drop,a=no-query", "a=hash"],
+    ),
     "log_level": (
         "LOG_LEVEL",
         "INFO",
