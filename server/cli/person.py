@@ -3,6 +3,8 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import IO, Any
 
 import click
 import orjson
@@ -22,6 +24,7 @@ from server.privacy.deletion import Deletion, describe_receipt, find_second_time
 from server.privacy.digests import Digests
 from server.privacy.export import Export
 from server.privacy.places import DEAD, EVENTS, OUTBOX, REJECTED
+from server.privacy.recognition import recognise_persons
 from server.storage.blocked_persons import block_person, find_blocked, unblock_person
 from server.storage.connection import Connection, connected
 from server.storage.person_deletions import find_receipts
@@ -123,6 +126,44 @@ def delete(
     if receipt.finished_at is None:
         due_at = find_second_time(receipt)
         click.echo(f"not complete: run it again after {due_at:%Y-%m-%d %H:%M:%S} UTC", err=True)
+
+
+@person.command()
+@click.argument("receipts", type=click.File("rb"), metavar="RECEIPTS")
+@click.option("--yes", is_flag=True, help="Delete them; without it, they are only shown.")
+@click.option("--no-wait", is_flag=True, help="Leave the second time to another run.")
+@with_settings
+def again(settings: Settings, receipts: IO[bytes], yes: bool, no_wait: bool) -> None:
+    """Delete again whom a restored backup has brought back.
+
+    RECEIPTS is a file with the lines that `delete` has printed, or - for standard input. Prints the
+    persons that are found, and with --yes their new receipts.
+    """
+    digests, lines = _require_digests(settings), _read_receipts(receipts)
+    if any(line["secret_mark"] != digests.mark.hex() for line in lines):
+        raise Failure("some receipts are under another PRIVACY_SECRET")
+    with opened_engine(settings) as engine, connected(engine) as connection:
+        found = list(recognise_persons(connection, digests, lines))
+        if not yes:
+            print_json(map(asdict, found))
+            return
+        for is_last in (False, True):  # one wait is enough for all
+            for each in found:
+                deletion = Deletion(connection, each, digests, lambda _: None)
+                receipt = deletion.run(wait=is_last and not no_wait)
+                if is_last:
+                    print_json([describe_receipt(receipt)])
+
+
+def _read_receipts(file: IO[bytes]) -> list[dict[str, Any]]:
+    try:
+        lines = [orjson.loads(line) for line in file if line.strip()]
+        for line in lines:
+            if not {"project_id", "digests", "secret_mark"} <= line.keys():
+                raise ValueError
+    except (ValueError, AttributeError):
+        raise Failure("RECEIPTS must have a receipt of `person delete` on each line") from None
+    return lines
 
 
 @person.command()

@@ -98,12 +98,11 @@ class JsonCodec:
         self, quick: QuickReader, received: "_ReceivedEvents", project_id: str, special: str
     ) -> Iterator[ReadEvent]:
         # The JSON of a row of so few characters need not be measured.
-        small = self._max_bytes // _BYTES_PER_CHARACTER
+        small = -1 if received.is_measured else self._max_bytes // _BYTES_PER_CHARACTER
         for index, item in enumerate(received.items):
             row = quick.read(item, project_id, special)
             if row is not None and (
-                received.are_small(len(row.text) <= small)
-                or received.measure(index) <= self._max_bytes
+                len(row.text) <= small or received.measure(index) <= self._max_bytes
             ):
                 yield row
             else:
@@ -214,9 +213,10 @@ class _ReceivedEvents:
     def exact_items(self) -> list[Any]:
         return _read_items(self._exact)
 
-    def are_small(self, by_rows: bool) -> bool:
-        """Return whether an event is small because its row is: if nothing was taken out of it."""
-        return by_rows and self._sizes is None
+    @property
+    def is_measured(self) -> bool:
+        """Return whether events were larger before: then no row tells their sizes."""
+        return self._sizes is not None
 
     def measure(self, index: int) -> int:
         """Return the bytes of the JSON of one as it was sent."""

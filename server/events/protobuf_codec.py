@@ -1,6 +1,7 @@
 """Protobuf bytes to Events, each parsed by itself."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
@@ -10,6 +11,7 @@ from productgraph.v1.event_pb2 import Event
 from server.deadline import NEVER, Deadline
 from server.errors import InvalidArgument
 from server.events.batch import ParsedBatch, ReadEvent
+from server.events.copy_rows import Row
 from server.events.derived_messages import derive_message
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.free_form import REPLACEMENT, replace_nul
@@ -80,16 +82,19 @@ class ProtobufCodec:
     def _parse_quickly(
         self, quick: QuickProtobufReader, frames: Iterable[bytes], project_id: str
     ) -> Iterator[ReadEvent]:
+        read = quick.read if self._redactor is None else partial(self._read_redacted, quick)
         for frame in frames:
-            plain = frame if self._redactor is None else self._redact(frame)
-            row = None if plain is None else quick.read(plain, project_id)
+            row = read(frame, project_id)
             yield row if row is not None else self._parse_event(frame)
 
-    def _redact(self, frame: bytes) -> bytes | None:
-        """Return an event with everything redacted; None if it cannot be read, or is too large."""
-        assert self._redactor is not None
-        is_small = len(frame) <= self._schema.max_bytes
-        return self._redactor.redact_frame(frame) if is_small else None
+    def _read_redacted(
+        self, quick: QuickProtobufReader, frame: bytes, project_id: str
+    ) -> Row | None:
+        """Return the row of an event with everything redacted, or None as the quick way does."""
+        if self._redactor is None or len(frame) > self._schema.max_bytes:
+            return None
+        redacted = self._redactor.redact_frame(frame)
+        return None if redacted is None else quick.read(redacted, project_id)
 
     def _parse_event(self, encoded: bytes) -> ParsedEvent | MalformedEvent:
         if len(encoded) > self._readable_bytes:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
-from server.events.persons import ANONYMOUS_ID, Person
+from server.events.persons import ANONYMOUS_ID, EventIds, Person
 from server.storage.event_queries import COLUMNS, StoredEvent, make_event
 
 # As much of each partition as one transaction reads: 16 MB.
@@ -33,6 +33,10 @@ ctid >= format('(%s,0)', CAST(:start AS bigint))::tid
 """
 _ARRIVED = "received_at >= :since"
 _READ = f"SELECT {COLUMNS}, tableoid::regclass::text AS partition FROM events WHERE "  # noqa: S608 - the columns are the schema's
+_READ_IDS = text(f"""
+SELECT DISTINCT user_id, attributes ->> '{ANONYMOUS_ID}' FROM events WHERE project_id = :project
+""")  # noqa: S608 - a constant
+_IDS_AT_ONCE = 10_000
 _ORDER = " ORDER BY event_timestamp, event_id"
 _DELETE = "DELETE FROM events WHERE "
 
@@ -59,6 +63,15 @@ def read_events(connection: Connection, person: Person, part: Part) -> list[Stor
         statement, values = _compose(_READ, person, part)
         rows = connection.execute(text(statement + _ORDER), values).mappings()
         return [make_event(row) for row in rows]
+
+
+def read_all_ids(connection: Connection, project_id: str) -> Iterator[EventIds]:
+    """Yield the different ids of a project's events, in one transaction."""
+    with connection.begin():
+        streamed = {"yield_per": _IDS_AT_ONCE}
+        wanted = {"project": project_id}
+        for user, anonymous in connection.execute(_READ_IDS, wanted, execution_options=streamed):
+            yield EventIds(user or "", anonymous or "")
 
 
 def delete_events(connection: Connection, person: Person, part: Part) -> int:

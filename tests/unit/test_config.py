@@ -129,7 +129,7 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
                 ("metadata.e", "drop"),
             ),
         },
-        ["page.url", "page.url=", "=drop", "page.url=hide", "a=drop,a=no-query", "a=hash"],
+        ["page.url", "page.url=", "=drop", "page.url=hide", "a=drop,a=no-query"],
     ),
     "log_level": (
         "LOG_LEVEL",
