@@ -1,7 +1,8 @@
 """The events table, and all SQL on it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from operator import itemgetter
 
@@ -52,6 +53,7 @@ INSERT INTO events ({columns}) SELECT {columns} FROM staged_events
 _RETURN_IDENTITIES = """
 RETURNING project_id, CAST(extract(epoch FROM event_timestamp) * 1000000 AS bigint), event_id
 """
+_RETURN_PROJECTS = "RETURNING project_id"
 
 # Called in the transaction, with what it has stored, sorted by identity; returns the SQL that
 # belongs to it as well.
@@ -59,19 +61,24 @@ AlsoStore = Callable[[Cursor, Sequence[Row]], bytes]
 
 
 class EventStore:
-    """Writes groups of rows to the events table, each group in one transaction."""
+    """Writes groups of rows to the events table, each group in one transaction.
+
+    `on_duplicates` is told how many rows of each project a group left out, if any.
+    """
 
     def __init__(
         self,
         columns: Sequence[str],
         also_store: AlsoStore | None = None,
         clock: Callable[[], float] = time.monotonic,
-        on_duplicates: Callable[[int], None] | None = None,
+        on_duplicates: Callable[[Mapping[str, int]], None] | None = None,
     ) -> None:
         names = ", ".join(columns)
         self._copy = _COPY.format(table="events", columns=names)
         self._stage = _CREATE_STAGING + _COPY.format(table="staged_events", columns=names)
-        self._move = _MOVE_STAGED.format(columns=names) + (_RETURN_IDENTITIES if also_store else "")
+        self._move = _MOVE_STAGED.format(columns=names) + (
+            _RETURN_IDENTITIES if also_store else _RETURN_PROJECTS
+        )
         self._also_store = also_store
         # Whether the rows must come with their protobuf.
         self.needs_encoded = also_store is not None
@@ -102,8 +109,11 @@ class EventStore:
                 commit_level=self._find_commit_level(cursor),
             )
             stored = self._write(cursor, begin, ordered)
-        if self._on_duplicates is not None and stored < len(rows):
-            self._on_duplicates(len(rows) - stored)
+        if stored is None and len(ordered) < len(rows):
+            stored = _count_projects(ordered)
+        duplicates = Counter() if stored is None else _count_projects(rows) - stored
+        if self._on_duplicates is not None and duplicates:
+            self._on_duplicates(duplicates)
 
     def _find_commit_level(self, cursor: Cursor) -> str:
         """Return the server's `synchronous_commit`, or `on` if that is weaker; asks once a second.
@@ -117,8 +127,11 @@ class EventStore:
             self._level_of, self._level_until = cursor.connection, self._clock() + _LEVEL_SECONDS
         return self._commit_level
 
-    def _write(self, cursor: Cursor, begin: str, rows: list[Row]) -> int:
-        """Commit rows that differ in their keys; return how many of them were new."""
+    def _write(self, cursor: Cursor, begin: str, rows: list[Row]) -> Counter[str] | None:
+        """Commit rows that differ in their keys.
+
+        Return how many of each project were new, or None if all were.
+        """
         if self._clock() >= self._stage_until:
             try:
                 _copy(cursor, begin + self._copy, rows)
@@ -127,15 +140,15 @@ class EventStore:
                 self._stage_until = self._clock() + _STAGING_SECONDS
             else:
                 self._commit(cursor, rows)
-                return len(rows)
+                return None
         _copy(cursor, begin + self._stage, rows)
         cursor.execute(self._move)
-        count = cursor.rowcount
+        returned = cursor.fetchall()
         if self._also_store is not None:
-            stored = set(cursor.fetchall())
+            stored = set(returned)
             rows = [row for row in rows if row.identity in stored]
         self._commit(cursor, rows)
-        return count
+        return Counter(project_id for project_id, *_ in returned)
 
     def _commit(self, cursor: Cursor, stored: list[Row]) -> None:
         more = self._also_store(cursor, stored) if self._also_store is not None and stored else b""
@@ -144,6 +157,10 @@ class EventStore:
         cursor.execute(more + b"COMMIT")  # in one round trip
         require_silence(cursor.connection)
         failpoints.reach(failpoints.AFTER_COMMIT)
+
+
+def _count_projects(rows: Sequence[Row]) -> Counter[str]:
+    return Counter(row.identity[0] for row in rows)
 
 
 def _to_milliseconds(seconds: float) -> int:

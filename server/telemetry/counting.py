@@ -18,6 +18,10 @@ import orjson
 Series = tuple[str, ...]
 # A metric's numbers by the values of its labels.
 Sums = dict[tuple[str, ...], list[float]]
+# The first label of metrics that count for each project. At most so many projects have series of
+# their own; all others are one, so that the page stays small whatever keys there are.
+PROJECT = "project"
+MAX_PROJECTS, OTHER_PROJECTS = 200, "other"
 # Keeps a message far below what a socket takes at once, even if each label is as long as an
 # event's field may be.
 _SERIES_IN_MESSAGE = 50
@@ -138,6 +142,7 @@ class Totals:
         self._lock = threading.Lock()
         self._gauges: dict[int, dict[Series, float]] = {}
         self._sums = {metric.name: _make_known(metric) for metric in metrics}
+        self._projects: set[str] = set()
 
     def add(self, report: Report) -> None:
         """Add a process's report.
@@ -152,7 +157,7 @@ class Totals:
         }
         with self._lock:
             for (name, *labels), numbers in increments:
-                _add_up(self._sums[name], tuple(labels), numbers)
+                _add_up(self._sums[name], self._bound(name, labels), numbers)
             if gauges:
                 self._gauges.setdefault(report.process, {}).update(gauges)
 
@@ -183,6 +188,18 @@ class Totals:
                 for series, value in gauges.items()
                 if series[0] == metric.name
             )
+
+    def _bound(self, name: str, labels: list[str]) -> tuple[str, ...]:
+        """Return labels whose project is `other` unless it is one of the first.
+
+        One of the first stays one until the end, so that no counter ever goes back.
+        """
+        if self._metrics[name].labels[:1] != (PROJECT,):
+            return tuple(labels)
+        project, *others = labels
+        if len(self._projects) < MAX_PROJECTS:
+            self._projects.add(project)
+        return (project if project in self._projects else OTHER_PROJECTS, *others)
 
     def _is_declared(self, series: Series, numbers: list[float]) -> bool:
         metric = self._metrics.get(series[0])

@@ -2,7 +2,7 @@
 
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 from server.config import AMPLITUDE, MIXPANEL
@@ -10,9 +10,10 @@ from server.forwarding.lane_health import OUTCOMES
 from server.ingest.key_cache import LOOKUP_RESULTS
 from server.ingest.request_record import RequestRecord
 from server.storage.errors import ERROR_KINDS
-from server.telemetry.counting import Counts, Kind, Metric
+from server.telemetry.counting import PROJECT, Counts, Kind, Metric
 
 _SUCCESS_OF = {"http": 202, "grpc": "OK"}
+_LIMITED = (429, "RESOURCE_EXHAUSTED")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _EVENTS = (0, 1, 2, 5, 10, 25, 50, 100, 250, 500, 1000)
 _GROUP_ROWS = (1, 5, 25, 100, 250, 500, 1000, 2500, 5000, 10_000, 25_000, 50_000)
@@ -133,6 +134,36 @@ PROVIDER_REQUESTS = Metric(
     ("provider", "outcome"),
     known=tuple(product((AMPLITUDE, MIXPANEL), OUTCOMES)),
 )
+PROJECT_ACCEPTED = Metric(
+    Kind.COUNTER,
+    "project_events_accepted",
+    "Events accepted and stored, by project, including those that had been stored before.",
+    (PROJECT,),
+)
+PROJECT_DUPLICATES = Metric(
+    Kind.COUNTER,
+    "project_events_duplicate",
+    "Accepted events that had been stored before, by project.",
+    (PROJECT,),
+)
+PROJECT_REJECTED = Metric(
+    Kind.COUNTER,
+    "project_events_rejected",
+    "Events that validation rejected, by project.",
+    (PROJECT, "reason"),
+)
+PROJECT_LIMITED = Metric(
+    Kind.COUNTER,
+    "project_requests_limited",
+    "Requests over a rate limit, by project.",
+    (PROJECT,),
+)
+PROJECT_BYTES = Metric(
+    Kind.COUNTER,
+    "project_bytes",
+    "Bytes of the requests that were taken, decompressed, by project.",
+    (PROJECT,),
+)
 # Those of a forwarder that has no parent.
 FORWARDER_METRICS = (PROVIDER_REQUESTS,)
 METRICS = (
@@ -150,6 +181,7 @@ METRICS = (
         ERRORS,
     ),
     *(LOOKUPS, EVICTIONS, WAITING_LIMIT, WORKERS, RESTARTS, PARTITION_FAILURES),
+    *(PROJECT_ACCEPTED, PROJECT_DUPLICATES, PROJECT_REJECTED, PROJECT_LIMITED, PROJECT_BYTES),
 )
 
 
@@ -190,6 +222,28 @@ class RequestMetrics:
         kinds = Tally(problem[:2] for each in succeeded for problem in each.problems)
         for (field, reason), count in kinds.items():
             counts.add(REJECTED, count, field, reason)
+        self._count_projects(finished, succeeded)
+
+    def _count_projects(
+        self, finished: Sequence[RequestRecord], succeeded: Sequence[RequestRecord]
+    ) -> None:
+        accepted, size, rejected = Tally[str](), Tally[str](), Tally[tuple[str, str]]()
+        for each in succeeded:
+            if each.project_id is not None and each.response is not None:
+                accepted[each.project_id] += each.response.accepted
+                size[each.project_id] += each.size_bytes or 0
+                for problem in each.problems:
+                    rejected[each.project_id, problem.reason] += 1
+        limited = Tally(each.project_id or "" for each in finished if each.status in _LIMITED)
+        for metric, tally in (
+            (PROJECT_ACCEPTED, accepted),
+            (PROJECT_BYTES, size),
+            (PROJECT_LIMITED, limited),
+        ):
+            for project, count in tally.items():
+                self._counts.add(metric, count, project)
+        for (project, reason), count in rejected.items():
+            self._counts.add(PROJECT_REJECTED, count, project, reason)
 
 
 def _present(amounts: Iterable[float | None]) -> list[float]:
@@ -209,9 +263,11 @@ class StorageMetrics:
         self._counts.observe(GROUP_ROWS, (rows,))
         self._counts.observe(GROUP_BYTES, (size,))
 
-    def count_duplicates(self, count: int) -> None:
-        """Count committed rows that were not new."""
-        self._counts.add(DUPLICATES, count)
+    def count_duplicates(self, duplicates: Mapping[str, int]) -> None:
+        """Count committed rows that were not new, by their projects."""
+        self._counts.add(DUPLICATES, sum(duplicates.values()))
+        for project, count in duplicates.items():
+            self._counts.add(PROJECT_DUPLICATES, count, project)
 
     def count_blocked(self, count: int) -> None:
         """Count accepted events that were dropped."""

@@ -96,6 +96,10 @@ class Prometheus:
             time.sleep(0.2)
 
 
+# How ProjectSilent asks whether nothing comes; there is no time here for its five minutes.
+SILENCE = "[5m])) > 0\n"
+
+
 @contextmanager
 def running_program(program: str, directory: Path, **options: object) -> Iterator[str]:
     """Provide the address of a program's port; skip the test if it is not installed."""
@@ -132,7 +136,8 @@ def running_prometheus(directory: Path) -> Iterator[Prometheus]:
                 **{"cluster.listen-address": ""},
             )
         )
-        (directory / "alerts.yml").write_text(re.sub(r"\bfor: \d+m", "for: 2s", RULES))
+        rules = re.sub(r"\bfor: \d+m", "for: 2s", RULES).replace(SILENCE, "[5s])) > 0\n")
+        (directory / "alerts.yml").write_text(rules)
         discovery = [{"files": ["targets.json"], "refresh_interval": "1s"}]
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -279,6 +284,16 @@ def provoke_bad_events(scene: Scene, note: Note) -> None:
         scene.prometheus.wait_for_alerts((*names, *more), note)
 
 
+def provoke_silence(scene: Scene, note: Note) -> None:
+    """Let a project send many events, and then none."""
+    with open_tenant(scene.service) as tenant:
+        for number in range(4):
+            events = [tenant.make_event({"event_id": f"{number} {n}"}) for n in range(900)]
+            assert tenant.post({"events": events}).status == 202
+            time.sleep(2.0)  # what a counter has when it is read first is no increase
+    scene.prometheus.wait_for_alerts(["ProjectSilent"], note)
+
+
 def provoke_failing_providers(scene: Scene, note: Note) -> None:
     """Let one provider refuse our credentials, and the other throttle; what waits grows old."""
     scene.mixpanel.credential = "another"
@@ -354,6 +369,7 @@ def test_every_alert_fires_in_its_trouble_and_none_before(
     with opened_scene(create_migrated(), tmp_path) as scene:
         check_calm(scene)
         provoke_bad_events(scene, note)
+        provoke_silence(scene, note)
         provoke_failing_providers(scene, note)
         provoke_waiting_requests(scene, note)
         provoke_dying_workers(scene, note)

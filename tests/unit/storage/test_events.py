@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from typing import Any
@@ -86,7 +86,7 @@ def connection(engine: Engine) -> Iterator[Connection]:
 def test_duplicates_are_counted_by_their_commit(connection: Connection) -> None:
     """What was given twice, or had been stored, is counted by the commit that leaves it out."""
     counts: list[int] = []
-    store = EventStore(ENCODER.columns, on_duplicates=counts.append)
+    store = EventStore(ENCODER.columns, on_duplicates=lambda of: counts.append(of["duplicates"]))
     rows = [make_row("duplicates", f"event {number}") for number in range(4)]
     store.save(connection, rows[:2], 5)
     assert counts == []
@@ -96,6 +96,22 @@ def test_duplicates_are_counted_by_their_commit(connection: Connection) -> None:
     assert counts == [2, 3]
     store.save(connection, [*rows, *rows], 5)
     assert counts == [2, 3, 8]
+
+
+@pytest.mark.parametrize("queues", [False, True])
+def test_duplicates_are_counted_by_their_projects(
+    connection: Connection, new_project: Name, queues: bool
+) -> None:
+    """Each project has its own duplicates, whether stored events are also queued or not."""
+    first, second, third = new_project(), new_project(), new_project()
+    counts: list[Mapping[str, int]] = []
+    also_store = (lambda *_: b"") if queues else None
+    store = EventStore(ENCODER.columns, also_store, on_duplicates=counts.append)
+    old, new = ([make_row(project, kind) for project in (first, second)] for kind in ("old", "new"))
+    store.save(connection, [*old, make_row(third, "once")], 5)
+    store.save(connection, [*old, *new, new[1]], 5)
+    store.save(connection, [make_row(third, "twice")] * 2, 5)
+    assert counts == [{first: 1, second: 2}, {third: 1}]
 
 
 TEXTS = "SELECT event_name, ui_state_after, metadata->>'value', attributes FROM events"

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.telemetry.counting import Counts, Kind, Metric, Report, Totals
+from server.telemetry.counting import (
+    MAX_PROJECTS,
+    OTHER_PROJECTS,
+    PROJECT,
+    Counts,
+    Kind,
+    Metric,
+    Report,
+    Totals,
+)
 
 REQUESTS = Metric(Kind.COUNTER, "requests", "Requests.", ("status",), known=(("202",),))
 SECONDS = Metric(Kind.HISTOGRAM, "seconds", "Seconds.", (), (0.5, 1.0, 2.0), ((),))
@@ -113,3 +122,18 @@ def test_undeclared_series_are_left_out(series: tuple[str, ...], numbers: list[f
     before = read(totals)
     totals.add(Report(1, {series: numbers, ("requests", "202"): [1]}, {("newer",): 1}))
     assert read(totals) == before | {"requests": {("202",): [1]}}
+
+
+def test_only_so_many_projects_have_series() -> None:
+    """The first projects of all processes keep their series, all others are one."""
+    events = Metric(Kind.COUNTER, "events", "Events.", (PROJECT,))
+    bad = Metric(Kind.COUNTER, "bad", "Bad events.", (PROJECT, "reason"))
+    totals = Totals((events, bad), Counts())
+    projects = [f"proj_{number}" for number in range(MAX_PROJECTS + 50)]
+    for process in (1, 2):
+        totals.add(Report(process, {("events", project): [1] for project in projects}, {}))
+    totals.add(Report(1, {("bad", projects[0], "a"): [1], ("bad", projects[-1], "a"): [1]}, {}))
+    found = read(totals)
+    named = {(project,): [2] for project in projects[:MAX_PROJECTS]}
+    assert found["events"] == named | {(OTHER_PROJECTS,): [100]}
+    assert found["bad"] == {(projects[0], "a"): [1], (OTHER_PROJECTS, "a"): [1]}
