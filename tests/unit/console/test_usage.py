@@ -19,14 +19,13 @@ SCANS = text("""
 SELECT coalesce(sum(seq_scan), 0), coalesce(sum(idx_scan), 0) FROM pg_stat_user_tables
  WHERE relname ^@ 'events_'
 """)
-NOW = datetime.now(UTC)
-TODAY = NOW.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 @pytest.fixture
 def filled(create_migrated: Callable[[], str]) -> Engine:
     """Return a database with the events of two projects on several days."""
     engine = open_engine(create_migrated())
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     with connected(engine) as connection:
         for project, age, count in (
             ("a", 0, 5),
@@ -35,7 +34,7 @@ def filled(create_migrated: Callable[[], str]) -> Engine:
             ("b", 1, 20),
             ("b", -1, 50),
         ):
-            moment = TODAY + timedelta(days=-age, hours=1)
+            moment = today + timedelta(days=-age, hours=1)
             connection.execute(ADD, {"project": project, "moment": moment, "count": count})
     return engine
 
