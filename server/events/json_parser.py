@@ -270,10 +270,10 @@ def _spell_text(text: str) -> str:
     return _SURROGATE.sub("\0", text)
 
 
-def _spell_float(number: float) -> orjson.Fragment:
+def _spell_float(number: float) -> object:
     if math.isinf(number):
         return orjson.Fragment("1e999" if number > 0 else "-1e999")
-    return orjson.Fragment(orjson.dumps(float(number)))
+    return float(number)  # a plain one, which orjson writes itself
 
 
 def _make_storable(value: Any, depth: int = _PRUNED_DEPTH) -> Any:

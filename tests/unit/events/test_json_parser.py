@@ -1,6 +1,7 @@
 """JSON is read as far as it can be, and where it cannot, the answer says where and why."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -141,3 +142,15 @@ def test_size_is_that_of_what_was_sent(text: str, size: int) -> None:
     """An event is measured before anything in it is replaced or rounded."""
     batch = CODEC.parse_batch(b'{"events": [{"x": %s}]}' % text.encode())
     assert len(batch.received(0) or b"") == size + len('{"x":}')
+
+
+@pytest.mark.parametrize("number", [b"9e99", b"1e999", b"12345678901234567890123"])
+def test_writing_exact_numbers_takes_little_memory(number: bytes) -> None:
+    """Writing a document of numbers with all digits takes 500 bytes a number at most."""
+    document = parse_exactly(b"[" + b",".join([number] * 10_000) + b"]").raw
+    tracemalloc.start()
+    try:
+        encode_document(document)
+        assert tracemalloc.get_traced_memory()[1] < 500 * 10_000
+    finally:
+        tracemalloc.stop()
