@@ -85,11 +85,15 @@ def test_a_tls_hello_is_closed_at_once(service: Service) -> None:
 # Expect: 100-continue
 
 
+@pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("length", [None, 0])
 def test_an_expectation_without_a_body_is_answered(
-    length: int | None, service: Service, project: Project
+    length: int | None, is_known: bool, service: Service, project: Project
 ) -> None:
     """Expect without a body is answered like any request, and the next one is one of its own."""
+    if is_known:  # to the worker, which then has not to wait for the database
+        known = talk(service, post_head(project.key, "Connection: close", length=0))
+        assert statuses(known) == [400]
     stranger = post_head("", "Connection: close", length=0)
     answer = talk(service, post_head(project.key, "Expect: 100-continue", length=length), stranger)
     assert statuses(answer) == [400, 401]

@@ -35,6 +35,7 @@ def test_no_sender_has_more_than_half_of_the_slots() -> None:
         for call in greedy[:2]:
             await slots.take(call.slot)
         waiting = asyncio.ensure_future(slots.take(greedy[2].slot))
+        await asyncio.sleep(0)  # until it waits
         await slots.take(other.slot)
         assert not waiting.done()
         slots.release(greedy[0].slot)
