@@ -42,7 +42,7 @@ class ReceivingSlots:
 
     async def take(self, slot: Slot) -> None:
         """Wait until there is room for a slot, and take it; `release` it in any case."""
-        if not self._waiting and self._has_room(slot.sender):
+        if self._has_room(slot.sender):  # then none of those who wait has
             self._add(slot)
             return
         granted = self._waiting[slot] = asyncio.get_running_loop().create_future()

@@ -17,7 +17,13 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from server.errors import Unavailable
-from server.storage.connection import Engine, GuardedConnection, connected, open_engine
+from server.storage.connection import (
+    PING_TIMEOUT_SECONDS,
+    Engine,
+    GuardedConnection,
+    connected,
+    open_engine,
+)
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.errors import Conflict, DatabaseError, Fault, Refused, translated_errors
 from server.storage.health import Readiness, Watchdog
@@ -294,7 +300,8 @@ def test_two_silent_hosts_cost_their_time_once(create_database: Callable[[], str
             "port": f"{port},{port},{place.get('port', 5432)}",
         }
         with watched_link(open_engine(make_dsn(**{**place, **hosts}))) as link:
-            link.ping()
+            slow = "SELECT count(pg_sleep(0.3))"  # long enough for a watchdog to look
+            assert run(link, slow, PING_TIMEOUT_SECONDS) == 1
             assert run(link, "SELECT 1", seconds=0.5) == 1
 
 
