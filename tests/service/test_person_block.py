@@ -43,12 +43,18 @@ def sender(blocking: Service) -> Iterator[Tenant]:
         for user in (USER, UNBLOCKED):
             change(tenant, "block", user)
 
+        dropped = 0
+
         def is_blocked() -> bool:
+            nonlocal dropped
             events = [{"event_id": user, "user.id": user} for user in (USER, UNBLOCKED)]
             tenant.post_events(map(tenant.make_event, events))
-            return not tenant.take_rows()
+            stored = len(tenant.take_rows())
+            dropped += len(events) - stored
+            return not stored
 
         wait_until(is_blocked)
+        wait_until(lambda: count_blocked(blocking) == dropped)  # metrics come after answers
         yield tenant
 
 
