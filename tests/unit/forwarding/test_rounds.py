@@ -13,6 +13,8 @@ from server.storage.outbox import claim_batch
 from tests.support.forwarding import Bench, make_events
 from tests.support.services import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from server.processes.pulse import Pulse
 from server.processes.supervisor import Program, Supervisor, WorkerFailed
 from tests.support.services import ROOT, clean_environment, wait_until
 
+pytestmark = pytest.mark.slow
+
 HOST = "127.0.0.1"
 
 # Its log becomes one JSON object a line on stderr; stdout stays open in the parent and in all

@@ -28,6 +28,8 @@ from tests.support.events import ENCODER, make_row
 from tests.support.postgres_server import PostgresServer, make_room
 from tests.support.services import query, wait_until
 
+pytestmark = pytest.mark.slow
+
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 CANCEL = f"SELECT pg_cancel_backend(pid) FROM ({WAITING}) AS waiting"
 
