@@ -28,13 +28,8 @@ from server.config import Settings
 from server.protocols import GRPC
 from server.storage.connection import Connection, connected
 from server.storage.dead_events import DeadEvent, find_dead, list_dead, purge_dead, retry_dead
-from server.storage.outbox import (
-    LaneStatus,
-    count_waiting,
-    forget_trouble,
-    purge_waiting,
-    read_status,
-)
+from server.storage.lanes import LaneStatus, forget_trouble, read_status
+from server.storage.outbox import count_waiting, purge_waiting
 
 # A forwarder says every ten seconds that it is there, unless the database does not answer.
 _SILENCE = timedelta(seconds=60)

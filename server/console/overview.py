@@ -7,7 +7,7 @@ from datetime import datetime
 import orjson
 
 from server.console.throughput import Throughput
-from server.storage.outbox import LaneStatus
+from server.storage.lanes import LaneStatus
 
 
 @dataclass(frozen=True)

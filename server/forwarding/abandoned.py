@@ -14,13 +14,8 @@ from datetime import UTC, datetime, timedelta
 from server.errors import Unavailable
 from server.forwarding.queries import Queries
 from server.forwarding.round import explain_age
-from server.storage.outbox import (
-    ClaimLimits,
-    Death,
-    bury_expired,
-    find_abandoned,
-    forget_trouble,
-)
+from server.storage.lanes import find_abandoned, forget_trouble
+from server.storage.outbox import ClaimLimits, Death, bury_expired
 
 # A provider may be another forwarder's, which says every few seconds that it is there.
 _UNSEEN_SECONDS = 3600.0

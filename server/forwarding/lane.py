@@ -22,17 +22,15 @@ from server.forwarding.lane_health import LaneHealth
 from server.forwarding.queries import Queries
 from server.forwarding.round import REQUESTS_IN_FLIGHT, Round, Window, explain_age
 from server.forwarding.sender import Sender
+from server.storage.lanes import LaneState, see_lane, show_lane
 from server.storage.outbox import (
     ClaimLimits,
     Death,
-    LaneState,
     Lease,
     Outcome,
     bury_expired,
     claim_batch,
     record_outcomes,
-    see_lane,
-    show_lane,
 )
 
 # Enough for several requests in turn; what a killed forwarder had claimed waits for its end.

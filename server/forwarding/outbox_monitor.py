@@ -8,7 +8,7 @@ from server.errors import Unavailable
 from server.storage.connection import GuardedConnection
 from server.storage.database_thread import DatabaseThread
 from server.storage.errors import Conflict
-from server.storage.outbox import LaneStatus, read_status
+from server.storage.lanes import LaneStatus, read_status
 
 _INTERVAL_SECONDS = 5.0
 # The longer the outbox, the longer it takes to count it: so many times as long it is left alone.

@@ -21,7 +21,7 @@ from server.privacy.places import ANSWERS, DEAD, EVENTS, OUTBOX, REJECTED
 from server.protocols import GRPC
 from server.storage.connection import Connection
 from server.storage.dead_events import change_texts, delete_dead, read_dead_pages
-from server.storage.outbox import change_trouble
+from server.storage.lanes import change_trouble
 from server.storage.person_deletions import (
     Receipt,
     add_deleted,

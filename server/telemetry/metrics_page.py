@@ -17,8 +17,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from server.storage.lanes import LaneStatus
 from server.storage.limits_monitor import LimitsStatus
-from server.storage.outbox import LaneStatus
 from server.telemetry.counting import Kind, Metric, Sums, Totals
 
 if TYPE_CHECKING:

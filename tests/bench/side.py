@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.storage.connection import connected, open_engine
-from server.storage.outbox import read_status
+from server.storage.lanes import read_status
 from tests.bench.database import BenchDatabase, running_database
 from tests.bench.paced_load import PacedPlan, PacedResult, send_paced
 from tests.bench.report import Document

@@ -21,24 +21,21 @@ from server.storage.connection import Connection, Engine, connected
 from server.storage.dead_events import DeadEvent, list_dead, purge_dead, retry_dead
 from server.storage.errors import Conflict, Refused
 from server.storage.events import EventStore
+from server.storage.lanes import LaneState, find_abandoned, read_status, show_lane
 from server.storage.outbox import (
     _FIND_DUE,
     _FIND_PROJECTS,
     ClaimLimits,
     Death,
     Delivery,
-    LaneState,
     Lease,
     Outbox,
     Outcome,
     bury_expired,
     claim_batch,
     count_waiting,
-    find_abandoned,
     purge_waiting,
-    read_status,
     record_outcomes,
-    show_lane,
 )
 from tests.support.clients import Tenant
 from tests.support.events import ENCODER, make_row
