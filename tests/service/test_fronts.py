@@ -248,13 +248,13 @@ def test_a_proxy_refuses_only_far_too_large_bodies(front: Front, project: Projec
 def test_a_proxy_sends_a_slow_client_away(sent: str, front: Front) -> None:
     """A client that does not finish its request is sent away."""
     with (
+        suppress(ConnectionError, ssl.SSLEOFError),  # on a busy machine during the handshake, even
         socket.create_connection(("127.0.0.1", front.port), timeout=30) as plain,
         trust().wrap_socket(plain, server_hostname="localhost") as connection,
     ):
         connection.sendall(sent.encode())
-        with suppress(ConnectionError, ssl.SSLEOFError):
-            while connection.recv(4096):
-                pass
+        while connection.recv(4096):
+            pass
 
 
 @dataclass(frozen=True)
