@@ -43,6 +43,7 @@ def test_metadata_that_is_no_text_is_not_logged(service: Service) -> None:
     assert b"Invalid encoding" not in written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [INGEST, HEALTH])
 def test_unfinished_messages_take_little_memory(path: str, tenant: Tenant) -> None:
     """However many large messages a client leaves unfinished, few of them are kept."""

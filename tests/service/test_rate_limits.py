@@ -241,6 +241,7 @@ def all_have_connections(service: Service) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_rate_of_a_key(two_workers: Service) -> None:
     """Two workers accept what one may, over both protocols and both together."""
     project = create_project(two_workers)

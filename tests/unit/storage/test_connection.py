@@ -290,6 +290,7 @@ def test_readiness_follows_a_frozen_database(open_directory: Path) -> None:
             wait_until(readiness.is_ready)
 
 
+@pytest.mark.slow
 def test_two_silent_hosts_cost_their_time_once(create_database: Callable[[], str]) -> None:
     """A database is reached although two hosts before it take more than all of a ping's time."""
     place = parse_dsn(create_database())
