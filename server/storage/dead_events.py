@@ -4,16 +4,17 @@ A dead event keeps its encoded bytes, the reason and the provider's last answer.
 into the outbox, or purged.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, text
+from sqlalchemy import Connection, CursorResult, RowMapping, text
 
 from server.events.encoded_events_pb2 import EncodedEvents
 from server.events.event_ids import read_event_id
 from server.protocols import GRPC
+from server.storage.pages import read_in_pages
 
 _DELETED_AT_ONCE = 1000
 _READ_AT_ONCE = 200
@@ -131,21 +132,16 @@ def read_dead_pages(connection: Connection, project_id: str) -> Iterator[list[De
 
     No transaction is open while a page is in use.
     """
-    with connection.begin():
-        newest = connection.scalar(_FIND_NEWEST)
-    values = {"project_id": project_id, "newest": newest, "limit": _READ_AT_ONCE}
-    after = 0
-    while True:
-        with connection.begin():
-            page = _read_dead(connection.execute(_READ_PAGE, values | {"after": after}))
-        if not page:
-            return
-        yield page
-        after = page[-1].id
+    values = {"project_id": project_id, "limit": _READ_AT_ONCE}
+    yield from map(_make_dead, read_in_pages(connection, _FIND_NEWEST, _READ_PAGE, values))
 
 
 def _read_dead(rows: CursorResult[Any]) -> list[DeadEvent]:
-    return [DeadEvent(**{**row, "event": bytes(row["event"])}) for row in rows.mappings()]
+    return _make_dead(rows.mappings())
+
+
+def _make_dead(rows: Iterable[RowMapping]) -> list[DeadEvent]:
+    return [DeadEvent(**{**row, "event": bytes(row["event"])}) for row in rows]
 
 
 def retry_dead(

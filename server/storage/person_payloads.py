@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from sqlalchemy import Connection, RowMapping, text
 
 from server.events.encoded_events_pb2 import EncodedEvents
+from server.storage.pages import read_in_pages
 
 # A payload may have 4 MB.
 _READ_AT_ONCE = 16
@@ -46,18 +47,10 @@ def read_payloads(connection: Connection, project_id: str) -> Iterator[tuple[int
 
     No transaction is open while one is in use.
     """
-    with connection.begin():
-        newest = connection.scalar(_FIND_NEWEST)
-    values = {"project_id": project_id, "newest": newest, "limit": _READ_AT_ONCE}
-    after = 0
-    while True:
-        with connection.begin():
-            page = connection.execute(_READ_PAGE, values | {"after": after}).all()
-        if not page:
-            return
-        for payload_id, received_at, events in page:
-            yield payload_id, received_at, bytes(events)
-        after = page[-1].id
+    values = {"project_id": project_id, "limit": _READ_AT_ONCE}
+    for page in read_in_pages(connection, _FIND_NEWEST, _READ_PAGE, values):
+        for row in page:
+            yield row["id"], row["received_at"], bytes(row["events"])
 
 
 def split_payload(events: bytes) -> Sequence[bytes] | None:

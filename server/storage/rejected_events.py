@@ -4,14 +4,15 @@ Whoever deletes rows locks them in the order of their ids or skips those that ar
 any number of services and commands can do so at once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Connection, RowMapping, TextClause, text
 
 from server.events.event_ids import read_event_id
 from server.events.schema import EVENT_SCHEMA
+from server.storage.pages import read_in_pages
 
 MAX_EVENT_BYTES = EVENT_SCHEMA.max_bytes
 # What validation rejects is in the table within this time, or never.
@@ -188,12 +189,12 @@ def list_rejections(
 ) -> list[StoredRejection]:
     """Return the newest rows of a project, or of all, without the events themselves."""
     values = {"project_id": project_id, "limit": limit}
-    return _make_rejections(connection, _LIST, values)
+    return _make_rejections(connection.execute(_LIST, values).mappings())
 
 
 def read_rejection(connection: Connection, rejection_id: int) -> StoredRejection | None:
     """One row, or None where there is none of this id."""
-    found = _make_rejections(connection, _READ, {"id": rejection_id})
+    found = _make_rejections(connection.execute(_READ, {"id": rejection_id}).mappings())
     return found[0] if found else None
 
 
@@ -202,7 +203,7 @@ def find_rejections(
 ) -> list[StoredRejection]:
     """Return the rows of events with this id, only a project's if one is given."""
     values = {"event_id": event_id, "project_id": project_id, "limit": limit}
-    return _make_rejections(connection, _FIND_BY_EVENT, values)
+    return _make_rejections(connection.execute(_FIND_BY_EVENT, values).mappings())
 
 
 def group_newest_rejections(
@@ -227,17 +228,8 @@ def read_pages(
 
     None and an empty `ids` mean all. No transaction is open while a page is in use.
     """
-    with connection.begin():
-        newest = connection.scalar(_FIND_NEWEST)
-    values = {"project_id": project_id, "ids": list(ids), "newest": newest, "limit": _READ_AT_ONCE}
-    after = 0
-    while True:
-        with connection.begin():
-            page = _make_rejections(connection, _READ_PAGE, values | {"after": after})
-        if not page:
-            return
-        yield page
-        after = page[-1].id
+    values = {"project_id": project_id, "ids": list(ids), "limit": _READ_AT_ONCE}
+    yield from map(_make_rejections, read_in_pages(connection, _FIND_NEWEST, _READ_PAGE, values))
 
 
 def settle_replayed(
@@ -258,8 +250,5 @@ def delete_rejections(connection: Connection, ids: Sequence[int]) -> int:
     return connection.execute(_DELETE, {"ids": list(ids)}).rowcount
 
 
-def _make_rejections(
-    connection: Connection, statement: TextClause, values: Mapping[str, object]
-) -> list[StoredRejection]:
-    rows = connection.execute(statement, values).mappings()
+def _make_rejections(rows: Iterable[RowMapping]) -> list[StoredRejection]:
     return [StoredRejection(**{**row, "event": bytes(row["event"])}) for row in rows]
