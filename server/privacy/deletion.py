@@ -9,8 +9,7 @@ command, the next one with the same ids goes on with the same receipt.
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Concatenate, ParamSpec
 
@@ -18,9 +17,10 @@ from server import failpoints
 from server.events.persons import Person, hide_ids, read_ids, texts_naming
 from server.privacy.digests import Digests
 from server.privacy.places import ANSWERS, DEAD, EVENTS, OUTBOX, REJECTED
+from server.privacy.search import Search
 from server.protocols import GRPC
 from server.storage.connection import Connection
-from server.storage.dead_events import change_texts, delete_dead, read_dead_pages
+from server.storage.dead_events import change_texts, delete_dead
 from server.storage.lanes import change_trouble
 from server.storage.person_deletions import (
     Receipt,
@@ -32,8 +32,8 @@ from server.storage.person_deletions import (
     read_receipt,
 )
 from server.storage.person_events import delete_arrived_events, delete_events, list_parts
-from server.storage.person_payloads import read_payloads, rewrite_payload, split_payload
-from server.storage.rejected_events import KEPT_WITHIN_SECONDS, delete_rejections, read_pages
+from server.storage.person_payloads import rewrite_payload
+from server.storage.rejected_events import KEPT_WITHIN_SECONDS, delete_rejections
 
 # What was in a transaction when the deletion began may have an earlier time of arrival.
 _OVERLAP = timedelta(minutes=10)
@@ -59,7 +59,7 @@ class Deletion:
         of_person = digests.of_person(person)
         self._receipt = begin_deletion(connection, person.project_id, of_person, digests.mark)
         self._is_again = self._receipt.deleted_at is not None
-        self._unreadable: defaultdict[str, list[int]] = defaultdict(list)
+        self._search = Search(connection, person)
 
     def run(self, *, wait: bool) -> Receipt:
         """Go through everything twice, and return the receipt.
@@ -91,21 +91,17 @@ class Deletion:
 
     def _delete_again(self) -> None:
         since = self._receipt.began_at - _OVERLAP
-        self._unreadable.clear()
+        self._search.unreadable.clear()
         self._delete(EVENTS, delete_arrived_events, self._person, since)
         self._delete_copies()
-        finish_deletion(self._connection, self._receipt.id, self._unreadable)
+        finish_deletion(self._connection, self._receipt.id, self._search.unreadable)
 
     def _delete_copies(self) -> None:
         self._empty_payloads()
-        for page in read_dead_pages(self._connection, self._person.project_id):
-            dead = [each.id for each in page if self._owns(DEAD, each.id, GRPC, each.event)]
-            self._delete(DEAD, delete_dead, dead)
-        for rows in read_pages(self._connection, self._person.project_id, []):
-            rejected = [
-                row.id for row in rows if self._owns(REJECTED, row.id, row.protocol, row.event)
-            ]
-            self._delete(REJECTED, delete_rejections, rejected)
+        for dead in self._search.find_dead():
+            self._delete(DEAD, delete_dead, [each.id for each in dead])
+        for rejected in self._search.find_rejected():
+            self._delete(REJECTED, delete_rejections, [each.id for each in rejected])
         self._delete(ANSWERS, self._hide_answers)
 
     def _delete(
@@ -125,25 +121,13 @@ class Deletion:
 
     def _empty_payloads(self) -> None:
         """Take the person's events out of the payloads; those being sent once they are not."""
-        busy = list(self._find_payloads())
+        busy = [payload.id for payload in self._search.find_payloads()]
         rounds = 0
         while busy := [number for number in busy if not self._empty_payload(number)]:
             if rounds % _ROUNDS_PER_REPORT == 0:
                 self._report(f"waiting for {len(busy)} payloads that are being sent")
             rounds += 1
             time.sleep(_RETRY_SECONDS)
-
-    def _find_payloads(self) -> Iterator[int]:
-        for number, _, encoded in read_payloads(self._connection, self._person.project_id):
-            if not self._person.may_own(encoded):
-                continue
-            events = split_payload(encoded)
-            if events is None:
-                self._unreadable[OUTBOX].append(number)
-                continue
-            owned = [self._owns(OUTBOX, number, GRPC, event) for event in events]
-            if any(owned):
-                yield number
 
     def _empty_payload(self, number: int) -> bool:
         """Take the person's events out of a payload; return False if some of it is being sent."""
@@ -160,12 +144,6 @@ class Deletion:
 
     def _is_others(self, event: bytes) -> bool:
         return not self._person.owns(read_ids(GRPC, event))
-
-    def _owns(self, place: str, number: int, protocol: str, event: bytes) -> bool:
-        is_owned = self._person.owns(read_ids(protocol, event))
-        if is_owned is None:
-            self._unreadable[place].append(number)
-        return bool(is_owned)
 
     def _hide_answers(self, connection: Connection) -> int:
         """Hide the ids in what providers answered about the events of others."""

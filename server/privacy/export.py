@@ -1,22 +1,23 @@
 """A person's events wherever they are kept: found, and given out."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import orjson
 from google.protobuf.message import DecodeError
 
 from productgraph.v1.event_pb2 import Event
-from server.events.persons import Person, read_ids
+from server.events.persons import Person
 from server.events.spelling import name_fields, spell_event
 from server.privacy.places import DEAD, EVENTS, OUTBOX, REJECTED
+from server.privacy.search import Search
 from server.protocols import GRPC, HTTP
 from server.storage.connection import Connection
-from server.storage.dead_events import read_dead_pages
 from server.storage.person_events import list_parts, read_events
-from server.storage.person_payloads import find_waiting, read_payloads, split_payload
-from server.storage.rejected_events import StoredRejection, read_pages
+from server.storage.person_payloads import find_waiting
+from server.storage.rejected_events import StoredRejection
 
 Line = dict[str, Any]
 
@@ -31,8 +32,9 @@ class Export:
     def __init__(self, connection: Connection, person: Person) -> None:
         self._connection = connection
         self._person = person
+        self._search = Search(connection, person)
         self.counts: Counter[str] = Counter()
-        self.unreadable: defaultdict[str, list[int]] = defaultdict(list)
+        self.unreadable = self._search.unreadable
 
     def run(self) -> Iterator[Line]:
         """Yield what is found, with its place: what moves on meanwhile is found in the next one."""
@@ -53,49 +55,21 @@ class Export:
                 yield {"received_at": event.received_at, "event": event.fields}
 
     def _read_outbox(self) -> Iterator[Line]:
-        for number, received_at, encoded in read_payloads(
-            self._connection, self._person.project_id
-        ):
-            if not self._person.may_own(encoded):
-                continue
-            events = split_payload(encoded)
-            owned = [] if events is None else self._find_owned(OUTBOX, number, events)
-            if events is None:
-                self.unreadable[OUTBOX].append(number)
-            waiting = find_waiting(self._connection, number) if owned else []
-            for place, event in owned:
+        for payload in self._search.find_payloads():
+            waiting = find_waiting(self._connection, payload.id)
+            for place, event in payload.owned:
                 names = [name for name, places in waiting if places is None or place in places]
-                about = {"number": number, "received_at": received_at, "waits_for": names}
-                yield about | _spell(GRPC, event)
-
-    def _find_owned(
-        self, place: str, number: int, events: "list[bytes] | Any"
-    ) -> list[tuple[int, bytes]]:
-        owned = []
-        for position, event in enumerate(events):
-            if self._is_owned(place, number, GRPC, event):
-                owned.append((position, event))
-        return owned
+                about = {"number": payload.id, "received_at": payload.received_at}
+                yield about | {"waits_for": names} | _spell(GRPC, event)
 
     def _read_dead(self) -> Iterator[Line]:
-        for page in read_dead_pages(self._connection, self._person.project_id):
-            for letter in page:
-                if self._is_owned(DEAD, letter.id, GRPC, letter.event):
-                    names = ("provider", "died_at", "reason", "answer")
-                    about = {"number": letter.id} | {each: getattr(letter, each) for each in names}
-                    yield about | _spell(GRPC, letter.event)
+        names = ("provider", "died_at", "reason", "answer")
+        for letter in chain.from_iterable(self._search.find_dead()):
+            about = {"number": letter.id} | {each: getattr(letter, each) for each in names}
+            yield about | _spell(GRPC, letter.event)
 
     def _read_rejected(self) -> Iterator[Line]:
-        for page in read_pages(self._connection, self._person.project_id, []):
-            for each in page:
-                if self._is_owned(REJECTED, each.id, each.protocol, each.event):
-                    yield _describe_rejection(each)
-
-    def _is_owned(self, place: str, number: int, protocol: str, event: bytes) -> bool:
-        is_owned = self._person.owns(read_ids(protocol, event))
-        if is_owned is None:
-            self.unreadable[place].append(number)
-        return bool(is_owned)
+        return map(_describe_rejection, chain.from_iterable(self._search.find_rejected()))
 
 
 def _describe_rejection(rejection: StoredRejection) -> Line:
