@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from server.app.parts import BUCKETS, DEMO_PROJECT, find_data, load_block_list, open_redactor
+from server.app.parts import BUCKETS, DEMO_PROJECT, find_data, open_digests, open_redactor
 from server.app.probes import Pages, Probes
 from server.config import AMPLITUDE, MIXPANEL, Settings
 from server.forwarding.outbox_monitor import OutboxMonitor
 from server.grpc.certificates import read_certificates
 from server.http.server import HTTPServer
 from server.ingest.buckets import BucketTable
+from server.privacy.block_list import check_recognised
 from server.processes.ports import listen, reserve_ports
 from server.processes.supervisor import Program, Supervisor
 from server.storage.accounts import EmbeddedPostgresError
@@ -26,7 +27,7 @@ from server.storage.errors import DatabaseError
 from server.storage.forward_history import ProviderNotes
 from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key, list_keys
-from server.storage.limits_monitor import LimitsMonitor
+from server.storage.keys_monitor import KeysMonitor
 from server.storage.migrate import check_migrated, migrate
 from server.storage.partitions import PartitionKeeper
 from server.storage.rights import check_rights
@@ -111,7 +112,8 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
 def _warn_of_blocked(settings: Settings, engine: Engine) -> None:
     """Log that persons are blocked whose events would be stored all the same."""
     try:
-        load_block_list(settings, engine)
+        with connected(engine) as connection:
+            check_recognised(connection, open_digests(settings))
     except DatabaseError as error:
         _log.error("not all blocked persons are kept out: %s", error)
 
@@ -150,9 +152,9 @@ def _serve_metrics(
     totals = Totals(METRICS, counts)
     receiver = ReportReceiver(totals)
     providers = tuple(settings.destinations)
-    limits = LimitsMonitor(GuardedConnection(engine))
+    keys = KeysMonitor(GuardedConnection(engine))
     state = ServiceCollector(
-        readiness.is_ready, monitor.lanes, providers, keeper.default_rows, limits.read
+        readiness.is_ready, monitor.lanes, providers, keeper.default_rows, keys.count_ending
     )
     page = MetricsPage(CountsCollector(totals), state)
     console = None
@@ -164,8 +166,8 @@ def _serve_metrics(
     listener = listen(settings.host, ports["METRICS_PORT"])
     probes = Probes(Pages(page, console), readiness.is_ready)
     server = HTTPServer(probes, listener)
-    stack.enter_context(Watchdog(readiness.check, monitor.check, limits.check))
-    for thread in (readiness, monitor, limits):
+    stack.enter_context(Watchdog(readiness.check, monitor.check, keys.check))
+    for thread in (readiness, monitor, keys):
         stack.enter_context(thread)
     for part in (receiver, MetricsServer(server)):
         part.start()

@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ from server.events.quick_protobuf import QuickProtobufReader
 from server.events.redaction import RedactionRule, Redactor, find_fault
 from server.events.schema import EVENT_SCHEMA
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
-from server.privacy.block_list import BlockedPersons, check_recognised, load_blocked
+from server.privacy.block_list import FindBlocked, check_recognised, find_nobody, load_blocked
 from server.privacy.digests import Digests
-from server.storage.connection import Engine, connected
+from server.storage.connection import Connection
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.events import AlsoStore
 from server.storage.outbox import Outbox
@@ -97,18 +97,21 @@ def open_redactor(settings: Settings) -> Redactor | None:
     return Redactor(rules, Digests(settings.privacy_secret or "").of_value)
 
 
-def load_block_list(settings: Settings, engine: Engine) -> Callable[[str], BlockedPersons | None]:
+def open_digests(settings: Settings) -> Digests | None:
+    """Return what makes the HMACs of ids, or None without PRIVACY_SECRET."""
+    return None if settings.privacy_secret is None else Digests(settings.privacy_secret)
+
+
+def load_block_list(settings: Settings, connection: Connection) -> FindBlocked:
     """Return what tells a project's blocked persons, as they are now.
 
     Raises DatabaseError if somebody was blocked under another PRIVACY_SECRET, or there is none.
     """
-    digests = None if settings.privacy_secret is None else Digests(settings.privacy_secret)
-    with connected(engine) as connection:
-        check_recognised(connection, digests)
-        if digests is None:
-            return lambda _project_id: None
-        rows = RowIds(RowEncoder(EVENT_SCHEMA).columns)
-        return load_blocked(connection, digests, rows).get
+    digests = open_digests(settings)
+    check_recognised(connection, digests)
+    if digests is None:
+        return find_nobody
+    return load_blocked(connection, digests, RowIds(RowEncoder(EVENT_SCHEMA).columns)).get
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":

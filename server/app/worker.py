@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from server.app.parts import (
     BUCKETS,
     load_block_list,
+    open_digests,
     open_json_codec,
     open_outbox,
     open_protobuf_codec,
@@ -41,13 +42,12 @@ from server.ingest.rejection_writer import RejectionWriter
 from server.ingest.replay import Replay
 from server.ingest.request_record import RequestRecorder, Sink
 from server.ingest.service import IngestService
-from server.privacy.block_list import BlockList
-from server.privacy.digests import Digests
+from server.privacy.block_list import BlockList, find_nobody
 from server.processes.lifeline import Lifeline
 from server.processes.ports import listen
 from server.processes.pulse import Pulse
 from server.protocols import GRPC, HTTP
-from server.storage.connection import Engine, GuardedConnection, open_engine
+from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.events import EventStore
 from server.storage.health import Readiness, Watchdog
 from server.storage.outages import OutageLog
@@ -96,7 +96,7 @@ class Worker:
             EVENT_SCHEMA,
             self._writer,
             on_rejected=next((writer.record for writer in self._rejections), None),
-            find_blocked=next((blocked.find for blocked in self._blocked), _find_nobody),
+            find_blocked=next((blocked.find for blocked in self._blocked), find_nobody),
             on_blocked=metrics.count_blocked,
         )
         service = IngestService(
@@ -204,15 +204,12 @@ def _open_rejection_writers(
 
 
 def _open_block_lists(settings: Settings, engine: Engine) -> list[BlockList]:
-    """Return a list of blocked persons in a list, which is empty if they cannot be recognised."""
-    if settings.privacy_secret is None:
+    """Return the one list of blocked persons, or none if they cannot be recognised."""
+    digests = open_digests(settings)
+    if digests is None:
         return []
-    digests, rows = Digests(settings.privacy_secret), RowIds(RowEncoder(EVENT_SCHEMA).columns)
+    rows = RowIds(RowEncoder(EVENT_SCHEMA).columns)
     return [BlockList(GuardedConnection(engine), digests, rows)]
-
-
-def _find_nobody(_project_id: str) -> None:
-    """Return that nobody of a project is blocked."""
 
 
 def _build_limiter(settings: Settings) -> RateLimiter:
@@ -252,11 +249,14 @@ def opened_replay(settings: Settings, engine: Engine) -> Iterator[Replay]:
         EventStore(RowEncoder(EVENT_SCHEMA).columns, open_outbox(settings)),
         max_waiting_bytes=settings.max_waiting_bytes,
     )
-    ingestion = Ingestion(EVENT_SCHEMA, writer, find_blocked=load_block_list(settings, engine))
+    with connected(engine) as connection:
+        find_blocked = load_block_list(settings, connection)
+    ingestion = Ingestion(EVENT_SCHEMA, writer, find_blocked=find_blocked)
+    redactor = open_redactor(settings)
     with Watchdog(writer.check), writer:
         yield Replay(
             ingestion,
-            JsonCodec(EVENT_SCHEMA, redactor=open_redactor(settings)),
-            ProtobufCodec(EVENT_SCHEMA, redactor=open_redactor(settings)),
+            JsonCodec(EVENT_SCHEMA, redactor=redactor),
+            ProtobufCodec(EVENT_SCHEMA, redactor=redactor),
             timeout_seconds=settings.request_timeout_seconds,
         )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from functools import partial
 
 import click
 from google.protobuf.json_format import MessageToJson
@@ -188,16 +187,17 @@ def retry(settings: Settings, provider: str | None, choose_all: bool, ids: tuple
 
     Those of blocked persons are deleted instead.
     """
-    chosen = choose_ids(ids, choose_all)
-    with opened_engine(settings) as engine:
-        find_blocked = load_block_list(settings, engine)
 
-    def is_dropped(project_id: str, event: bytes) -> bool:
-        blocked = find_blocked(project_id)
-        return blocked is not None and blocked.may_own(GRPC, event)
+    def revive(connection: Connection, provider: str | None, ids: Sequence[int]) -> int:
+        find_blocked = load_block_list(settings, connection)
 
-    revive = partial(retry_dead, is_dropped=is_dropped)
-    _change(settings, revive, provider, chosen, "put back into the queue")
+        def is_dropped(project_id: str, event: bytes) -> bool:
+            blocked = find_blocked(project_id)
+            return blocked is not None and blocked.may_own(GRPC, event)
+
+        return retry_dead(connection, provider, ids, is_dropped)
+
+    _change(settings, revive, provider, choose_ids(ids, choose_all), "put back into the queue")
 
 
 @dead.command()

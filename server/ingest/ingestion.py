@@ -15,13 +15,11 @@ from server.events.schema import Schema
 from server.events.timestamps import truncate_timestamp
 from server.events.validation import Validator
 from server.ingest.group_commit import Writer
-from server.privacy.block_list import BlockedPersons
+from server.privacy.block_list import BlockedPersons, FindBlocked, find_nobody
 
 # Reading the events of a batch may take seconds from this size on.
 _LARGE_BYTES = 1 << 20
 
-# Returns the blocked persons of a project, if it has any.
-FindBlocked = Callable[[str], BlockedPersons | None]
 # Takes a project's rejected events; the bytes of one are to be had from the batch. Must not block.
 OnRejected = Callable[[str, ParsedBatch, Sequence[EventError]], None]
 
@@ -43,7 +41,7 @@ class Ingestion:
         writer: Writer,
         *,
         on_rejected: OnRejected | None = None,
-        find_blocked: FindBlocked = lambda _project_id: None,
+        find_blocked: FindBlocked = find_nobody,
         on_blocked: Callable[[int], None] = lambda _count: None,
     ) -> None:
         self._writer = writer

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 from server.errors import Unavailable
@@ -55,6 +55,14 @@ class BlockedPersons:
         if not anonymous:
             return False
         return self._digests.of_anonymous(self._project_id, anonymous) in self._blocked
+
+
+# Returns the blocked persons of a project, or None if it has none.
+FindBlocked = Callable[[str], BlockedPersons | None]
+
+
+def find_nobody(_project_id: str) -> None:
+    """Return that a project has no blocked persons."""
 
 
 def load_blocked(

@@ -18,7 +18,6 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from server.storage.lanes import LaneStatus
-from server.storage.limits_monitor import LimitsStatus
 from server.telemetry.counting import Kind, Metric, Sums, Totals
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class ServiceCollector(Collector):
 
     `lanes` tells how forwarding stands, or None if that is not known; a lane of `providers` that it
     lacks has had nothing to do. `default_rows` tells how many events are in no month's partition,
-    `limits` how near keys are to their ends.
+    `ending_keys` how many keys are about to end.
     """
 
     def __init__(
@@ -111,10 +110,10 @@ class ServiceCollector(Collector):
         lanes: Callable[[], Sequence[LaneStatus] | None],
         providers: Sequence[str],
         default_rows: Callable[[], int | None] = lambda: None,
-        limits: Callable[[], LimitsStatus | None] = lambda: None,
+        ending_keys: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self._limits = limits
         self._default_rows = default_rows
+        self._ending_keys = ending_keys
         self._idle = [LaneStatus(provider, 0, None, 0, 0, None) for provider in providers]
         self._is_database_up = is_database_up
         self._lanes = lanes
@@ -131,18 +130,13 @@ class ServiceCollector(Collector):
         if is_up and (rows := self._default_rows()) is not None:
             text = "Events in no month's partition, in events_default, by PostgreSQL's statistics."
             yield GaugeMetricFamily(f"{_PREFIX}_events_default_rows", text, rows)
-        if is_up and (limits := self._limits()) is not None:
-            yield from _describe_limits(limits)
+        if is_up and (keys := self._ending_keys()) is not None:
+            text = "API keys in use that end within 7 days, or 1 day if they have been replaced."
+            yield GaugeMetricFamily(f"{_PREFIX}_api_keys_ending", text, keys)
         lanes = self._lanes()
         if is_up and lanes is not None:
             known = {lane.provider: lane for lane in (*self._idle, *lanes)}
             yield from _describe_lanes(known.values(), datetime.now(UTC))
-
-
-def _describe_limits(limits: LimitsStatus) -> Iterator[prometheus_client.Metric]:
-    """Yield what is the same on every machine that shares the database."""
-    text = "API keys that end within 7 days, or 1 if they have been replaced, and are in use."
-    yield GaugeMetricFamily(f"{_PREFIX}_api_keys_ending", text, limits.ending_keys)
 
 
 def _describe_lanes(
