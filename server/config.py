@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from server.rates import parse_byte_rate, parse_event_rate
 from server.values import (
     FALSE,
+    HASH,
     hide_credentials,
     hide_password,
     is_loopback,
@@ -444,7 +445,7 @@ def _require(setting: Setting[str], cause: Setting[bool], environment: Mapping[s
 
 def _read_redaction(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     rules = _REDACT.read(environment)
-    if any(action == "hash" for _, action in rules) and not _PRIVACY_SECRET.read(environment):
+    if any(action == HASH for _, action in rules) and not _PRIVACY_SECRET.read(environment):
         raise InvalidSetting(f"{_PRIVACY_SECRET.name}: must be set, since {_REDACT.name} hashes")
     return rules
 

@@ -14,7 +14,8 @@ _TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PASSWORD_LENGTH = 12
 _SECRET_LENGTH = 32
-_REDACTIONS = ("drop", "hash", "no-query")
+# What can become of a field that is redacted.
+DROP, HASH, NO_QUERY = "drop", "hash", "no-query"
 _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?", re.ASCII
 )
@@ -102,7 +103,7 @@ def parse_redaction(text: str) -> tuple[tuple[str, str], ...]:
     rules: dict[str, str] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, action = (each.strip() for each in part.partition("="))
-        if not name or action not in _REDACTIONS or name in rules:
+        if not name or action not in {DROP, HASH, NO_QUERY} or name in rules:
             raise ValueError(
                 "must be different fields, and of each drop, hash or no-query, such as"
                 f" page.url=no-query,metadata.email=hash, has {part!r}"

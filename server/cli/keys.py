@@ -154,12 +154,9 @@ def create(
     Prints nothing else. The key works at once, and cannot be shown again. A project can have
     several, to change from one to the next.
     """
-    event_rate, byte_rate = (
-        None if rate == _UNCHANGED else rate for rate in (event_rate, byte_rate)
-    )
+    rates = _given_rates(event_rate, byte_rate)
     with opened_tables(settings) as connection:
-        rates = event_rate, byte_rate
-        key = create_key(connection, project, name, *rates, lifetime=expires, origins=origins)
+        key = create_key(connection, project, name, lifetime=expires, origins=origins, **rates)
         click.echo(key)
 
 

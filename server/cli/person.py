@@ -4,7 +4,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import IO, Any
+from functools import wraps
+from typing import IO, Any, Concatenate, ParamSpec
 
 import click
 import orjson
@@ -29,7 +30,9 @@ from server.storage.blocked_persons import block_person, find_blocked, unblock_p
 from server.storage.connection import Connection, connected
 from server.storage.person_deletions import find_receipts
 
-# What a number of an unreadable thing is a number of.
+P = ParamSpec("P")
+
+# What the numbers of unreadable things are numbers of.
 _NUMBERED = {OUTBOX: "payloads of the outbox", DEAD: "dead events", REJECTED: "rejected events"}
 _PLACES = {
     EVENTS: "in events",
@@ -48,43 +51,45 @@ def person() -> None:
     """
 
 
-def _person_options(command: "Callable[..., None]") -> "Callable[..., None]":
-    """Add the options that name a person."""
-    for option in (
-        click.option(
-            "--anonymous-id",
-            "anonymous_ids",
-            multiple=True,
-            metavar="ID",
-            help="A user.anonymous_id of theirs; can be given several times.",
-        ),
-        click.option("--user", "user_id", metavar="ID", help="Their user.id."),
-        click.option("--project", required=True, help="The project of their events."),
-    ):
-        command = option(command)
-    return command
+def _with_person(run: Callable[Concatenate[Settings, Person, P], None]) -> Callable[..., None]:
+    """Add the options that name a person, and give the command the person."""
 
+    @click.option("--project", required=True, help="The project of their events.")
+    @click.option("--user", "user_id", metavar="ID", help="Their user.id.")
+    @click.option(
+        "--anonymous-id",
+        "anonymous_ids",
+        multiple=True,
+        metavar="ID",
+        help="A user.anonymous_id of theirs; can be given several times.",
+    )
+    @wraps(run)
+    def run_with_person(
+        settings: Settings,
+        project: str,
+        user_id: str | None,
+        anonymous_ids: tuple[str, ...],
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> None:
+        wanted = Person(project, user_id, tuple(dict.fromkeys(anonymous_ids)))
+        if not wanted.ids or "" in wanted.ids:
+            raise click.UsageError("give --user, --anonymous-id, or both; neither can be empty")
+        run(settings, wanted, *args, **options)
 
-def _name_person(project: str, user_id: str | None, anonymous_ids: Sequence[str]) -> Person:
-    named = Person(project, user_id, tuple(dict.fromkeys(anonymous_ids)))
-    if not named.ids or "" in named.ids:
-        raise click.UsageError("give --user, --anonymous-id, or both; neither can be empty")
-    return named
+    return run_with_person
 
 
 @person.command()
-@_person_options
 @with_settings
-def export(
-    settings: Settings, project: str, user_id: str | None, anonymous_ids: tuple[str, ...]
-) -> None:
+@_with_person
+def export(settings: Settings, wanted: Person) -> None:
     """Write a person's events to standard output, as lines of JSON.
 
     Each has its place and the event by its names on the wire: stored, waiting for providers, dead
     or rejected. The summary on standard error counts them by place, and has the numbers of what
     cannot be read. The service goes on meanwhile.
     """
-    wanted = _name_person(project, user_id, anonymous_ids)
     with opened_engine(settings) as engine, connected(engine) as connection:
         search = Export(connection, wanted)
         for line in search.run():
@@ -95,25 +100,17 @@ def export(
 
 
 @person.command()
-@_person_options
+@with_settings
+@_with_person
 @click.option("--yes", is_flag=True, help="Delete it; without it, only its counts are shown.")
 @click.option("--no-wait", is_flag=True, help="Leave the second time to another run.")
-@with_settings
-def delete(
-    settings: Settings,
-    project: str,
-    user_id: str | None,
-    anonymous_ids: tuple[str, ...],
-    yes: bool,
-    no_wait: bool,
-) -> None:
+def delete(settings: Settings, wanted: Person, yes: bool, no_wait: bool) -> None:
     """Delete a person's events, wherever they are kept.
 
     Without --yes it only counts them. With it, it goes through everything twice, the second time
     once nothing that came before can be in the memory of a worker, and prints a receipt as JSON.
     Whatever ends it, run it again: it completes what is left. Needs PRIVACY_SECRET.
     """
-    wanted = _name_person(project, user_id, anonymous_ids)
     digests = _require_digests(settings)
     with opened_engine(settings) as engine, connected(engine) as connection:
         if not yes:
@@ -167,52 +164,42 @@ def _read_receipts(file: IO[bytes]) -> list[dict[str, Any]]:
 
 
 @person.command()
-@_person_options
 @with_settings
-def block(
-    settings: Settings, project: str, user_id: str | None, anonymous_ids: tuple[str, ...]
-) -> None:
+@_with_person
+def block(settings: Settings, wanted: Person) -> None:
     """Drop a person's later events.
 
     They are answered as if they were stored. In force within ten seconds, on every service with the
     same PRIVACY_SECRET. What is there stays: see delete.
     """
-    wanted, digests = _name_person(project, user_id, anonymous_ids), _require_digests(settings)
+    digests = _require_digests(settings)
     with opened_tables(settings) as connection:
-        count = block_person(connection, project, digests.of_person(wanted), digests.mark)
+        count = block_person(connection, wanted.project_id, digests.of_person(wanted), digests.mark)
     click.echo(f"{count} of {len(wanted.ids)} ids are blocked now; the others were before")
 
 
 @person.command()
-@_person_options
 @with_settings
-def unblock(
-    settings: Settings, project: str, user_id: str | None, anonymous_ids: tuple[str, ...]
-) -> None:
+@_with_person
+def unblock(settings: Settings, wanted: Person) -> None:
     """Take a person's later events again, within ten seconds."""
-    wanted, digests = _name_person(project, user_id, anonymous_ids), _require_digests(settings)
+    digests = _require_digests(settings)
     with opened_tables(settings) as connection:
-        count = unblock_person(connection, project, digests.of_person(wanted))
+        count = unblock_person(connection, wanted.project_id, digests.of_person(wanted))
     click.echo(f"{count} of {len(wanted.ids)} ids were blocked, and are no longer")
 
 
 @person.command()
-@_person_options
-@json_option
 @with_settings
-def status(
-    settings: Settings,
-    project: str,
-    user_id: str | None,
-    anonymous_ids: tuple[str, ...],
-    as_json: bool,
-) -> None:
+@_with_person
+@json_option
+def status(settings: Settings, wanted: Person, as_json: bool) -> None:
     """Show since when a person is blocked, and what was deleted."""
-    wanted, digests = _name_person(project, user_id, anonymous_ids), _require_digests(settings)
+    digests = _require_digests(settings)
     of_person = digests.of_person(wanted)
     with opened_engine(settings) as engine, connected(engine) as connection:
-        receipts = find_receipts(connection, project, of_person)
-        blocked = find_blocked(connection, project, of_person)
+        receipts = find_receipts(connection, wanted.project_id, of_person)
+        blocked = find_blocked(connection, wanted.project_id, of_person)
     if as_json:
         since = {digest.hex(): moment for digest, moment in blocked.items()}
         print_json([{"blocked": since, "receipts": list(map(describe_receipt, receipts))}])

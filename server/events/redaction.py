@@ -16,8 +16,8 @@ from server.events.json_parser import encode_document
 from server.events.persons import ANONYMOUS_ID
 from server.events.problems import NOT_UTF8
 from server.events.schema import EVENT_SCHEMA, Field, Kind
+from server.values import DROP, HASH, NO_QUERY
 
-DROP, HASH, NO_QUERY = "drop", "hash", "no-query"
 _METADATA = "metadata"
 _FIELDS = {field.wire_name: field for field in EVENT_SCHEMA.fields}
 _CATCH_ALL = EVENT_SCHEMA.catch_all
