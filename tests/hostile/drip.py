@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import quantiles
 
-from tests.hostile.background import repeating
 from tests.hostile.connection import Connection, NoAnswer, encode_post
 from tests.hostile.grammar import encode_batch, make_event
 from tests.hostile.record import Record
 from tests.hostile.target import Target
+from tests.support.background import repeating
 from tests.support.projects import Project
 
 _CONNECTIONS = 200

@@ -11,11 +11,11 @@ from contextlib import ExitStack, closing, contextmanager
 import grpc
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsRequest
-from tests.hostile.background import repeating
 from tests.hostile.connection import Connection, NoAnswer, encode_post
 from tests.hostile.grammar import encode_batch, make_event
 from tests.hostile.record import Record
 from tests.hostile.target import Target
+from tests.support.background import repeating
 from tests.support.clients import INGEST, bind_ingest
 from tests.support.events import to_message
 from tests.support.http2 import connected

@@ -11,10 +11,10 @@ import grpc
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from tests.hostile import bodies, messages, streams
-from tests.hostile.background import repeating
 from tests.hostile.connection import Connection, NoAnswer
 from tests.hostile.record import LIMIT_SECONDS, Record
 from tests.hostile.target import Target
+from tests.support.background import repeating
 from tests.support.clients import bind_ingest
 
 _CLIENTS = 8

@@ -7,11 +7,10 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
@@ -25,6 +24,7 @@ import pytest
 import yaml
 from psycopg2.extensions import parse_dsn
 
+from tests.support.background import repeating
 from tests.support.clients import Tenant, open_tenant
 from tests.support.events import to_message
 from tests.support.projects import Project
@@ -46,7 +46,7 @@ Note = Callable[[str, object], None]
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running Prometheus, the file in which it finds whom to read, and the one that it tells."""
+    """A running Prometheus, its file of targets, and its Alertmanager."""
 
     url: str
     targets: Path
@@ -73,7 +73,7 @@ class Prometheus:
         }
 
     def find_receivers(self, name: str) -> list[str]:
-        """Return whom Alertmanager tells of an alert."""
+        """Return the receivers of an alert."""
         with urlopen(f"{self.alertmanager}/api/v2/alerts", timeout=30) as answer:
             alerts = json.load(answer)
         told = [alert for alert in alerts if alert["labels"]["alertname"] == name]
@@ -191,23 +191,14 @@ class Scene:
             yield
 
 
-@contextmanager
-def repeating(action: Callable[[], object], pause: float = 0.5) -> Iterator[None]:
+def persisting(action: Callable[[], object], pause: float = 0.5) -> AbstractContextManager[None]:
     """Do something again and again while the context lasts, whether it fails or not."""
-    stop = threading.Event()
 
     def run() -> None:
-        while not stop.wait(pause):
-            with suppress(OSError, HTTPException):  # a worker may just be replaced
-                action()
+        with suppress(OSError, HTTPException):  # a worker may just be replaced
+            action()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return repeating(run, pause)
 
 
 @contextmanager
@@ -255,7 +246,7 @@ def check_calm(scene: Scene) -> None:
         tenant.post({"events": [event]})
         tenant.ingest([to_message(event)])
 
-    with repeating(send_again):
+    with persisting(send_again):
         empty = list_expressions()
         deadline = time.monotonic() + PATIENCE
         while empty := [each for each in empty if not prometheus.has_data(each)]:
@@ -278,7 +269,7 @@ def provoke_bad_events(scene: Scene, note: Note) -> None:
     with scene.locked("rejected_events"):
         for _ in range(12):
             assert scene.post_new(1000, event_type="wrong") == 202
-    with repeating(lambda: limited.post({"events": tenant.make_events(50)})):
+    with persisting(lambda: limited.post({"events": tenant.make_events(50)})):
         names = ("EventsRejected", "RejectedEventsDropped", "RequestsLimited")
         more = ("DeadEventsRising", "EventsDefaultGrowing", "ApiKeyExpiring")
         scene.prometheus.wait_for_alerts((*names, *more), note)
@@ -299,7 +290,7 @@ def provoke_failing_providers(scene: Scene, note: Note) -> None:
     scene.mixpanel.credential = "another"
     scene.amplitude.behave = lambda _: Script(Reply(429, b"{}"))
     age = "UPDATE outbox_payloads SET received_at = received_at - interval '10 minutes'"
-    with repeating(scene.post_new), repeating(lambda: scene.execute(age), 5.0):
+    with persisting(scene.post_new), persisting(lambda: scene.execute(age), 5.0):
         names = ("LaneStopped", "ProviderFailing", "OutboxLagging")
         scene.prometheus.wait_for_alerts(names, note)
 
@@ -312,7 +303,7 @@ def provoke_waiting_requests(scene: Scene, note: Note) -> None:
         def post_many() -> None:
             list(pool.map(lambda _: scene.post_new(error_stack=large), range(14)))
 
-        with scene.locked("events"), repeating(post_many, 0.1):
+        with scene.locked("events"), persisting(post_many, 0.1):
             names = ("WaitingNearLimit", "LatencyHigh", "RequestsFailing")
             scene.prometheus.wait_for_alerts(names, note)
 
@@ -324,7 +315,7 @@ def provoke_dying_workers(scene: Scene, note: Note) -> None:
         for worker in scene.service.find_workers():
             worker.kill()
 
-    with repeating(kill_worker, 1.0):
+    with persisting(kill_worker, 1.0):
         scene.prometheus.wait_for_alerts(["WorkersRestarting"], note)
 
 

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.events.problems import Reason
 from tests.support.clients import Refusal, Tenant, open_tenant
 from tests.support.events import to_message
+from tests.support.forwarding import QUEUE_ALONE
 from tests.support.services import (
     ROOT,
     Service,
@@ -188,15 +189,8 @@ class Load:
 @pytest.fixture(scope="module")
 def pair(create_migrated: Callable[[], str]) -> Iterator[Service]:
     """Provide a service of two workers that nobody else uses, and that can deliver nothing."""
-    settings = {
-        "DATABASE_URL": create_migrated(),
-        "WORKERS": "2",
-        "ANALYTICS_ENABLED": "true",
-        "MIXPANEL_ENABLED": "true",
-        "MIXPANEL_TOKEN": "token",
-        "MIXPANEL_ENDPOINT": "http://127.0.0.1:1/import",
-    }
-    with running_service(settings) as service:
+    settings = {"DATABASE_URL": create_migrated(), "WORKERS": "2"}
+    with running_service(settings | QUEUE_ALONE) as service:
         yield service
 
 

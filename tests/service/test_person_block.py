@@ -13,7 +13,8 @@ from server.events.encoded_events_pb2 import EncodedEvents
 from server.protocols import GRPC, HTTP
 from tests.support.clients import Tenant, open_tenant
 from tests.support.events import make_event, make_message, to_message
-from tests.support.persons import Database
+from tests.support.forwarding import QUEUE_ALONE
+from tests.support.persons import PersonDatabase
 from tests.support.services import Service, run_command, running_service, wait_until
 
 KEY = "0123456789abcdef0123456789abcdef"
@@ -24,15 +25,8 @@ ANONYMOUS = f"anonymous {USER}"
 @pytest.fixture(scope="module")
 def blocking(create_migrated: Callable[[], str]) -> Iterator[Service]:
     """Provide a service with a secret, that can deliver nothing."""
-    settings = {
-        "DATABASE_URL": create_migrated(),
-        "PRIVACY_SECRET": KEY,
-        "ANALYTICS_ENABLED": "true",
-        "MIXPANEL_ENABLED": "true",
-        "MIXPANEL_TOKEN": "token",
-        "MIXPANEL_ENDPOINT": "http://127.0.0.1:1/import",
-    }
-    with running_service(settings) as service:
+    settings = {"DATABASE_URL": create_migrated(), "PRIVACY_SECRET": KEY}
+    with running_service(settings | QUEUE_ALONE) as service:
         yield service
 
 
@@ -156,7 +150,7 @@ def test_rejected_events_of_the_blocked_are_not_kept(tenant: Tenant, protocol: s
 
 def test_replay_and_retry_drop_the_blocked(tenant: Tenant) -> None:
     """What was rejected or dead before is dropped when it is replayed or put back."""
-    project, database = tenant.project.id, Database(tenant.service.database_url)
+    project, database = tenant.project.id, PersonDatabase(tenant.service.database_url)
     for name, user in (("r-own", USER), ("r-other", "neighbour")):
         event = make_event(project, name, {"user.id": user})
         database.reject(project, HTTP, json.dumps(event).encode())

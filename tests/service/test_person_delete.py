@@ -25,7 +25,7 @@ from server.storage.places import find_programs
 from tests.support.clients import Tenant, open_tenant
 from tests.support.events import make_message
 from tests.support.forwarding import SECRET, Bench, enable_providers
-from tests.support.persons import Database
+from tests.support.persons import PersonDatabase
 from tests.support.provider_servers import AmplitudeServer, MixpanelServer
 from tests.support.services import (
     clean_environment,
@@ -48,9 +48,9 @@ PLACES = ("events", "outbox", "dead", "rejected", "answers")
 
 
 @pytest.fixture
-def database(create_migrated: Callable[[], str]) -> Database:
+def database(create_migrated: Callable[[], str]) -> PersonDatabase:
     """Return a database of the test's own."""
-    return Database(create_migrated())
+    return PersonDatabase(create_migrated())
 
 
 @pytest.fixture
@@ -60,14 +60,14 @@ def project() -> str:
 
 
 def run(
-    database: Database, *arguments: str, more: Mapping[str, str] | None = None
+    database: PersonDatabase, *arguments: str, more: Mapping[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
     """Run `productgraph person` with a secret."""
     settings = {"DATABASE_URL": database.url, "PRIVACY_SECRET": KEY} | dict(more or {})
     return run_command("person", *arguments, settings=settings)
 
 
-def delete(database: Database, project: str, *options: str) -> dict[str, Any]:
+def delete(database: PersonDatabase, project: str, *options: str) -> dict[str, Any]:
     """Delete a person, and return the receipt."""
     done = run(database, "delete", "--project", project, "--yes", "--no-wait", *options)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def delete(database: Database, project: str, *options: str) -> dict[str, Any]:
     return receipt
 
 
-def dump(database: Database, directory: Path) -> str:
+def dump(database: PersonDatabase, directory: Path) -> str:
     """Return what pg_dump writes of the whole database."""
     pg_dump = find_programs(find_account(directory)) / "pg_dump"
     done = subprocess.run([pg_dump, database.url], capture_output=True, text=True, check=True)
@@ -96,7 +96,7 @@ def find_traces(dumped: str, user: str) -> Counter[str]:
     return +traces
 
 
-def scatter_all(database: Database, project: str) -> None:
+def scatter_all(database: PersonDatabase, project: str) -> None:
     """Put a person and neighbours everywhere; a provider has named the person to a neighbour."""
     database.scatter(project, "own", USER)
     database.scatter(project, "other", f"not {USER[1:]}")
@@ -112,7 +112,7 @@ def scatter_all(database: Database, project: str) -> None:
     )
 
 
-def read_others(database: Database) -> list[Any]:
+def read_others(database: PersonDatabase) -> list[Any]:
     """Return all that is kept of others, but for answers."""
     tables = {
         "events": "project_id || event_id",
@@ -126,7 +126,7 @@ def read_others(database: Database) -> list[Any]:
 
 
 def test_nothing_of_a_deleted_person_is_in_a_dump(
-    database: Database, project: str, open_directory: Path
+    database: PersonDatabase, project: str, open_directory: Path
 ) -> None:
     """A dump names the person in every table before the deletion, and in none behind it."""
     scatter_all(database, project)
@@ -140,7 +140,7 @@ def test_nothing_of_a_deleted_person_is_in_a_dump(
     assert answer == '{"throttled_users": {"…": 1}}'
 
 
-def test_a_dry_run_counts_and_deletes_nothing(database: Database, project: str) -> None:
+def test_a_dry_run_counts_and_deletes_nothing(database: PersonDatabase, project: str) -> None:
     """Without --yes the places are counted, and everything stays."""
     scatter_all(database, project)
     before = read_others(database)
@@ -153,7 +153,7 @@ def test_a_dry_run_counts_and_deletes_nothing(database: Database, project: str) 
     assert database.query("SELECT count(*) FROM person_deletions") == [(0,)]
 
 
-def test_a_deletion_needs_its_secret(database: Database, project: str) -> None:
+def test_a_deletion_needs_its_secret(database: PersonDatabase, project: str) -> None:
     """Without PRIVACY_SECRET nothing is deleted, and the command says what is missing."""
     scatter_all(database, project)
     options = ("--project", project, "--user", USER, "--yes")
@@ -163,7 +163,7 @@ def test_a_deletion_needs_its_secret(database: Database, project: str) -> None:
     assert database.query("SELECT count(*) FROM events WHERE user_id = %s", USER) == [(4,)]
 
 
-def test_a_deletion_goes_through_everything_twice(database: Database, project: str) -> None:
+def test_a_deletion_goes_through_everything_twice(database: PersonDatabase, project: str) -> None:
     """What comes while it waits is deleted the second time, and the receipt counts it apart."""
     scatter_all(database, project)
     first = delete(database, project, "--user", USER)
@@ -185,7 +185,7 @@ def test_a_deletion_goes_through_everything_twice(database: Database, project: s
 
 @pytest.mark.slow
 def test_a_killed_deletion_is_completed_by_another_run(
-    database: Database, project: str, tmp_path: Path
+    database: PersonDatabase, project: str, tmp_path: Path
 ) -> None:
     """Killed after any of its steps, it is completed by the next runs, with one right receipt."""
     scatter_all(database, project)
@@ -209,7 +209,7 @@ def test_a_killed_deletion_is_completed_by_another_run(
     assert database.query("SELECT count(*) FROM person_deletions") == [(1,)]
 
 
-def test_neighbours_are_untouched_by_a_deletion(database: Database, project: str) -> None:
+def test_neighbours_are_untouched_by_a_deletion(database: PersonDatabase, project: str) -> None:
     """Events of others stay as they are in every place, byte by byte."""
     database.scatter(project, "other", f"not {USER[1:]}")
     database.scatter(f"{project}_2", "elsewhere", USER)
@@ -222,7 +222,7 @@ def test_neighbours_are_untouched_by_a_deletion(database: Database, project: str
 
 
 def test_whom_a_restore_brings_back_is_deleted_again(
-    database: Database, project: str, tmp_path: Path
+    database: PersonDatabase, project: str, tmp_path: Path
 ) -> None:
     """By the receipts alone, persons are found who are back, in whatever place, and deleted."""
     for user in (USER, "gone"):
@@ -255,14 +255,14 @@ def test_whom_a_restore_brings_back_is_deleted_again(
 
 
 @pytest.fixture
-def bench(database: Database) -> Iterator[Bench]:
+def bench(database: PersonDatabase) -> Iterator[Bench]:
     """Provide stand-ins of both providers for the test's database."""
     with AmplitudeServer(SECRET) as one, MixpanelServer(SECRET) as other:
         yield Bench(database.url, {"amplitude": one, "mixpanel": other})
 
 
 def test_others_are_delivered_once_while_a_person_is_deleted(
-    bench: Bench, database: Database, project: str
+    bench: Bench, database: PersonDatabase, project: str
 ) -> None:
     """While lanes forward, a deletion waits for what is being sent; others' events come once."""
     for server in bench.servers.values():
@@ -285,7 +285,7 @@ def test_others_are_delivered_once_while_a_person_is_deleted(
     assert len(bench.read_stored()) == 1200
 
 
-def test_a_payload_being_sent_is_waited_for(database: Database, project: str) -> None:
+def test_a_payload_being_sent_is_waited_for(database: PersonDatabase, project: str) -> None:
     """A payload under a lease is rewritten when the lease ends, and not before."""
     database.store([make_message(project, "own", user_id="u"), make_message(project, "other")])
     database.query(
@@ -327,7 +327,7 @@ def stores_person(tenant: Tenant) -> bool:
 
 @pytest.mark.slow
 def test_a_deletion_under_load_survives_being_killed(
-    database: Database, bench: Bench, open_directory: Path
+    database: PersonDatabase, bench: Bench, open_directory: Path
 ) -> None:
     """Killed again and again under load, it leaves nothing; neighbours are stored and sent once."""
     settings = {"DATABASE_URL": database.url, "PRIVACY_SECRET": KEY}

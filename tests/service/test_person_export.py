@@ -9,16 +9,16 @@ import pytest
 from productgraph.v1.event_pb2 import Event
 from server.protocols import GRPC, HTTP
 from tests.support.events import make_message
-from tests.support.persons import Database
+from tests.support.persons import PersonDatabase
 from tests.support.services import run_command
 
 ODD_IDS = ["o'neill\"x", "žofie@example.org", "日本 \\ %s", "--", "4711"]
 
 
 @pytest.fixture
-def database(url: str) -> Database:
+def database(url: str) -> PersonDatabase:
     """Return the module's database."""
-    return Database(url)
+    return PersonDatabase(url)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def project() -> str:
     return f"p_{uuid.uuid4().hex[:8]}"
 
 
-def export(database: Database, project: str, *options: str) -> tuple[list[Any], str]:
+def export(database: PersonDatabase, project: str, *options: str) -> tuple[list[Any], str]:
     """Return the lines of an export, and its summary."""
     settings = {"DATABASE_URL": database.url}
     done = run_command("person", "export", "--project", project, *options, settings=settings)
@@ -42,7 +42,7 @@ def find_ids(lines: list[Any]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("user", ODD_IDS)
 def test_an_export_has_a_person_from_every_place(
-    database: Database, project: str, user: str
+    database: PersonDatabase, project: str, user: str
 ) -> None:
     """An export finds a user's events in every place, and no neighbour's, whatever the id."""
     database.scatter(project, "own", user_id=user)
@@ -62,7 +62,7 @@ def test_an_export_has_a_person_from_every_place(
     )
 
 
-def test_an_export_takes_anonymous_ids_too(database: Database, project: str) -> None:
+def test_an_export_takes_anonymous_ids_too(database: PersonDatabase, project: str) -> None:
     """Events with one of the anonymous ids are the person's, sent as text or as number."""
     event = make_message(project, "text")
     event.attributes["user.anonymous_id"] = "anön-1"
@@ -82,7 +82,7 @@ def test_an_export_takes_anonymous_ids_too(database: Database, project: str) -> 
     ]
 
 
-def test_an_export_says_which_providers_wait(database: Database, project: str) -> None:
+def test_an_export_says_which_providers_wait(database: PersonDatabase, project: str) -> None:
     """Of an event in the outbox it says which providers wait for it."""
     database.store([make_message(project, f"e{n}", user_id="u") for n in range(2)])
     database.query(
@@ -95,7 +95,7 @@ def test_an_export_says_which_providers_wait(database: Database, project: str) -
     assert waiting == {"e0": ["amplitude"], "e1": ["amplitude", "mixpanel"]}
 
 
-def test_an_export_names_the_unreadable_by_number(database: Database, project: str) -> None:
+def test_an_export_names_the_unreadable_by_number(database: PersonDatabase, project: str) -> None:
     """What cannot be read is named by number; a malformed event whose ids can be read is found."""
     database.reject(project, HTTP, b'{"event_id":"e","user.id":"u"', size=200_000)
     database.reject(project, GRPC, b"\xff\xff")
@@ -113,7 +113,7 @@ def test_an_export_names_the_unreadable_by_number(database: Database, project: s
     assert f"left alone: rejected events {numbers[0]}, {numbers[1]}\n" in summary
 
 
-def test_a_person_needs_an_id(database: Database) -> None:
+def test_a_person_needs_an_id(database: PersonDatabase) -> None:
     """Without an id, or with an empty one, nobody is meant: the command says so."""
     for options in ((), ("--user", ""), ("--user", "u", "--anonymous-id", "")):
         settings = {"DATABASE_URL": database.url}

@@ -8,6 +8,7 @@ from productgraph.v1.event_pb2 import Event as EventMessage
 from server.protocols import GRPC, HTTP
 from tests.support.clients import Tenant, open_tenant
 from tests.support.events import to_message
+from tests.support.forwarding import QUEUE_ALONE
 from tests.support.services import Service, run_command, running_service, wait_until
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -18,16 +19,8 @@ REDACT = "page.url=no-query,metadata.email=hash,error.stack=drop,ui.action=drop"
 @pytest.fixture(scope="module")
 def redacting(create_migrated: Callable[[], str]) -> Iterator[Service]:
     """Provide a service that redacts, and can deliver nothing."""
-    settings = {
-        "DATABASE_URL": create_migrated(),
-        "PRIVACY_SECRET": SECRET,
-        "REDACT": REDACT,
-        "ANALYTICS_ENABLED": "true",
-        "MIXPANEL_ENABLED": "true",
-        "MIXPANEL_TOKEN": "token",
-        "MIXPANEL_ENDPOINT": "http://127.0.0.1:1/import",
-    }
-    with running_service(settings) as service:
+    settings = {"DATABASE_URL": create_migrated(), "PRIVACY_SECRET": SECRET, "REDACT": REDACT}
+    with running_service(settings | QUEUE_ALONE) as service:
         yield service
 
 

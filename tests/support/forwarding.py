@@ -4,16 +4,15 @@ import asyncio
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import psycopg2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from productgraph.v1.event_pb2 import Event
@@ -24,19 +23,17 @@ from server.forwarding.lane_health import LaneHealth
 from server.forwarding.providers.amplitude import Amplitude
 from server.forwarding.providers.mapping import make_insert_id
 from server.forwarding.providers.mixpanel import Mixpanel
-from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION, Provider
+from server.forwarding.providers.provider import Provider
 from server.forwarding.queries import Queries
 from server.forwarding.round import REQUESTS_IN_FLIGHT
 from server.forwarding.sender import Sender
-from server.storage.connection import GuardedConnection, connected, open_engine
-from server.storage.events import EventStore
-from server.storage.outbox import Outbox
-from tests.support.events import ENCODER, encode_message, make_message
+from server.storage.connection import GuardedConnection, open_engine
+from tests.support.database import PROVIDERS, Database
+from tests.support.events import make_message
 from tests.support.provider_servers import ProviderServer
 from tests.support.services import ROOT, clean_environment, wait_until
 
 SECRET = "s3cret"
-NAMES = ("amplitude", "mixpanel")
 PENDING = """
 SELECT d.positions, p.events FROM outbox_deliveries d JOIN outbox_payloads p ON p.id = d.payload_id
  WHERE d.provider = %s
@@ -45,6 +42,15 @@ KEYS = """
 SELECT project_id, event_id, (extract(epoch FROM event_timestamp) * 1000000)::bigint FROM events
 """
 END_LEASES = "UPDATE outbox_deliveries SET due_at = now()"
+
+
+# Settings of a service that queues events for a provider, and can deliver nothing.
+QUEUE_ALONE = {
+    "ANALYTICS_ENABLED": "true",
+    "MIXPANEL_ENABLED": "true",
+    "MIXPANEL_TOKEN": "token",
+    "MIXPANEL_ENDPOINT": "http://127.0.0.1:1/import",
+}
 
 
 def enable_providers(servers: Mapping[str, ProviderServer], secret: str) -> dict[str, str]:
@@ -56,30 +62,15 @@ def enable_providers(servers: Mapping[str, ProviderServer], secret: str) -> dict
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Database):
     """A database and both providers' servers, to which its stored events are to be forwarded."""
 
-    url: str
     servers: dict[str, ProviderServer]
 
     @property
     def settings(self) -> dict[str, str]:
         """The settings of a process that forwards here."""
         return {"DATABASE_URL": self.url} | enable_providers(self.servers, SECRET)
-
-    def query(self, statement: str, *parameters: Any) -> list[Any]:
-        """Run a statement and return its rows."""
-        with closing(psycopg2.connect(self.url)) as connection, connection.cursor() as cursor:
-            connection.autocommit = True
-            cursor.execute(statement, parameters)
-            return cursor.fetchall() if cursor.description else []
-
-    def store(self, events: Sequence[Event]) -> None:
-        """Store them in one commit, as the service does."""
-        rows = [encode_message(event) for event in events]
-        outbox = Outbox(NAMES, CURRENT_MAPPING_VERSION)
-        with connected(open_engine(self.url)) as c:
-            EventStore(ENCODER.columns, outbox.statements_for).save(c, rows, 10)
 
     def build_provider(self, name: str) -> Provider:
         """Return a provider that sends to one of the servers."""
@@ -122,7 +113,7 @@ class Bench:
         async def run_all() -> None:
             stop, loop = asyncio.Event(), asyncio.get_running_loop()
             stops.put(lambda: loop.call_soon_threadsafe(stop.set))
-            await asyncio.gather(*(run(name, stop) for name in names or NAMES))
+            await asyncio.gather(*(run(name, stop) for name in names or PROVIDERS))
 
         with ThreadPoolExecutor(1) as threads:
             running = threads.submit(asyncio.run, run_all())

@@ -1,4 +1,4 @@
-"""Whose an event is can be told from each of its forms."""
+"""The ids of an event can be read from each of its forms."""
 
 import json
 

@@ -38,8 +38,9 @@ from server.forwarding.round import Item, RequestQueue
 from server.storage.outbox import Delivery, Outcome
 from tests.support import provider_servers
 from tests.support.clients import open_tenant
+from tests.support.database import PROVIDERS
 from tests.support.events import make_message
-from tests.support.forwarding import END_LEASES, NAMES, SECRET, Bench, make_events
+from tests.support.forwarding import END_LEASES, SECRET, Bench, make_events
 from tests.support.provider_servers import (
     HTML,
     AmplitudeServer,
@@ -56,7 +57,7 @@ from tests.support.services import (
 
 STATUS = re.compile(r"(\w+) +(\d+) +(?:-|\d+ s) +(\d+) +(\d+) +(?:-|\d+ s)  (.+)")
 
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", PROVIDERS)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_each_event_reaches_each_provider_once(bench: Bench) -> None:
         # Of 2,000 events and the rest.
         assert len(server.statuses) == 3
     lanes = bench.query("SELECT provider, delivered, stopped_reason FROM forward_lanes ORDER BY 1")
-    assert lanes == [(name, 4500, None) for name in NAMES]
+    assert lanes == [(name, 4500, None) for name in PROVIDERS]
 
 
 def test_no_request_exceeds_a_providers_bytes(
@@ -416,7 +417,7 @@ def test_killed_forwarders_lose_no_event(bench: Bench) -> None:
         moment = MOMENTS[number % len(MOMENTS)]
         for part in range(3):
             bench.store(make_events(f"p{number} {part}", 100))
-        server = bench.servers[NAMES[number // len(MOMENTS) % 2]]
+        server = bench.servers[PROVIDERS[number // len(MOMENTS) % 2]]
         with bench.process() as process:
             kill_at(moment, process, bench, server, draw.uniform(0.8, 1.3))
         for each_server in bench.servers.values():
@@ -499,7 +500,7 @@ def test_forward_commands_manage_lanes_and_dead_events(bench: Bench) -> None:
     """The commands show how far each provider is, and list, retry and purge dead events."""
     bad = [make_message("p", f"bad{number}", seconds=5) for number in range(3)]
     bench.store([*make_events("p", 10), *bad])
-    assert read_status(bench) == dict.fromkeys(NAMES, ("13", "0", "0", "no forwarder"))
+    assert read_status(bench) == dict.fromkeys(PROVIDERS, ("13", "0", "0", "no forwarder"))
     with bench.forwarding("mixpanel"):
         wait_until(lambda: bench.read_pending("mixpanel") == set())
     bench.servers["amplitude"].credential = "another"

@@ -10,8 +10,9 @@ import pytest
 
 from server.forwarding import lane
 from server.forwarding.providers import amplitude
+from tests.support.database import PROVIDERS
 from tests.support.events import make_message
-from tests.support.forwarding import NAMES, Bench, make_events
+from tests.support.forwarding import Bench, make_events
 from tests.support.provider_servers import Event, ProviderServer, Reply, Script
 from tests.support.services import wait_until
 
@@ -21,7 +22,7 @@ FIREWALL = "<html>Your request looked like an attack</html>"
 ATTACK = "https://shop.example/?file=../../etc/passwd"
 STOPPED = "SELECT stopped_reason FROM forward_lanes WHERE provider = %s AND stopped_reason <> ''"
 
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", PROVIDERS)
 
 
 def guard(status: int) -> Callable[[Sequence[Event]], Script | None]:

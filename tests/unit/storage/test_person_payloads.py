@@ -27,8 +27,8 @@ from server.storage.outbox import (
     record_outcomes,
 )
 from server.storage.person_payloads import rewrite_payload
+from tests.support.database import PROVIDERS, Database
 from tests.support.events import make_message
-from tests.support.persons import PROVIDERS, Database
 
 LANES = st.sampled_from(PROVIDERS)
 FATES = st.lists(st.sampled_from(["done", "dead", "later", "now"]), min_size=1, max_size=5)

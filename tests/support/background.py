@@ -1,4 +1,4 @@
-"""What goes on beside an attack."""
+"""What goes on beside a test or an attack."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def repeating(action: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Repeat it in a thread, with this many seconds between."""
+def repeating(action: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Repeat an action in a thread, with this many seconds between, while the context lasts."""
     stop = threading.Event()
 
     def repeat() -> None:

@@ -1,0 +1,38 @@
+"""A database into which a test puts what the service would."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg2
+
+from productgraph.v1.event_pb2 import Event
+from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
+from server.storage.connection import connected, open_engine
+from server.storage.events import EventStore
+from server.storage.outbox import Outbox
+from tests.support.events import ENCODER, encode_message
+
+PROVIDERS = ("amplitude", "mixpanel")
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database with the tables of this version."""
+
+    url: str
+
+    def query(self, statement: str, *parameters: Any) -> list[Any]:
+        """Run a statement and return its rows."""
+        with closing(psycopg2.connect(self.url)) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            cursor.execute(statement, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    def store(self, events: Sequence[Event]) -> None:
+        """Store events in one commit and queue them for both providers, as the service does."""
+        rows = [encode_message(event) for event in events]
+        outbox = Outbox(PROVIDERS, CURRENT_MAPPING_VERSION)
+        with connected(open_engine(self.url)) as connection:
+            EventStore(ENCODER.columns, outbox.statements_for).save(connection, rows, 10)
