@@ -92,14 +92,14 @@ def parse_password(text: str) -> str | None:
 
 
 def parse_secret(text: str) -> str | None:
-    """Return a secret that digests are made under, or None for none. The text is never shown."""
+    """Return a secret, or None if the text is empty. No error shows the text."""
     if text and len(text) < _SECRET_LENGTH:
         raise ValueError(f"must have at least {_SECRET_LENGTH} characters")
     return text or None
 
 
 def parse_redaction(text: str) -> tuple[tuple[str, str], ...]:
-    """Return the names of fields and what becomes of each."""
+    """Return the names of fields, each with what becomes of it."""
     rules: dict[str, str] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, action = (each.strip() for each in part.partition("="))

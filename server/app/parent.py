@@ -110,7 +110,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
 
 
 def _warn_of_blocked(settings: Settings, engine: Engine) -> None:
-    """Log that persons are blocked whose events would be stored all the same."""
+    """Log an error if blocked persons cannot be recognised, so that their events are stored."""
     try:
         with connected(engine) as connection:
             check_recognised(connection, open_digests(settings))

@@ -88,7 +88,7 @@ def open_protobuf_codec(settings: Settings) -> ProtobufCodec:
 
 
 def open_redactor(settings: Settings) -> Redactor | None:
-    """Return what redacts events on their way in, if anything is to be. Raises InvalidSetting."""
+    """Return the redactor of incoming events, or None without REDACT. Raises InvalidSetting."""
     if not settings.redact:
         return None
     rules = [RedactionRule(*each) for each in settings.redact]
@@ -98,12 +98,12 @@ def open_redactor(settings: Settings) -> Redactor | None:
 
 
 def open_digests(settings: Settings) -> Digests | None:
-    """Return what makes the HMACs of ids, or None without PRIVACY_SECRET."""
+    """Return the digests of ids under PRIVACY_SECRET, or None without it."""
     return None if settings.privacy_secret is None else Digests(settings.privacy_secret)
 
 
 def load_block_list(settings: Settings, connection: Connection) -> FindBlocked:
-    """Return what tells a project's blocked persons, as they are now.
+    """Return a function that finds the blocked persons of a project, as they are now.
 
     Raises DatabaseError if somebody was blocked under another PRIVACY_SECRET, or there is none.
     """

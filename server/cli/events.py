@@ -71,7 +71,7 @@ class Moment(click.ParamType[datetime]):
 
 
 class Groups(click.ParamType[list[str]]):
-    """What to count for each of, some of GROUPINGS."""
+    """Names of GROUPINGS, with commas between."""
 
     name = ",".join(GROUPINGS)
 
@@ -301,7 +301,7 @@ def _format_time(moment: datetime) -> str:
     type=Groups(),
     default="project,type",
     show_default=True,
-    help="What to count for each of.",
+    help="What to group by.",
 )
 @project_option
 @_type_option

@@ -73,7 +73,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 
 
 class _Commands(click.Group):
-    """Also has the commands of other modules, and imports one when it is called.
+    """Imports the module of a command only when that is called.
 
     So a worker, which is a command too, imports what it needs and no more.
     """

@@ -1,4 +1,4 @@
-"""`productgraph person`: gives out, deletes and keeps out one person's data."""
+"""`productgraph person`: exports, deletes and blocks one person's data."""
 
 import sys
 from collections import Counter
@@ -44,7 +44,7 @@ _PLACES = {
 
 @click.group()
 def person() -> None:
-    """Export, delete and keep out one person's data.
+    """Export, delete and block one person's data.
 
     A person is who sent events with this user.id, or with one of these user.anonymous_ids, in one
     project.
@@ -131,7 +131,7 @@ def delete(settings: Settings, wanted: Person, yes: bool, no_wait: bool) -> None
 @click.option("--no-wait", is_flag=True, help="Leave the second time to another run.")
 @with_settings
 def again(settings: Settings, receipts: IO[bytes], yes: bool, no_wait: bool) -> None:
-    """Delete again whom a restored backup has brought back.
+    """Delete persons again whom a restored backup has brought back.
 
     RECEIPTS is a file with the lines that `delete` has printed, or - for standard input. Prints the
     persons that are found, and with --yes their new receipts.
@@ -170,7 +170,7 @@ def block(settings: Settings, wanted: Person) -> None:
     """Drop a person's later events.
 
     They are answered as if they were stored. In force within ten seconds, on every service with the
-    same PRIVACY_SECRET. What is there stays: see delete.
+    same PRIVACY_SECRET. What is stored already stays: see delete.
     """
     digests = _require_digests(settings)
     with opened_tables(settings) as connection:

@@ -33,7 +33,7 @@ from server.storage.event_queries import EventFilter
     type=Groups(),
     default="project,day",
     show_default=True,
-    help="What to count for each of.",
+    help="What to group by.",
 )
 @project_option
 @timeout_option

@@ -30,7 +30,7 @@ _MAX_GROUPS = 20
 _MAX_KEYS = 200
 _MAX_FOUND = 10
 _MAX_PROJECTS = 20
-# For how many days usage is asked, the first that is answered in time.
+# The periods to count, in days: the first that can be counted in time is shown.
 _USAGE_DAYS, _USAGE_SECONDS = (7, 1), 1.0
 
 Answer = dict[str, Any]
@@ -152,7 +152,7 @@ class RejectedEvent:
 
 @dataclass(frozen=True)
 class Usage:
-    """How many events each project has stored of late, by their own time, in UTC days."""
+    """The number of events of each project on the last days (UTC), by their own time."""
 
     rest_seconds: ClassVar[float] = 30.0
 

@@ -1,4 +1,4 @@
-"""Whose an event is: the ids of a person, and what of them an encoded event carries."""
+"""The ids of a person, and those that an event carries, read from each of its forms."""
 
 import json
 import math
@@ -28,7 +28,7 @@ _ATTRIBUTES = EVENT_SCHEMA.catch_all.wire_name
 
 
 class EventIds(NamedTuple):
-    """What an event says of its person: empty if nothing, None if that cannot be read."""
+    """The ids in an event: empty if it has none, None if they cannot be read."""
 
     user: str | None
     anonymous: str | None

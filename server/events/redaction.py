@@ -1,6 +1,6 @@
 """Redaction on the way in: fields dropped, hashed, or freed of a URL's query, by their names.
 
-It comes before everything that keeps or shows an event, and behind the checks of its size.
+It runs after the checks of an event's size, and before anything keeps or shows the event.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
@@ -21,12 +21,12 @@ from server.values import DROP, HASH, NO_QUERY
 _METADATA = "metadata"
 _FIELDS = {field.wire_name: field for field in EVENT_SCHEMA.fields}
 _CATCH_ALL = EVENT_SCHEMA.catch_all
-# Stands for what no text can be made of: whoever expects a text still finds none.
+# Replaces a value that should have been a text, so that validation still rejects it.
 _NOTHING: dict[str, Any] = {}
 
 
 class RedactionRule(NamedTuple):
-    """What becomes of a field, by its name on the wire, or of `metadata.` and one of its keys."""
+    """The action for a field, by its name on the wire, or for a key of metadata."""
 
     name: str
     action: str
@@ -61,7 +61,7 @@ class Redactor:
         self._named = [(_FIELDS[rule.name], rule.action) for rule in rules if rule.name in _FIELDS]
 
     def redact_item(self, item: Any) -> None:
-        """Redact an event that is parsed JSON, in its place."""
+        """Redact an event that is parsed JSON, in place."""
         if not isinstance(item, dict):
             return
         for name, action in self._rules:
@@ -101,7 +101,7 @@ class Redactor:
         return text.partition("#")[0].partition("?")[0]
 
     def redact_message(self, event: Message) -> None:
-        """Redact an event that is a message, in its place."""
+        """Redact an event that is a message, in place."""
         for field, action in self._named:
             if not event.HasField(field.name):
                 continue
@@ -144,7 +144,7 @@ def _read_entry(struct: Struct, name: str) -> Any:
 
 
 def _spell(value: Any) -> str:
-    """Return the text of a value that is none: the same, however it was sent."""
+    """Return a value that is no text as JSON, the same however it was sent."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     try:

@@ -42,7 +42,7 @@ class ReceivingSlots:
 
     async def take(self, slot: Slot) -> None:
         """Wait until there is room for a slot, and take it; `release` it in any case."""
-        if self._has_room(slot.sender):  # then none of those who wait has
+        if self._has_room(slot.sender):  # those who wait have none: `release` lets them in
             self._add(slot)
             return
         granted = self._waiting[slot] = asyncio.get_running_loop().create_future()

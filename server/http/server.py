@@ -49,8 +49,8 @@ _CONNECTIONS = 2000
 _ACCEPTED_AT_ONCE = 64
 _LOOP_SECONDS = 1.0
 _DRAIN_LOOP_SECONDS = 0.05
-# While draining, a connection without a request is kept this long: one may be on its way. Whoever
-# has just connected is sure to send one, and a client does not expect to lose the first.
+# While draining, a connection without a request is kept this long: one may be on its way. On
+# a new connection that is the first, which clients do not expect to lose.
 _IDLE_GRACE_SECONDS = 0.25
 _FIRST_GRACE_SECONDS = 3.0
 # Fields that WSGI names as HTTP does.

@@ -28,7 +28,7 @@ class Admission:
         return self._keys.look_up(key)
 
     def check_origin(self, caller: Caller, origin: str | None) -> None:
-        """Raise PermissionDenied if a browser says that a page uses the key that must not.
+        """Raise PermissionDenied if the key is not for pages of this origin.
 
         Services send no origin, and could send any: so this is no authentication.
         """

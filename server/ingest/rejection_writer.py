@@ -35,7 +35,7 @@ _REST = 25
 _TRIM_SECONDS = 10.0
 _RETRY_SECONDS = 2.0
 _QUERY_SECONDS = 10.0
-# What has waited for longer is dropped, so that it is known when nothing can come any more.
+# A rejection that has waited longer is dropped, so that a deletion knows when none can follow.
 _LONGEST_WAIT = timedelta(seconds=KEPT_WITHIN_SECONDS - 3 * _QUERY_SECONDS)
 
 P = ParamSpec("P")
@@ -68,7 +68,7 @@ class _Backlog:
         self._bytes_of[rejection.project_id] += len(rejection.event)
 
     def drop_older(self, cut: datetime) -> int:
-        """Take off what came before `cut`; return how many."""
+        """Drop the rejections that were received before `cut`; return their number."""
         older = list(takewhile(lambda each: each.received_at < cut, self._rejections))
         self.remove(older)
         return len(older)

@@ -1,4 +1,4 @@
-"""The persons whose events are dropped, in the memory of a process."""
+"""The blocked persons, whose events are dropped, in the memory of a process."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ from server.storage.errors import DatabaseError
 # A change is in force within this time and a query.
 _REFRESH_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
-# Read anew without a sign that it has changed, every so many refreshes.
+# On each twelfth refresh the list is read even if it seems unchanged.
 _REFRESHES_PER_READ = 12
 _QUERY_SECONDS = 10.0
 _START_SECONDS = 2.0
@@ -40,11 +40,11 @@ class BlockedPersons:
         self._rows = rows
 
     def own_row(self, row: Row) -> bool:
-        """Return whether a row that is to be stored is one of theirs."""
+        """Return whether a row that is to be stored belongs to a blocked person."""
         return self._own(self._rows.read(row))
 
     def may_own(self, protocol: str, event: bytes) -> bool:
-        """Return whether an event, as it was received, is one of theirs or cannot be read."""
+        """Return whether an event, as received, belongs to a blocked person or cannot be read."""
         ids = read_ids(protocol, event)
         return None in ids or self._own(ids)
 
@@ -107,7 +107,7 @@ class BlockList(DatabaseThread):
     def find(self, project_id: str) -> BlockedPersons | None:
         """Return the blocked persons of a project, or None if it has none.
 
-        Raises Unavailable until the list was read once: nothing could be stored before either.
+        Raises Unavailable until the list has been read once; nothing could be stored before either.
         """
         if self._blocked is None:
             raise Unavailable("the blocked persons are not known yet")

@@ -1,8 +1,8 @@
 """A person's events deleted wherever they are kept, beside a running service.
 
-The order of the places is the way of an event: what a forwarder has at hand is waited for, and if
-it buries an event, that one is found among the dead ones behind. Everything is gone through once
-more when nothing of what came before can be in the memory of a worker any longer.
+The places are searched in the order in which an event passes through them: payloads that are being
+sent are waited for, and an event that a forwarder buries meanwhile is found among the dead ones. A
+second pass follows once no worker can hold an earlier event in memory.
 
 Every step is a transaction of its own that counts in the receipt what it deletes. Whatever ends the
 command, the next one with the same ids goes on with the same receipt.
@@ -44,7 +44,7 @@ P = ParamSpec("P")
 
 
 class Deletion:
-    """Deletes a person's events; `report` is told in a sentence what is waited for."""
+    """Deletes a person's events. Calls `report` with a sentence whenever it has to wait."""
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class Deletion:
         self._search = Search(connection, person)
 
     def run(self, *, wait: bool) -> Receipt:
-        """Go through everything twice, and return the receipt.
+        """Make both passes, and return the receipt.
 
-        Without `wait` it ends if it is too early for the second time.
+        Without `wait`, return after the first pass if the second is not due yet.
         """
         if not self._is_again:
             for part in list_parts(self._connection):
@@ -80,7 +80,7 @@ class Deletion:
         return read_receipt(self._connection, self._receipt.id)
 
     def _is_due(self, wait: bool) -> bool:
-        """Return whether it is time for the second time, waiting for that if it is wanted."""
+        """Return whether the second pass is due; if `wait`, wait until it is."""
         due_at = find_second_time(self._receipt)
         assert due_at is not None
         left = (due_at - read_now(self._connection)).total_seconds()
@@ -156,7 +156,7 @@ class Deletion:
 
 
 def find_second_time(receipt: Receipt) -> datetime | None:
-    """Return when a deletion goes through everything for the second time, if that is known."""
+    """Return when the second pass is due, or None before the end of the first."""
     if receipt.deleted_at is None:
         return None
     return receipt.deleted_at + timedelta(seconds=KEPT_WITHIN_SECONDS)

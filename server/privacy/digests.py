@@ -1,6 +1,6 @@
-"""Ids as HMACs under PRIVACY_SECRET: with it they can be recognised, without it not even guessed.
+"""Ids as HMACs under PRIVACY_SECRET: with it they are recognised, without it not even guessed.
 
-A plain hash would not do: who has a list of possible ids, such as addresses, could hash them all.
+A plain hash is not enough: anybody with a list of possible ids, such as addresses, could hash them.
 """
 
 import hmac
@@ -18,7 +18,7 @@ class Digests:
 
     def __init__(self, secret: str) -> None:
         self._key = sha256(secret.encode()).digest()
-        # Tells apart what was made under different secrets, and nothing about them.
+        # Identifies the secret, and reveals nothing about it.
         self.mark = self._digest(_MARK)[:_MARK_BYTES]
 
     def of_user(self, project_id: str, user_id: str) -> bytes:
@@ -38,7 +38,7 @@ class Digests:
         return sorted(digests)
 
     def of_value(self, text: str) -> str:
-        """Return what stands for a text that is hashed on the way in, the same in any field."""
+        """Return the hash that replaces a text on the way in, the same in any field."""
         return self._digest(_VALUE, text.encode(errors="replace")).hex()[:_VALUE_CHARACTERS]
 
     def _digest(self, *parts: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A person's events wherever they are kept: found, and given out."""
+"""Exports a person's events from every place where they are kept."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Export:
         self.unreadable = self._search.unreadable
 
     def run(self) -> Iterator[Line]:
-        """Yield what is found, with its place: what moves on meanwhile is found in the next one."""
+        """Yield each event with its place; one that moves on is found in the next place."""
         parts = {
             EVENTS: self._read_events,
             OUTBOX: self._read_outbox,

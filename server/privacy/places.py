@@ -4,5 +4,5 @@ EVENTS = "events"
 OUTBOX = "outbox"
 DEAD = "dead"
 REJECTED = "rejected"
-# What a provider has answered about an event of somebody else, if it names the person.
+# Providers' answers about the events of others that name the person.
 ANSWERS = "answers"

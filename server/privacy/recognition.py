@@ -1,4 +1,4 @@
-"""Whom a restored backup has brought back, told by the receipts of their deletions."""
+"""Finds deleted persons whom a restored backup has brought back, by their receipts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from server.storage.rejected_events import read_pages
 def recognise_persons(
     connection: Connection, digests: Digests, receipts: Sequence[Mapping[str, Any]]
 ) -> Iterator[Person]:
-    """Yield for each receipt, as JSON has it, the ids of it that are kept anywhere again."""
+    """Yield a person for each receipt, read from JSON, with those of its ids that are back."""
     by_project: dict[str, list[frozenset[str]]] = {}
     for receipt in receipts:
         wanted = by_project.setdefault(receipt["project_id"], [])

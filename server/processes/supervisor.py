@@ -36,7 +36,7 @@ class WorkerFailed(Exception):
 
 
 class Program(NamedTuple):
-    """What workers run: a command with the variables of `environment` and no others.
+    """A command for workers, with the variables of `environment` and no others.
 
     They inherit the open file `descriptors`, under the same numbers.
     """

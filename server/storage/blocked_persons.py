@@ -1,4 +1,4 @@
-"""The persons whose events are dropped, by HMACs of their ids, and all SQL on them."""
+"""The table of blocked persons, by HMACs of their ids, and all SQL on it."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -28,7 +28,7 @@ _READ_STATE = text("SELECT count(*), max(blocked_at) FROM blocked_persons")
 
 
 class ListState(NamedTuple):
-    """What tells that the list has changed, unless two changes were committed out of order."""
+    """A fingerprint of the list; it misses a change if two are committed out of order."""
 
     size: int
     newest: datetime | None
@@ -58,7 +58,7 @@ def find_blocked(
 
 
 def read_state(connection: Connection) -> ListState:
-    """Return what tells whether the list has changed."""
+    """Return the fingerprint of the list."""
     return ListState(*connection.execute(_READ_STATE).one())
 
 
@@ -71,5 +71,5 @@ def read_blocked(connection: Connection, secret_mark: bytes) -> dict[str, set[by
 
 
 def count_unrecognised(connection: Connection, secret_mark: bytes | None) -> int:
-    """Count what was blocked under another secret than this one; under any, if it is None."""
+    """Count the ids blocked under other secrets than this one; under all, if it is None."""
     return int(connection.scalar(_COUNT_OTHERS, {"secret_mark": secret_mark}) or 0)

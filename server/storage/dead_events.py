@@ -152,7 +152,7 @@ def retry_dead(
 ) -> int:
     """Put dead events back into the outbox, all if `ids` is empty, and return their number.
 
-    Those that `is_dropped` tells by their project and bytes are deleted instead. Runs in the
+    Those for which `is_dropped(project_id, event)` is true are deleted instead. Runs in the
     connection's transaction, as `purge_dead` does.
     """
     chosen = {"provider": provider, "ids": list(ids)}
@@ -170,16 +170,19 @@ def purge_dead(connection: Connection, provider: str | None, ids: Sequence[int])
 
 
 def delete_dead(connection: Connection, ids: Sequence[int]) -> int:
-    """Delete these dead events because of whose they are; return their number.
+    """Delete these dead events, and keep nothing of their fate; return their number.
 
-    Runs in the connection's transaction. Nobody will ask for their fate.
+    Runs in the connection's transaction.
     """
     connection.execute(_LOCK, {"ids": list(ids)})
     return connection.execute(_DELETE_THESE, {"ids": list(ids)}).rowcount
 
 
 def change_texts(connection: Connection, texts: Sequence[str], change: Callable[[str], str]) -> int:
-    """Change reasons and answers that have one of these texts, in the connection's transaction."""
+    """Change reasons and answers that contain one of these texts; return in how many events.
+
+    Runs in the connection's transaction.
+    """
     found = connection.execute(_FIND_TEXTS, {"texts": list(texts)}).mappings().all()
     for row in found:
         changed = {name: change(row[name]) for name in ("reason", "answer")}

@@ -20,7 +20,7 @@ class DoubtfulCommit(Unavailable):
 
 
 class Obstacle(Unavailable):
-    """The database answers, and confirms no write; the text says why, `host` and `port` who."""
+    """The database at `host` and `port` answers, but confirms no write; the text says why."""
 
     def __init__(self, text: str, host: str, port: int) -> None:
         super().__init__(text)

@@ -63,7 +63,7 @@ AlsoStore = Callable[[Cursor, Sequence[Row]], bytes]
 class EventStore:
     """Writes groups of rows to the events table, each group in one transaction.
 
-    `on_duplicates` is told how many rows of each project a group left out, if any.
+    Calls `on_duplicates` with the number of duplicates of each project, if a group has any.
     """
 
     def __init__(

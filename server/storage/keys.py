@@ -99,7 +99,7 @@ class ApiKey:
 
     @property
     def ends_at(self) -> datetime | None:
-        """Return from when on it is refused, if it is not revoked earlier."""
+        """Return when it ends, unless it is revoked earlier."""
         return min(filter(None, (self.expires_at, self.retires_at)), default=None)
 
     def is_valid(self, now: datetime) -> bool:
@@ -228,7 +228,7 @@ def find_key(connection: Connection, key_id: int) -> ApiKey | None:
 
 
 def find_successor(connection: Connection, key_id: int) -> int | None:
-    """Return the newest key that takes a key's place."""
+    """Return the newest key that has taken a key's place."""
     newest = select(func.max(_TABLE.c.id)).where(_TABLE.c.replaces == key_id)
     successor: int | None = connection.scalar(newest)
     return successor

@@ -93,7 +93,7 @@ def show_lane(connection: Connection, provider: str, state: LaneState) -> None:
 
 
 def find_abandoned(connection: Connection, enabled: Sequence[str], seconds: float) -> Sequence[str]:
-    """Return the providers that have a lane, are not `enabled`, and had no forwarder so long."""
+    """Return the lanes that are not `enabled`, and have had no forwarder for `seconds`."""
     return connection.scalars(_FIND_ABANDONED, {"enabled": [*enabled], "seconds": seconds}).all()
 
 

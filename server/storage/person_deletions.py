@@ -1,4 +1,4 @@
-"""The receipts of deletions: whose events were deleted, by HMAC, with counts and times."""
+"""The table of receipts of deletions, with ids as HMACs, and all SQL on it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ _NOW = text("SELECT now()")
 
 @dataclass(frozen=True)
 class Receipt:
-    """A deletion: it is gone through twice, and `deleted_at` is the end of the first time."""
+    """The receipt of a deletion, which has two passes; `deleted_at` is the end of the first."""
 
     id: int
     project_id: str
@@ -61,7 +61,7 @@ class Receipt:
 def begin_deletion(
     connection: Connection, project_id: str, digests: Sequence[bytes], secret_mark: bytes
 ) -> Receipt:
-    """Return the receipt of a deletion that has begun, or that is to be completed."""
+    """Return the receipt of a deletion: that of one to complete, or else a new one."""
     person = {"project_id": project_id, "digests": list(digests)}
     with connection.begin():
         row = connection.execute(_FIND_UNFINISHED, person).mappings().first()
@@ -80,7 +80,7 @@ def add_deleted(
 
 
 def note_first_time(connection: Connection, receipt_id: int) -> None:
-    """Note that everything was gone through once."""
+    """Note the end of the first pass."""
     with connection.begin():
         connection.execute(_NOTE_FIRST, {"id": receipt_id})
 
@@ -88,7 +88,7 @@ def note_first_time(connection: Connection, receipt_id: int) -> None:
 def finish_deletion(
     connection: Connection, receipt_id: int, unreadable: Mapping[str, Sequence[int]]
 ) -> None:
-    """Note that everything was gone through twice, and the numbers of what cannot be read."""
+    """Note the end of the second pass, and the numbers of what cannot be read."""
     with connection.begin():
         values = {"id": receipt_id, "unreadable": orjson.dumps(dict(unreadable)).decode()}
         connection.execute(_FINISH, values)

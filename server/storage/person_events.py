@@ -1,6 +1,6 @@
 """A person's rows of the events table, found without an index: a part of all pages at a time.
 
-No index has the users, since every insert would pay for it. Each part is a short transaction, so
+Users have no index, since every insert would pay for it. Each part is a short transaction, so
 that ingestion and vacuum go on. A row stays where it is, so that none is missed: what is stored
 meanwhile is in the last part, or arrived after the search began.
 """
@@ -26,7 +26,7 @@ project_id = :project AND (user_id = CAST(:user AS text)
     OR attributes ->> '{ANONYMOUS_ID}' = ANY(CAST(:anonymous AS text[])))
 """
 _IS_OWNED_BY_USER = "project_id = :project AND user_id = CAST(:user AS text)"
-# In all partitions at once: the rows of a partition may be deleted through their table alone.
+# In all partitions at once: rows can be deleted through the whole table alone.
 _IN_PART = """
 ctid >= format('(%s,0)', CAST(:start AS bigint))::tid
    AND (CAST(:is_last AS boolean) OR ctid < format('(%s,0)', CAST(:end AS bigint))::tid)
@@ -81,7 +81,7 @@ def delete_events(connection: Connection, person: Person, part: Part) -> int:
 
 
 def delete_arrived_events(connection: Connection, person: Person, since: datetime) -> int:
-    """Delete a person's events that arrived lately, as `delete_events` does.
+    """Delete a person's events that arrived since a time, as `delete_events` does.
 
     The index on their arrival finds them.
     """

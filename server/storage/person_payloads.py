@@ -64,7 +64,7 @@ def split_payload(events: bytes) -> Sequence[bytes] | None:
 def find_waiting(
     connection: Connection, payload_id: int
 ) -> list[tuple[str, frozenset[int] | None]]:
-    """Return the providers that a payload waits for, and the positions of which; None is all."""
+    """Return the providers that still need a payload, with the positions; None means all."""
     with connection.begin():
         rows = connection.execute(_READ_DELIVERIES, {"id": payload_id}).all()
     return [(name, None if places is None else frozenset(places)) for name, places in rows]
@@ -77,7 +77,7 @@ def rewrite_payload(
 
     None means that some of it is being sent: nothing is changed, and it is to be tried again. Runs
     in the connection's transaction. The positions and counts of the deliveries change with the
-    payload, and a lease that has ended is void: who still held it knew the old positions.
+    payload, and a lease that has ended is void: its holder knows only the old positions.
     """
     # The payload comes first, and nothing is waited for behind it: whoever records an outcome locks
     # deliveries, then the payload, and only then adds new deliveries.

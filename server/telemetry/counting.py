@@ -18,8 +18,8 @@ import orjson
 Series = tuple[str, ...]
 # A metric's numbers by the values of its labels.
 Sums = dict[tuple[str, ...], list[float]]
-# The first label of metrics that count for each project. At most so many projects have series of
-# their own; all others are one, so that the page stays small whatever keys there are.
+# The first label of metrics by project. At most MAX_PROJECTS projects have series of their own, and
+# the others share one, so that the page stays small.
 PROJECT = "project"
 MAX_PROJECTS, OTHER_PROJECTS = 200, "other"
 # Keeps a message far below what a socket takes at once, even if each label is as long as an
@@ -190,9 +190,9 @@ class Totals:
             )
 
     def _bound(self, name: str, labels: list[str]) -> tuple[str, ...]:
-        """Return labels whose project is `other` unless it is one of the first.
+        """Return the labels, with `other` for a project that has no series of its own.
 
-        One of the first stays one until the end, so that no counter ever goes back.
+        A project keeps its series until the restart, so that no counter ever goes back.
         """
         if self._metrics[name].labels[:1] != (PROJECT,):
             return tuple(labels)

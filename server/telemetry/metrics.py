@@ -42,7 +42,7 @@ REJECTED = Metric(
 ACCEPTED = Metric(
     Kind.COUNTER,
     "events_accepted",
-    "Events accepted: stored, or stored before, or dropped since their persons are blocked.",
+    "Events accepted: stored now or before, or dropped because their persons are blocked.",
     ("protocol",),
     known=_PROTOCOLS,
 )

@@ -1,4 +1,4 @@
-"""How long an API key may be used, from where, what takes its place, and when it was used."""
+"""The ends, origins and successors of API keys, and the days of their use."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""The receipts of persons whose events were deleted, and the persons whose events are dropped."""
+"""The receipts of deletions, and the blocked persons."""
 
 from alembic import op
 
