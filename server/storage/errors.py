@@ -83,6 +83,7 @@ _CONFLICTS = (
     driver_errors.SerializationFailure,
     driver_errors.LockNotAvailable,
 )
+_UNDEFINED_TABLE = "42P01"
 _OUTAGES = (
     psycopg2.OperationalError,
     psycopg2.InterfaceError,
@@ -117,6 +118,19 @@ def translated_errors() -> Iterator[None]:
         raise
     except PendingRollbackError as error:  # the connection broke within a transaction
         raise Unavailable("storage is unavailable") from error
+
+
+@contextmanager
+def tolerated_drop() -> Iterator[None]:
+    """End a block quietly if a table or index that it names was dropped meanwhile."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not isinstance(error.orig, driver_errors.UndefinedTable):
+            raise
+    except Fault as fault:
+        if fault.code != _UNDEFINED_TABLE:
+            raise
 
 
 def _lost_its_server(cause: BaseException | None) -> bool:

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, RowMapping, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
 from server.events.schema import EVENT_SCHEMA, Kind
-from server.storage.errors import DatabaseError
+from server.storage.errors import DatabaseError, tolerated_drop
 
 QUERY_SECONDS = 60
 _PAGE_ROWS = 5000
@@ -200,11 +200,14 @@ class EventQueries:
             f"SELECT max(received_at) AS moment FROM {row['name']}"  # noqa: S608 - quoted by regclass
             f" WHERE ctid >= '({max(0, row['pages'] - _LAST_PAGES)},0)'"
             for row in self._query(_LIST_PARTITIONS)
+            if row["pages"] is not None  # else it was dropped meanwhile
         ]
         union = text(f"SELECT max(moment) AS newest FROM ({' UNION ALL '.join(parts)}) AS ends")  # noqa: S608
-        newest = self._query(union)[0]["newest"]
-        assert newest is None or isinstance(newest, datetime)
-        return newest
+        with tolerated_drop():
+            newest = self._query(union)[0]["newest"]
+            assert newest is None or isinstance(newest, datetime)
+            return newest
+        return None
 
     def find_arrived(
         self, wanted: EventFilter, after: datetime, until: datetime, limit: int

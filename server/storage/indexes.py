@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from server.storage.connection import connected
-from server.storage.errors import Conflict, DatabaseError, translated_errors
+from server.storage.errors import Conflict, DatabaseError, tolerated_drop, translated_errors
 
 _ADVISORY_LOCK = 0x7067_696E_6465_7865  # "pgindexe"
 _LOCK_TRIES = 60
@@ -52,7 +52,8 @@ def build_indexes(engine: Engine) -> None:
             if connection.scalar(_FIND_PARENT) is None:
                 _repeat(lambda: _execute_patiently(connection, _CREATE_PARENT))
             for partition, index in connection.execute(_LIST_MISSING).all():
-                _build(connection, partition, index)
+                with tolerated_drop():
+                    _build(connection, partition, index)
 
 
 @contextmanager

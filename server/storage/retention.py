@@ -52,7 +52,9 @@ class Partition:
 
 def list_expired_partitions(connection: Connection, cut: datetime) -> list[Partition]:
     """Return the partitions whose events all lie before `cut`, the oldest first."""
-    return [Partition(**row) for row in connection.execute(_LIST, {"cut": cut}).mappings()]
+    rows = connection.execute(_LIST, {"cut": cut}).mappings()
+    # A partition that was dropped meanwhile has no size.
+    return [Partition(**row) for row in rows if row["size"] is not None]
 
 
 def drop_partition(connection: Connection, partition: Partition) -> None:
