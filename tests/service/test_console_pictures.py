@@ -160,7 +160,7 @@ def test_pictures_of_the_console_can_be_taken(
     place = shop.metrics_url.removesuffix("/metrics")
     running.get(place)
     wait_for_text(running, "#tail", "web-shop")
-    wait_for_text(running, "#reasons", "page.vew")
+    wait_for_text(running, "#reasons", "did you mean")  # of the newest in a group
     wait_for_text(running, "#lanes", "failing")
     pictures = [take("console", 1440, 900, scheme) for scheme in ("light", "dark")]
     pictures.append(take("console-phone", 390, 844, "light"))
