@@ -63,6 +63,18 @@ class Destination:
 
 
 @dataclass(frozen=True)
+class DeletionAccess:
+    """How an analytics provider is asked to delete persons."""
+
+    endpoint: str
+    # What names the project there, and what only its owner has.
+    project_key: str = field(repr=False)
+    secret: str = field(repr=False)
+    # Between two requests, whoever makes them.
+    pause_seconds: float
+
+
+@dataclass(frozen=True)
 class TlsFiles:
     """Where the certificates of the gRPC port are, in PEM."""
 
@@ -116,6 +128,8 @@ class Settings:
     byte_rate_limit: int
     # By provider name; empty if analytics is off.
     destinations: Mapping[str, Destination]
+    # By provider name; those that can be asked to delete persons.
+    deletions: Mapping[str, DeletionAccess]
     forward_max_age_seconds: float
     # How many `serve` runs; others may run beside it.
     forwarders: int
@@ -282,6 +296,27 @@ _AMPLITUDE_ENDPOINT = Setting(
     parse_endpoint,
     hide_credentials,
 )
+_AMPLITUDE_SECRET_KEY = Setting(
+    "AMPLITUDE_SECRET_KEY",
+    "",
+    "the secret key of the project in Amplitude, for [`person delete"
+    " --providers`](#providers-deletions)",
+    str,
+    _mask,
+)
+_AMPLITUDE_DELETION_ENDPOINT = Setting(
+    "AMPLITUDE_DELETION_ENDPOINT",
+    "https://amplitude.com/api/2/deletions/users",
+    "the whole URL; EU: `https://analytics.eu.amplitude.com/…`",
+    parse_endpoint,
+    hide_credentials,
+)
+_AMPLITUDE_DELETION_PAUSE = Setting(
+    "AMPLITUDE_DELETION_PAUSE",
+    "2s",
+    "how long to wait between two of these requests; Amplitude takes one a second",
+    parse_duration,
+)
 _MIXPANEL_ENABLED = Setting(
     "MIXPANEL_ENABLED", "false", "whether they are forwarded to Mixpanel", parse_flag
 )
@@ -292,6 +327,27 @@ _MIXPANEL_ENDPOINT = Setting(
     "the whole URL; EU: `https://api-eu.…`, India: `https://api-in.…`",
     parse_endpoint,
     hide_credentials,
+)
+_MIXPANEL_GDPR_TOKEN = Setting(
+    "MIXPANEL_GDPR_TOKEN",
+    "",
+    "an OAuth token of Mixpanel's GDPR API, for [`person delete"
+    " --providers`](#providers-deletions)",
+    str,
+    _mask,
+)
+_MIXPANEL_DELETION_ENDPOINT = Setting(
+    "MIXPANEL_DELETION_ENDPOINT",
+    "https://mixpanel.com/api/app/data-deletions/v3.0/",
+    "the whole URL; EU: `https://eu.mixpanel.com/…`, India: `https://in.mixpanel.com/…`",
+    parse_endpoint,
+    hide_credentials,
+)
+_MIXPANEL_DELETION_PAUSE = Setting(
+    "MIXPANEL_DELETION_PAUSE",
+    "2s",
+    "how long to wait between two of these requests; Mixpanel takes one a second",
+    parse_duration,
 )
 _FORWARD_MAX_AGE = Setting(
     "FORWARD_MAX_AGE",
@@ -335,7 +391,10 @@ SETTINGS: tuple[Setting[Any], ...] = (
     *(_CORS_ALLOWED_ORIGINS, _GRPC_REFLECTION, _TLS_CHAIN, _TLS_KEY, _TLS_CLIENT_CA),
     *(_REQUEST_TIMEOUT_SECONDS, _MAX_WAITING_MB, _RATE_LIMIT, _BYTE_RATE_LIMIT),
     *(_ANALYTICS_ENABLED, _AMPLITUDE_ENABLED, _AMPLITUDE_API_KEY, _AMPLITUDE_ENDPOINT),
-    *(_MIXPANEL_ENABLED, _MIXPANEL_TOKEN, _MIXPANEL_ENDPOINT, _FORWARD_MAX_AGE, _FORWARDERS),
+    *(_AMPLITUDE_SECRET_KEY, _AMPLITUDE_DELETION_ENDPOINT, _AMPLITUDE_DELETION_PAUSE),
+    *(_MIXPANEL_ENABLED, _MIXPANEL_TOKEN, _MIXPANEL_ENDPOINT),
+    *(_MIXPANEL_GDPR_TOKEN, _MIXPANEL_DELETION_ENDPOINT, _MIXPANEL_DELETION_PAUSE),
+    *(_FORWARD_MAX_AGE, _FORWARDERS),
     *(_REJECTED_KEEP, _PRIVACY_SECRET, _REDACT, _LOG_LEVEL, _DEBUG),
 )
 
@@ -357,6 +416,23 @@ _PROVIDERS = {
     AMPLITUDE: (_AMPLITUDE_ENABLED, _AMPLITUDE_ENDPOINT, _AMPLITUDE_API_KEY),
     MIXPANEL: (_MIXPANEL_ENABLED, _MIXPANEL_ENDPOINT, _MIXPANEL_TOKEN),
 }
+# What deletions at each provider need: the project's key, a secret, the endpoint, the pause.
+_DELETIONS = {
+    AMPLITUDE: (
+        _AMPLITUDE_API_KEY,
+        _AMPLITUDE_SECRET_KEY,
+        _AMPLITUDE_DELETION_ENDPOINT,
+        _AMPLITUDE_DELETION_PAUSE,
+    ),
+    MIXPANEL: (
+        _MIXPANEL_TOKEN,
+        _MIXPANEL_GDPR_TOKEN,
+        _MIXPANEL_DELETION_ENDPOINT,
+        _MIXPANEL_DELETION_PAUSE,
+    ),
+}
+# The variables without which a provider cannot be asked to delete persons.
+DELETION_VARIABLES = {name: secret.name for name, (_, secret, _, _) in _DELETIONS.items()}
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -379,6 +455,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         event_rate_limit=_RATE_LIMIT.read(environment),
         byte_rate_limit=_BYTE_RATE_LIMIT.read(environment),
         destinations=_read_destinations(environment),
+        deletions=_read_deletions(environment),
         forward_max_age_seconds=_FORWARD_MAX_AGE.read(environment),
         forwarders=_FORWARDERS.read(environment),
         rejected_keep=_REJECTED_KEEP.read(environment),
@@ -431,16 +508,31 @@ def _read_destinations(environment: Mapping[str, str]) -> dict[str, Destination]
     if not _ANALYTICS_ENABLED.read(environment):
         return {}
     return {
-        name: Destination(endpoint.read(environment), _require(credential, switch, environment))
+        name: Destination(
+            endpoint.read(environment), _require(credential, f"{switch.name} is true", environment)
+        )
         for name, (switch, endpoint, credential) in _PROVIDERS.items()
         if switch.read(environment)
     }
 
 
-def _require(setting: Setting[str], cause: Setting[bool], environment: Mapping[str, str]) -> str:
-    if not (text := setting.read(environment)):
-        raise InvalidSetting(f"{setting.name}: must be set, since {cause.name} is true")
-    return text
+def _read_deletions(environment: Mapping[str, str]) -> dict[str, DeletionAccess]:
+    """Return those for which a secret is set, whether events are forwarded there or not."""
+    found = {}
+    for name, (key, secret, endpoint, pause) in _DELETIONS.items():
+        place, seconds = endpoint.read(environment), pause.read(environment)
+        if text := secret.read(environment):
+            cause = f"{secret.name} is"
+            project_key = _require(key, cause, environment)
+            _require(_PRIVACY_SECRET, cause, environment)
+            found[name] = DeletionAccess(place, project_key, text, seconds)
+    return found
+
+
+def _require(setting: Setting[T], cause: str, environment: Mapping[str, str]) -> T:
+    if not (value := setting.read(environment)):
+        raise InvalidSetting(f"{setting.name}: must be set, since {cause}")
+    return value
 
 
 def _read_redaction(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -11,16 +11,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from server.app.parts import open_tracing, opened_database
+from server.app.parts import open_digests, open_tracing, opened_database
 from server.app.probes import Probes
-from server.config import Settings
+from server.config import DeletionAccess, Settings
 from server.forwarding.abandoned import AbandonedLanes
+from server.forwarding.deletion_lane import DeletionLane
 from server.forwarding.http_client import Transport
 from server.forwarding.lane import Lane
 from server.forwarding.lane_health import LaneHealth
 from server.forwarding.outbox_monitor import OutboxMonitor
 from server.forwarding.providers.amplitude import Amplitude
+from server.forwarding.providers.amplitude_deletions import AmplitudeDeletions
+from server.forwarding.providers.deletions import DeletionService
 from server.forwarding.providers.mixpanel import Mixpanel
+from server.forwarding.providers.mixpanel_deletions import MixpanelDeletions
 from server.forwarding.providers.provider import Provider
 from server.forwarding.queries import Queries
 from server.forwarding.round import REQUESTS_IN_FLIGHT
@@ -48,6 +52,9 @@ if TYPE_CHECKING:
 
 _NICENESS = 10
 _PROVIDERS = {provider.name: provider for provider in (Amplitude, Mixpanel)}
+_DELETIONS: dict[str, Callable[[DeletionAccess], DeletionService]] = {
+    service.name: service for service in (AmplitudeDeletions, MixpanelDeletions)
+}
 _BEAT_SECONDS = 1.0
 # An event loop that has stood still this long does not come back.
 _HUNG_SECONDS = 60.0
@@ -80,8 +87,11 @@ async def _forward(settings: Settings, engine: Engine, stack: ExitStack) -> None
         _build_lane(provider, settings, _open_queries(engine, stack), tracing, counts, stop)
         for provider in _build_providers(settings)
     ]
+    # Both have little to ask, and share a connection.
+    others = _open_queries(engine, stack)
+    deletions = _build_deletion_lanes(settings, others, tracing, stop)
     abandoned = AbandonedLanes(
-        _open_queries(engine, stack),
+        others,
         tuple(settings.destinations),
         max_age=timedelta(seconds=settings.forward_max_age_seconds),
     )
@@ -89,14 +99,14 @@ async def _forward(settings: Settings, engine: Engine, stack: ExitStack) -> None
         lifeline.report_ready()
         lifeline.on_parent_exit(lambda: loop.call_soon_threadsafe(stop.set))
     # Without a lane it waits too: if it ended, a supervisor would start it again and again.
-    runs = [lane.run() for lane in lanes]
+    runs = [*(lane.run() for lane in lanes), *(lane.run() for lane in deletions)]
     on_beat = (lambda: None) if lifeline is None else lifeline.report_beat
     await asyncio.gather(stop.wait(), heart.beat(stop, on_beat), abandoned.run(stop), *runs)
 
 
 def _announce(settings: Settings) -> None:
     """Log where events are forwarded to, without credentials that the address may contain."""
-    if not settings.destinations:
+    if not settings.destinations and not settings.deletions:
         _log.warning("no analytics provider is enabled, nothing is forwarded")
     for name, destination in settings.destinations.items():
         parts = urlsplit(destination.endpoint)
@@ -190,13 +200,29 @@ def _build_lane(
     counts: Counts,
     stop: asyncio.Event,
 ) -> Lane:
-    # Each lane has its own connections: a provider that hangs uses up no others.
-    transport = (
-        Transport(REQUESTS_IN_FLIGHT)
-        if tracing is None
-        else tracing.open_transport(provider.name, REQUESTS_IN_FLIGHT)
-    )
+    transport = _open_transport(provider.name, REQUESTS_IN_FLIGHT, tracing)
     health = LaneHealth(provider, partial(counts.add, PROVIDER_REQUESTS, 1))
     sender = Sender(provider, transport, health, stop)
     max_age = timedelta(seconds=settings.forward_max_age_seconds)
     return Lane(sender, queries, health, max_age=max_age)
+
+
+def _build_deletion_lanes(
+    settings: Settings, queries: Queries, tracing: "Tracing | None", stop: asyncio.Event
+) -> list[DeletionLane]:
+    """Return a lane for each provider that can be asked to delete persons."""
+    if (digests := open_digests(settings)) is None:
+        return []
+    return [
+        DeletionLane(
+            _DELETIONS[name](access), _open_transport(name, 1, tracing), queries, digests, stop
+        )
+        for name, access in settings.deletions.items()
+    ]
+
+
+def _open_transport(provider: str, connections: int, tracing: "Tracing | None") -> Transport:
+    """Open connections of a lane's own: a provider that hangs uses up no others."""
+    if tracing is None:
+        return Transport(connections)
+    return tracing.open_transport(provider, connections)

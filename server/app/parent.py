@@ -103,7 +103,7 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         supervisors = [supervisor]
         supervisor.start()
         stack.callback(_stop_together, supervisors)
-        if settings.destinations and settings.forwarders:
+        if settings.forwarders and (settings.destinations or settings.deletions):
             supervisors.append(_keep_forwarding(settings.forwarders, metrics, stack))
         announce(ports, first_key)
         supervisor.run(tick, stop)

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import wraps
 from typing import IO, Any, Concatenate, ParamSpec
@@ -14,21 +14,28 @@ from server.cli.command import (
     Failure,
     format_moment,
     json_option,
+    make_printable,
     opened_engine,
     opened_tables,
     print_json,
     with_settings,
 )
-from server.config import Settings
+from server.config import DELETION_VARIABLES, Settings
 from server.events.persons import Person
-from server.privacy.deletion import Deletion, describe_receipt, find_second_time
+from server.privacy.deletion import PLANNED, Deletion, describe_receipt, find_second_time
 from server.privacy.digests import Digests
 from server.privacy.export import Export
 from server.privacy.places import DEAD, EVENTS, OUTBOX, REJECTED
 from server.privacy.recognition import recognise_persons
 from server.storage.blocked_persons import block_person, find_blocked, unblock_person
 from server.storage.connection import Connection, connected
-from server.storage.person_deletions import find_receipts
+from server.storage.person_deletions import Receipt, find_receipts
+from server.storage.provider_deletions import (
+    ACCEPTED,
+    WAITING,
+    ProviderDeletion,
+    read_provider_deletions,
+)
 
 P = ParamSpec("P")
 
@@ -40,6 +47,14 @@ _PLACES = {
     DEAD: "among dead events",
     REJECTED: "among rejected events",
 }
+
+
+_providers_option = click.option(
+    "--providers",
+    "with_providers",
+    is_flag=True,
+    help="Also ask the analytics providers to delete them; `status` shows how that stands.",
+)
 
 
 @click.group()
@@ -104,21 +119,28 @@ def export(settings: Settings, wanted: Person) -> None:
 @_with_person
 @click.option("--yes", is_flag=True, help="Delete it; without it, only its counts are shown.")
 @click.option("--no-wait", is_flag=True, help="Leave the second time to another run.")
-def delete(settings: Settings, wanted: Person, yes: bool, no_wait: bool) -> None:
+@_providers_option
+def delete(
+    settings: Settings, wanted: Person, yes: bool, no_wait: bool, with_providers: bool
+) -> None:
     """Delete a person's events, wherever they are kept.
 
     Without --yes it only counts them. With it, it goes through everything twice, the second time
     once nothing that came before can be in the memory of a worker, and prints a receipt as JSON.
     Whatever ends it, run it again: it completes what is left. Needs PRIVACY_SECRET.
+
+    With --providers, forwarders then ask Amplitude and Mixpanel to delete the person, which takes
+    weeks there; needs AMPLITUDE_SECRET_KEY and MIXPANEL_GDPR_TOKEN.
     """
     digests = _require_digests(settings)
+    providers = _choose_providers(settings) if with_providers else ()
     with opened_engine(settings) as engine, connected(engine) as connection:
         if not yes:
             _count(connection, wanted)
             return
         deletion = Deletion(connection, wanted, digests, lambda text: click.echo(text, err=True))
-        receipt = deletion.run(wait=not no_wait)
-    print_json([describe_receipt(receipt)])
+        receipt = deletion.run(wait=not no_wait, providers=providers)
+        print_json([_describe(connection, receipt)])
     _report_unreadable(receipt.unreadable)
     if receipt.finished_at is None:
         due_at = find_second_time(receipt)
@@ -129,8 +151,11 @@ def delete(settings: Settings, wanted: Person, yes: bool, no_wait: bool) -> None
 @click.argument("receipts", type=click.File("rb"), metavar="RECEIPTS")
 @click.option("--yes", is_flag=True, help="Delete them; without it, they are only shown.")
 @click.option("--no-wait", is_flag=True, help="Leave the second time to another run.")
+@_providers_option
 @with_settings
-def again(settings: Settings, receipts: IO[bytes], yes: bool, no_wait: bool) -> None:
+def again(
+    settings: Settings, receipts: IO[bytes], yes: bool, no_wait: bool, with_providers: bool
+) -> None:
     """Delete persons again whom a restored backup has brought back.
 
     RECEIPTS is a file with the lines that `delete` has printed, or - for standard input. Prints the
@@ -139,17 +164,18 @@ def again(settings: Settings, receipts: IO[bytes], yes: bool, no_wait: bool) -> 
     digests, lines = _require_digests(settings), _read_receipts(receipts)
     if any(line["secret_mark"] != digests.mark.hex() for line in lines):
         raise Failure("some receipts are under another PRIVACY_SECRET")
+    providers = _choose_providers(settings) if with_providers else ()
     with opened_engine(settings) as engine, connected(engine) as connection:
         found = list(recognise_persons(connection, digests, lines))
         if not yes:
             print_json(map(asdict, found))
             return
-        for is_last in (False, True):  # one wait is enough for all
-            for each in found:
-                deletion = Deletion(connection, each, digests, lambda _: None)
-                receipt = deletion.run(wait=is_last and not no_wait)
-                if is_last:
-                    print_json([describe_receipt(receipt)])
+        deletions = [Deletion(connection, each, digests, lambda _: None) for each in found]
+        begun = [each.run(wait=False, providers=providers) for each in deletions]
+        for deletion, receipt in zip(deletions, begun, strict=True):
+            if receipt.finished_at is None and not no_wait:  # the first wait is enough for all
+                receipt = deletion.run(wait=True)
+            print_json([_describe(connection, receipt)])
 
 
 def _read_receipts(file: IO[bytes]) -> list[dict[str, Any]]:
@@ -194,15 +220,21 @@ def unblock(settings: Settings, wanted: Person) -> None:
 @_with_person
 @json_option
 def status(settings: Settings, wanted: Person, as_json: bool) -> None:
-    """Show since when a person is blocked, and what was deleted."""
+    """Show since when a person is blocked, and what was deleted.
+
+    Of providers that were asked to delete them, too, how that stands: what was accepted, done, or
+    failed, the last error and the next try.
+    """
     digests = _require_digests(settings)
     of_person = digests.of_person(wanted)
     with opened_engine(settings) as engine, connected(engine) as connection:
         receipts = find_receipts(connection, wanted.project_id, of_person)
+        asked = read_provider_deletions(connection, [receipt.id for receipt in receipts])
         blocked = find_blocked(connection, wanted.project_id, of_person)
     if as_json:
         since = {digest.hex(): moment for digest, moment in blocked.items()}
-        print_json([{"blocked": since, "receipts": list(map(describe_receipt, receipts))}])
+        shown = [describe_receipt(receipt, asked[receipt.id]) for receipt in receipts]
+        print_json([{"blocked": since, "receipts": shown}])
         return
     oldest = min(blocked.values(), default=None)
     click.echo(f"blocked since {format_moment(oldest)}: {len(blocked)} of {len(of_person)} ids")
@@ -211,12 +243,45 @@ def status(settings: Settings, wanted: Person, as_json: bool) -> None:
         deleted = Counter(receipt.deleted) + Counter(receipt.deleted_again)
         begin = format_moment(receipt.began_at)
         click.echo(f"receipt {receipt.id}, {begin} to {end}: {_count_places(deleted)}")
+        for line in _list_asked(receipt, asked[receipt.id], digests.mark):
+            click.echo(make_printable(f"  {line}"))
 
 
 def _require_digests(settings: Settings) -> Digests:
     if settings.privacy_secret is None:
         raise Failure("PRIVACY_SECRET must be set: ids are kept as HMACs under it")
     return Digests(settings.privacy_secret)
+
+
+def _choose_providers(settings: Settings) -> tuple[str, ...]:
+    """Return the providers to ask: all that can be, if those that have events are among them."""
+    lacking = settings.destinations.keys() - settings.deletions.keys()
+    if lacking or not settings.deletions:
+        names = sorted(lacking or DELETION_VARIABLES)
+        variables = " and ".join(DELETION_VARIABLES[name] for name in names)
+        raise Failure(f"--providers needs {variables}")
+    return tuple(settings.deletions)
+
+
+def _describe(connection: Connection, receipt: Receipt) -> Mapping[str, Any]:
+    return describe_receipt(receipt, read_provider_deletions(connection, [receipt.id])[receipt.id])
+
+
+def _list_asked(receipt: Receipt, asked: Sequence[ProviderDeletion], mark: bytes) -> Iterator[str]:
+    """Yield a line for each thing that a provider is or was asked."""
+    if not asked:
+        yield from (f"{name}: {PLANNED}, for after the second time" for name in receipt.providers)
+    for each in asked:
+        moment = each.ended_at or each.accepted_at or each.requested_at
+        words = [f"{each.provider}: {each.state} since {format_moment(moment)}"]
+        words += [f"job {each.job}"] if each.state == ACCEPTED else []
+        words += [each.detail] if each.detail else []
+        if each.state == WAITING and receipt.secret_mark != mark:
+            words.append("its ids are under another PRIVACY_SECRET")
+        yield ", ".join(words)
+        if each.last_error:
+            yield f"  last error at {format_moment(each.last_error_at)}: {each.last_error}"
+            yield f"  next try at {format_moment(each.next_try_at)}"
 
 
 def _count(connection: Connection, wanted: Person) -> None:

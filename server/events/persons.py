@@ -170,6 +170,14 @@ def hide_ids(text: str, person: Person) -> str:
     return text
 
 
+def blot_ids(text: str, person: Person) -> str:
+    """Return a text without the ids of a person, however short they are and wherever they stand."""
+    spelled = {spelling for each in person.ids for spelling in _spell_in_text(each)}
+    for wanted in sorted(spelled, key=len, reverse=True):
+        text = text.replace(wanted, "…")
+    return text
+
+
 def texts_naming(person: Person) -> list[str]:
     """Return the texts by which a provider's answer may name a person: short ids in quotes."""
     spelled = {spelling for each in person.ids for spelling in _spell_in_text(each)}

@@ -23,18 +23,18 @@ class Transport:
             headers={"Accept-Encoding": "identity", "User-Agent": "productgraph"},
         )
 
-    async def post(self, request: Request) -> Answer | NoAnswer:
+    async def send(self, request: Request) -> Answer | NoAnswer:
         """Return the answer to a request, or why there is none, or not all of it, in time."""
         try:
             async with asyncio.timeout(TOTAL_SECONDS):
-                return await self._post(request)
+                return await self._send(request)
         except (httpx.HTTPError, TimeoutError) as error:
             return NoAnswer(type(error).__name__)
 
-    async def _post(self, request: Request) -> Answer:
+    async def _send(self, request: Request) -> Answer:
         body = bytearray()
         async with self._client.stream(
-            "POST", request.url, content=request.body, headers=request.headers
+            request.method, request.url, content=request.body, headers=request.headers
         ) as response:
             async for part in response.aiter_raw():
                 body += part

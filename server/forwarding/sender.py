@@ -26,20 +26,25 @@ class Sender:
 
     async def send(self, payloads: Sequence[bytes]) -> tuple[Decision, Answer | NoAnswer]:
         """Send one request; return what becomes of its events, and what was answered."""
-        answer = await self._post(self.provider.build_request(payloads))
+        request = self.provider.build_request(payloads)
+        answer = await send_before_stop(self._transport, request, self.stop)
         known = None if isinstance(answer, NoAnswer) else answer
         decision = self.provider.decide(payloads, known)
         async with self._noting:
             await asyncio.to_thread(self._health.note_request, payloads, decision, answer)
         return decision, answer
 
-    async def _post(self, request: Request) -> Answer | NoAnswer:
-        sending = asyncio.create_task(self._transport.post(request))
-        stopping = asyncio.create_task(self.stop.wait())
-        await asyncio.wait((sending, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        await asyncio.wait((sending,), timeout=_STOP_GRACE_SECONDS)
-        if sending.done():
-            return sending.result()
-        sending.cancel()
-        return NoAnswer("the forwarder stops")
+
+async def send_before_stop(
+    transport: Transport, request: Request, stop: asyncio.Event
+) -> Answer | NoAnswer:
+    """Return the answer to a request, or none if it does not come soon after `stop` is set."""
+    sending = asyncio.create_task(transport.send(request))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((sending, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    await asyncio.wait((sending,), timeout=_STOP_GRACE_SECONDS)
+    if sending.done():
+        return sending.result()
+    sending.cancel()
+    return NoAnswer("the forwarder stops")

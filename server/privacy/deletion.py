@@ -4,12 +4,15 @@ The places are searched in the order in which an event passes through them: payl
 sent are waited for, and an event that a forwarder buries meanwhile is found among the dead ones. A
 second pass follows once no worker can hold an earlier event in memory.
 
+Providers are asked after that: nothing of the person waits for them any more.
+
 Every step is a transaction of its own that counts in the receipt what it deletes. Whatever ends the
 command, the next one with the same ids goes on with the same receipt.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any, Concatenate, ParamSpec
 
@@ -17,6 +20,7 @@ from server import failpoints
 from server.events.persons import Person, hide_ids, read_ids, texts_naming
 from server.privacy.digests import Digests
 from server.privacy.places import ANSWERS, DEAD, EVENTS, OUTBOX, REJECTED
+from server.privacy.sealing import seal_person
 from server.privacy.search import Search
 from server.protocols import GRPC
 from server.storage.connection import Connection
@@ -30,15 +34,19 @@ from server.storage.person_deletions import (
     note_first_time,
     read_now,
     read_receipt,
+    want_providers,
 )
 from server.storage.person_events import delete_arrived_events, delete_events, list_parts
 from server.storage.person_payloads import rewrite_payload
+from server.storage.provider_deletions import ProviderDeletion
 from server.storage.rejected_events import KEPT_WITHIN_SECONDS, delete_rejections
 
 # What was in a transaction when the deletion began may have an earlier time of arrival.
 _OVERLAP = timedelta(minutes=10)
 _RETRY_SECONDS = 1.0
 _ROUNDS_PER_REPORT = 10
+# The state at a provider until the second pass has ended.
+PLANNED = "planned"
 
 P = ParamSpec("P")
 
@@ -55,17 +63,20 @@ class Deletion:
     ) -> None:
         self._connection = connection
         self._person = person
+        self._digests = digests
         self._report = report
         of_person = digests.of_person(person)
         self._receipt = begin_deletion(connection, person.project_id, of_person, digests.mark)
         self._is_again = self._receipt.deleted_at is not None
         self._search = Search(connection, person)
 
-    def run(self, *, wait: bool) -> Receipt:
-        """Make both passes, and return the receipt.
+    def run(self, *, wait: bool, providers: Sequence[str] = ()) -> Receipt:
+        """Make both passes, and return the receipt; then these providers are to be asked too.
 
         Without `wait`, return after the first pass if the second is not due yet.
         """
+        if providers:
+            want_providers(self._connection, self._receipt.id, providers)
         if not self._is_again:
             for part in list_parts(self._connection):
                 self._delete(EVENTS, delete_events, self._person, part)
@@ -94,7 +105,8 @@ class Deletion:
         self._search.unreadable.clear()
         self._delete(EVENTS, delete_arrived_events, self._person, since)
         self._delete_copies()
-        finish_deletion(self._connection, self._receipt.id, self._search.unreadable)
+        sealed = list(seal_person(self._digests, self._person))
+        finish_deletion(self._connection, self._receipt.id, self._search.unreadable, sealed)
 
     def _delete_copies(self) -> None:
         self._empty_payloads()
@@ -162,8 +174,8 @@ def find_second_time(receipt: Receipt) -> datetime | None:
     return receipt.deleted_at + timedelta(seconds=KEPT_WITHIN_SECONDS)
 
 
-def describe_receipt(receipt: Receipt) -> Mapping[str, Any]:
-    """Return what a receipt says, for JSON."""
+def describe_receipt(receipt: Receipt, asked: Sequence[ProviderDeletion] = ()) -> Mapping[str, Any]:
+    """Return what a receipt says, and what the providers said that were asked, for JSON."""
     return {
         "receipt": receipt.id,
         "project_id": receipt.project_id,
@@ -176,7 +188,13 @@ def describe_receipt(receipt: Receipt) -> Mapping[str, Any]:
         "deleted_again": _list_counts(receipt.deleted_again),
         "finished_at": receipt.finished_at,
         "unreadable": receipt.unreadable,
+        "providers": [*map(_describe_asked, asked)]
+        or [{"provider": name, "state": PLANNED} for name in receipt.providers],
     }
+
+
+def _describe_asked(asked: ProviderDeletion) -> Mapping[str, Any]:
+    return {name: value for name, value in asdict(asked).items() if name != "receipt_id"}
 
 
 def _list_counts(counts: Mapping[str, int]) -> Mapping[str, int]:

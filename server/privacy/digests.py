@@ -9,6 +9,7 @@ from hashlib import sha256
 from server.events.persons import Person
 
 _USER, _ANONYMOUS, _MARK, _VALUE = b"user", b"anonymous", b"mark", b"value"
+_SEAL = b"seal"
 _MARK_BYTES = 8
 _VALUE_CHARACTERS = 32
 
@@ -20,6 +21,11 @@ class Digests:
         self._key = sha256(secret.encode()).digest()
         # Identifies the secret, and reveals nothing about it.
         self.mark = self._digest(_MARK)[:_MARK_BYTES]
+
+    @property
+    def sealing_key(self) -> bytes:
+        """Return a key of 32 bytes to encrypt under."""
+        return self._digest(_SEAL)
 
     def of_user(self, project_id: str, user_id: str) -> bytes:
         """Return the digest of a project's user.id."""

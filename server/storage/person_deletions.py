@@ -8,9 +8,11 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection, RowMapping, text
 
+from server.storage.provider_deletions import add_provider_deletions
+
 _COLUMNS = """
 id, project_id, digests, secret_mark, began_at, deleted, deleted_at, deleted_again, finished_at,
-unreadable
+unreadable, providers
 """
 _FIND_UNFINISHED = text(f"""
 SELECT {_COLUMNS} FROM person_deletions
@@ -34,6 +36,12 @@ UPDATE person_deletions SET {column} = {column} || jsonb_build_object(
 _ADD_FIRST, _ADD_AGAIN = (
     text(_ADD.format(column=column)) for column in ("deleted", "deleted_again")
 )
+_WANT_PROVIDERS = text("""
+UPDATE person_deletions
+   SET providers = ARRAY(SELECT unnest(providers) UNION SELECT unnest(CAST(:providers AS text[]))
+                          ORDER BY 1)
+ WHERE id = :id
+""")
 _NOTE_FIRST = text("UPDATE person_deletions SET deleted_at = now() WHERE id = :id")
 _FINISH = text("""
 UPDATE person_deletions SET finished_at = now(), unreadable = CAST(:unreadable AS jsonb)
@@ -56,6 +64,8 @@ class Receipt:
     deleted_again: Mapping[str, int]
     finished_at: datetime | None
     unreadable: Mapping[str, Sequence[int]]
+    # Those that are asked to delete the person too, once the second pass has ended.
+    providers: Sequence[str]
 
 
 def begin_deletion(
@@ -85,13 +95,26 @@ def note_first_time(connection: Connection, receipt_id: int) -> None:
         connection.execute(_NOTE_FIRST, {"id": receipt_id})
 
 
+def want_providers(connection: Connection, receipt_id: int, providers: Sequence[str]) -> None:
+    """Note that these providers are to be asked too."""
+    with connection.begin():
+        connection.execute(_WANT_PROVIDERS, {"id": receipt_id, "providers": list(providers)})
+
+
 def finish_deletion(
-    connection: Connection, receipt_id: int, unreadable: Mapping[str, Sequence[int]]
+    connection: Connection,
+    receipt_id: int,
+    unreadable: Mapping[str, Sequence[int]],
+    sealed: Sequence[bytes],
 ) -> None:
-    """Note the end of the second pass, and the numbers of what cannot be read."""
+    """Note the end of the second pass, and the numbers of what cannot be read.
+
+    In the same transaction, what the providers are to be asked gets the ids, sealed.
+    """
     with connection.begin():
         values = {"id": receipt_id, "unreadable": orjson.dumps(dict(unreadable)).decode()}
         connection.execute(_FINISH, values)
+        add_provider_deletions(connection, receipt_id, sealed)
 
 
 def read_receipt(connection: Connection, receipt_id: int) -> Receipt:

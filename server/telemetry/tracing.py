@@ -130,12 +130,12 @@ class _TracedTransport(Transport):
         self._tracer = tracer
         self._provider = provider
 
-    async def post(self, request: Request) -> Answer | NoAnswer:
+    async def send(self, request: Request) -> Answer | NoAnswer:
         """Return the answer to a request, as `Transport` gives it."""
         with self._tracer.start_as_current_span(
             f"forward {self._provider}", Context(), SpanKind.CLIENT, _describe_request(request)
         ) as span:
-            answer = await super().post(request)
+            answer = await super().send(request)
             if isinstance(answer, NoAnswer):
                 span.set_status(StatusCode.ERROR)
                 span.set_attribute("error.type", "no_answer")
@@ -153,7 +153,7 @@ def _describe_request(request: Request) -> dict[str, AttributeValue]:
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     return {
-        "http.request.method": "POST",
+        "http.request.method": request.method,
         "http.request.body.size": len(request.body),
         "server.address": host,
         "server.port": port,

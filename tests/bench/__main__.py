@@ -3,16 +3,17 @@
 import argparse
 import json
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.bench import cells
+from tests.bench import cells, forwarding, privacy
 from tests.bench.chart import draw_chart
-from tests.bench.forwarding import PARTS
-from tests.bench.forwarding_report import choose_parts, report_forwarding
+from tests.bench.forwarding_report import report_forwarding
+from tests.bench.privacy_report import report_privacy
 from tests.bench.report import (
     CAPTION,
     HEADINGS,
@@ -35,17 +36,27 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     try:
-        if options.forwarding is None:
-            _measure_loads(_make_plan(options), options.output, console)
-        else:
-            parts = choose_parts(options.forwarding)
+        if options.forwarding is not None:
+            parts = _choose_parts(options.forwarding, forwarding.PARTS)
             report_forwarding(parts, options.scale, options.output, console)
+        elif options.privacy is not None:
+            parts = _choose_parts(options.privacy, privacy.PARTS)
+            report_privacy(parts, options.scale, options.output, console)
+        else:
+            _measure_loads(_make_plan(options), options.output, console)
     except ValueError as problem:
         parser.error(str(problem))
     except BenchFailed as failure:
         console.print(f"bench: {failure}", markup=False)
         return 1
     return 0
+
+
+def _choose_parts(names: Sequence[str], parts: Collection[str]) -> list[str]:
+    """Return the parts of these names, or all. Raises ValueError for an unknown name."""
+    if unknown := set(names) - set(parts):
+        raise ValueError(f"nothing is called {sorted(unknown)}; there are {', '.join(parts)}")
+    return [part for part in parts if part in names or not names]
 
 
 def _measure_loads(plan: Plan, directory: Path, console: Console) -> None:
@@ -79,13 +90,21 @@ def _build_parser() -> argparse.ArgumentParser:
         "--forwarding",
         nargs="*",
         metavar="PART",
-        help=f"what forwarding costs instead, in ten minutes, or a part of it: {', '.join(PARTS)}",
+        help="what forwarding costs instead, in ten minutes, or a part of it:"
+        f" {', '.join(forwarding.PARTS)}",
+    )
+    parser.add_argument(
+        "--privacy",
+        nargs="*",
+        metavar="PART",
+        help="what blocked persons and redaction cost instead, in four minutes, or a part of it:"
+        f" {', '.join(privacy.PARTS)}",
     )
     parser.add_argument(
         "--scale",
         type=float,
         default=1.0,
-        help="with --forwarding: 0.1 for a tenth of the events and of the time (1)",
+        help="with --forwarding or --privacy: 0.1 for a tenth of the events and of the time (1)",
     )
     parser.add_argument(
         "--output",

@@ -9,15 +9,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.bench.forwarding import PARTS, run_forwarding
+from tests.bench.forwarding import run_forwarding
 from tests.bench.report import Document
-
-
-def choose_parts(names: Sequence[str]) -> list[str]:
-    """Return the parts of these names, or all. Raises ValueError for an unknown name."""
-    if unknown := set(names) - PARTS.keys():
-        raise ValueError(f"nothing is called {sorted(unknown)}; there are {', '.join(PARTS)}")
-    return [part for part in PARTS if part in names or not names]
 
 
 def report_forwarding(

@@ -119,6 +119,25 @@ def test_forwarding_is_measured_without_losing_an_event(tmp_path: Path) -> None:
     assert all(milliseconds > 0 for milliseconds in document["backlog"]["claim_ms"].values())
 
 
+@pytest.mark.slow
+def test_blocked_persons_and_redaction_are_measured_by_comparison(tmp_path: Path) -> None:
+    """Each list and the redaction have their figures, with and without it."""
+    finished = run_program(
+        "tests.bench", "--privacy", "--scale=0.1", f"--output={tmp_path}", timeout=1800
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    document = json.loads((tmp_path / "privacy.json").read_text())
+    changes = ["0 blocked", "1 blocked", "100,000 blocked", "two fields redacted"]
+    assert list(document) == changes
+    for loads in document.values():
+        assert list(loads) == ["http-50-1", "grpc-50-1"]
+        for figures in loads.values():
+            assert figures["speed_ratio"] > 0
+            assert len(figures["rounds"]) == 3
+            for side in ("without", "with"):
+                assert all(value > 0 for value in figures[side].values())
+
+
 @pytest.fixture(scope="module")
 def baseline(create_migrated: Callable[[], str]) -> Iterator[tuple[int, str]]:
     """Provide the port of a running baseline, and an API key of the project that it takes."""

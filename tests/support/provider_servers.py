@@ -89,21 +89,14 @@ class Request:
     events: Sequence[Event]
 
 
-class ProviderServer(ABC):
-    """One provider on a port of the loopback interface; a context manager."""
+class StandIn(ABC):
+    """A server on a port of the loopback interface; a context manager."""
 
-    path: str
     max_bytes: int
-    max_events = 2000
 
-    def __init__(self, credential: str, port: int = 0) -> None:
-        self.credential = credential
-        # The next requests, one each; then `behave` is asked; then the documented happens.
+    def __init__(self, port: int = 0) -> None:
+        # The next requests, one each.
         self.scripts: deque[Script] = deque()
-        self.behave: Callable[[Sequence[Event]], Script | None] = lambda _events: None
-        self.deliveries: deque[Delivery] = deque(maxlen=_MAX_DELIVERIES)
-        self.statuses: deque[int] = deque(maxlen=_MAX_DELIVERIES)
-        self.ingested: dict[Hashable, str] = {}
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._http = _HttpServer(("127.0.0.1", port), self)
@@ -130,6 +123,36 @@ class ProviderServer(ABC):
     def port(self) -> int:
         """The number of its port; another server may listen there once this one is closed."""
         return self._http.server_port
+
+    @abstractmethod
+    def take(
+        self, path: str, headers: Mapping[str, str], body: bytes
+    ) -> tuple[Reply, Fault | None]:
+        """Take a POST; return the answer, and how it fails to arrive."""
+
+    @abstractmethod
+    def refuse_unread(self) -> Reply:
+        """Return the answer to a body that is too large to be read."""
+
+    def take_get(self, _path: str, _headers: Mapping[str, str]) -> tuple[Reply, Fault | None]:
+        """Take a GET, in the same way."""
+        return Reply(405, HTML), None
+
+
+class ProviderServer(StandIn):
+    """What a provider takes events by."""
+
+    path: str
+    max_events = 2000
+
+    def __init__(self, credential: str, port: int = 0) -> None:
+        self.credential = credential
+        # Asked after the scripts; then the documented happens.
+        self.behave: Callable[[Sequence[Event]], Script | None] = lambda _events: None
+        self.deliveries: deque[Delivery] = deque(maxlen=_MAX_DELIVERIES)
+        self.statuses: deque[int] = deque(maxlen=_MAX_DELIVERIES)
+        self.ingested: dict[Hashable, str] = {}
+        super().__init__(port)
 
     @property
     def url(self) -> str:
@@ -376,7 +399,7 @@ class _HttpServer(ThreadingHTTPServer):
     daemon_threads = False
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], provider: ProviderServer) -> None:
+    def __init__(self, address: tuple[str, int], provider: StandIn) -> None:
         self.provider = provider
         self._connections: set[socket.socket] = set()
         super().__init__(address, _Handler)
@@ -407,6 +430,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _HttpServer
+
+    def do_GET(self) -> None:
+        """Take a request without a body."""
+        headers = dict(self.headers.items())
+        self._send(*self.server.provider.take_get(self.path, headers))
 
     def do_POST(self) -> None:
         """Take one request."""

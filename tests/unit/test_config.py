@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from server import config
-from server.config import InvalidSetting, RejectedKeep, TlsFiles, find_strays, read_settings
+from server.config import (
+    DeletionAccess,
+    InvalidSetting,
+    RejectedKeep,
+    TlsFiles,
+    find_strays,
+    read_settings,
+)
 from server.storage.connection import open_engine
 from server.values import hide_credentials, hide_password
 
@@ -178,9 +185,8 @@ def test_a_refused_value_is_reported_with_its_variable(name: str, text: str) -> 
 
 def test_every_setting_is_tested_by_a_table() -> None:
     """A new setting is tested like the others; groups of them have tests of their own."""
-    assert set(SETTINGS) | {"console", "destinations", "grpc_tls", "tracing"} == set(
-        vars(read_settings({}))
-    )
+    groups = {"console", "deletions", "destinations", "grpc_tls", "tracing"}
+    assert set(SETTINGS) | groups == set(vars(read_settings({})))
 
 
 REMOTE = {"DATABASE_URL": "postgresql://me@db/app"}
@@ -437,6 +443,45 @@ def test_a_destination_needs_credential_and_safe_endpoint(variable: str, text: s
     """An enabled provider needs a credential, and an endpoint that nobody can listen in on."""
     with pytest.raises(InvalidSetting, match=f"^{variable}: ") as failure:
         read_settings(ANALYTICS | {variable: text})
+    assert PASSWORD not in str(failure.value)
+
+
+DELETIONS = {
+    "PRIVACY_SECRET": "0123456789abcdef0123456789abcdef",
+    "AMPLITUDE_API_KEY": "key",
+    "AMPLITUDE_SECRET_KEY": PASSWORD,
+    "MIXPANEL_TOKEN": "token",
+}
+
+
+def test_a_provider_deletes_if_its_secret_is_set() -> None:
+    """Whether events are forwarded there or not; no credential is shown."""
+    settings = read_settings(DELETIONS | {"AMPLITUDE_DELETION_PAUSE": "3s"})
+    access = DeletionAccess("https://amplitude.com/api/2/deletions/users", "key", PASSWORD, 3.0)
+    assert settings.deletions == {"amplitude": access}
+    both = read_settings(DELETIONS | {"MIXPANEL_GDPR_TOKEN": PASSWORD})
+    place = "https://mixpanel.com/api/app/data-deletions/v3.0/"
+    access = DeletionAccess(place, "token", PASSWORD, 2.0)
+    assert both.deletions["mixpanel"] == access
+    assert PASSWORD not in repr(both)
+    assert read_settings({}).deletions == {}
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("AMPLITUDE_API_KEY", ""),
+        ("PRIVACY_SECRET", ""),
+        ("AMPLITUDE_DELETION_ENDPOINT", "http://amplitude.com/api/2/deletions/users"),
+        ("MIXPANEL_DELETION_ENDPOINT", "ftp://mixpanel.com"),
+        ("AMPLITUDE_DELETION_PAUSE", "0s"),
+        ("MIXPANEL_DELETION_PAUSE", "often"),
+    ],
+)
+def test_providers_deletions_need_keys_and_safe_endpoints(variable: str, text: str) -> None:
+    """Deletions need all credentials, an endpoint that nobody can listen in on, and a pause."""
+    with pytest.raises(InvalidSetting, match=f"^{variable}: ") as failure:
+        read_settings(DELETIONS | {variable: text})
     assert PASSWORD not in str(failure.value)
 
 

@@ -89,9 +89,14 @@ class Amplitude:
         return decide_by_status(count, answer)
 
 
+def name_user(user_id: str) -> str:
+    """Return the `user_id` by which Amplitude knows a user."""
+    return fit_id(user_id, _MAX_ID_BYTES)
+
+
 def _encode_event(event: Event, read_properties: ReadProperties, name_item: NameItem) -> bytes:
     mapped = map_event(event, read_properties)
-    user = {"user_id": fit_id(mapped.user_id, _MAX_ID_BYTES)} if mapped.user_id else {}
+    user = {"user_id": name_user(mapped.user_id)} if mapped.user_id else {}
     return orjson.dumps(
         {
             "event_type": mapped.name[: _LIMITS.max_text],

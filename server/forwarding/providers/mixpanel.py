@@ -93,10 +93,24 @@ class Mixpanel:
         return decide_by_status(count, answer)
 
 
+def name_user(user_id: str) -> str:
+    """Return the `distinct_id` by which Mixpanel knows a user."""
+    return fit_id(user_id, _MAX_ID_BYTES)
+
+
+def name_device(device_id: str) -> str:
+    """Return the `distinct_id` by which Mixpanel knows a device without a user."""
+    return f"{_DEVICE_PREFIX}{_fit_device(device_id)}"
+
+
+def _fit_device(device_id: str) -> str:
+    return fit_id(device_id, _MAX_ID_BYTES - len(_DEVICE_PREFIX))
+
+
 def _encode_event(event: Event, read_properties: ReadProperties, name_item: NameItem) -> bytes:
     mapped = map_event(event, read_properties)
-    user_id = fit_id(mapped.user_id, _MAX_ID_BYTES) if mapped.user_id else ""
-    device_id = fit_id(mapped.device_id, _MAX_ID_BYTES - len(_DEVICE_PREFIX))
+    user_id = name_user(mapped.user_id) if mapped.user_id else ""
+    device_id = _fit_device(mapped.device_id)
     own = {
         "time": mapped.time,
         # What Mixpanel itself makes of the two ids below, frozen here.

@@ -28,11 +28,12 @@ _MAX_REASON_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Request:
-    """A POST, ready to be sent; headers and body hold credentials and are not in its repr."""
+    """A request, ready to be sent; headers and body hold credentials and are not in its repr."""
 
     url: str
     headers: Mapping[str, str] = field(repr=False)
     body: bytes = field(repr=False)
+    method: str = "POST"
 
 
 @dataclass(frozen=True)

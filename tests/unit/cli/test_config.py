@@ -31,8 +31,9 @@ def test_config_shows_values_and_defaults(capsys: pytest.CaptureFixture[str]) ->
     assert main(["config"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[2:].split()[0] for line in lines] == [setting.name for setting in SETTINGS]
-    assert "* WORKERS                  3" in lines
-    assert "  HOST                     127.0.0.1" in lines
+    width = max(len(setting.name) for setting in SETTINGS)
+    assert f"* {'WORKERS':{width}}  3" in lines
+    assert f"  {'HOST':{width}}  127.0.0.1" in lines
 
 
 def test_config_as_json_has_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

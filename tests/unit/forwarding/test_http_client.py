@@ -46,7 +46,7 @@ def post(url: str) -> Answer | NoAnswer:
     async def send() -> Answer | NoAnswer:
         sender = Transport(1)
         try:
-            return await sender.post(Request(url, {}, b"{}"))
+            return await sender.send(Request(url, {}, b"{}"))
         finally:
             await sender.close()
 

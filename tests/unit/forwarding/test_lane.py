@@ -158,9 +158,9 @@ def test_every_try_sends_the_same_bytes(bench: Bench) -> None:
     bodies: dict[str, list[bytes]] = defaultdict(list)
 
     class Recorder(Transport):
-        async def post(self, request: Request) -> Answer | NoAnswer:
+        async def send(self, request: Request) -> Answer | NoAnswer:
             bodies[request.url.partition("?")[0]].append(request.body)
-            return await super().post(request)
+            return await super().send(request)
 
     event = make_message("p", "e", metadata={f"k{n}": {"b": 1, "a": [n]} for n in range(30)})
     for server in bench.servers.values():
@@ -396,7 +396,7 @@ def test_forwarding_uses_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyP
         async def post() -> None:
             sender = Transport(1)
             with AmplitudeServer(SECRET) as server:
-                sending = asyncio.ensure_future(sender.post(Request(server.url, {}, b"{}")))
+                sending = asyncio.ensure_future(sender.send(Request(server.url, {}, b"{}")))
                 await asyncio.wait([sending], timeout=2)
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
