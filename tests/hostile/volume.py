@@ -20,8 +20,8 @@ from tests.support.clients import bind_ingest
 _CLIENTS = 8
 # Numbers of events, so far apart that no two clients share one.
 _STRIDE = 10_000_000
-# After its first tenth, a campaign may let a worker grow so far: by the rejected events that wait to
-# be kept, which are 16 MB at the most and take 50 MB of the heap, and by a little for all the rest.
+# After its first tenth, a campaign may let a worker grow so far: by the rejected events that wait
+# to be kept, which are 16 MB at the most and take 50 MB of the heap, and a little for the rest.
 _GROWTH_MB = 50.0 + 20.0
 
 # Sends this many inputs from one client; called with the client's number.
