@@ -48,7 +48,10 @@ class PermissionDenied(IngestError):
 
 
 class ResourceExhausted(IngestError):
-    """The API key has reached its rate limit. Nothing was stored; the same may be sent later."""
+    """An API key has reached its rate limit, or a project its quota: the same may be sent later.
+
+    Nothing was stored.
+    """
 
     code = "RESOURCE_EXHAUSTED"
     retry_after_seconds: int = 1

@@ -27,9 +27,9 @@ from server.storage.errors import DatabaseError
 from server.storage.forward_history import ProviderNotes
 from server.storage.health import Readiness, Watchdog
 from server.storage.keys import create_key, list_keys
-from server.storage.keys_monitor import KeysMonitor
 from server.storage.migrate import check_migrated, migrate
 from server.storage.partitions import PartitionKeeper
+from server.storage.projects_monitor import ProjectsMonitor
 from server.storage.rights import check_rights
 from server.telemetry.counting import Counts, Totals
 from server.telemetry.metrics import METRICS, PARTITION_FAILURES, RESTARTS
@@ -152,9 +152,9 @@ def _serve_metrics(
     totals = Totals(METRICS, counts)
     receiver = ReportReceiver(totals)
     providers = tuple(settings.destinations)
-    keys = KeysMonitor(GuardedConnection(engine))
+    projects = ProjectsMonitor(GuardedConnection(engine))
     state = ServiceCollector(
-        readiness.is_ready, monitor.lanes, providers, keeper.default_rows, keys.count_ending
+        readiness.is_ready, monitor.lanes, providers, keeper.default_rows, projects
     )
     page = MetricsPage(CountsCollector(totals), state)
     console = None
@@ -166,8 +166,8 @@ def _serve_metrics(
     listener = listen(settings.host, ports["METRICS_PORT"])
     probes = Probes(Pages(page, console), readiness.is_ready)
     server = HTTPServer(probes, listener)
-    stack.enter_context(Watchdog(readiness.check, monitor.check, keys.check))
-    for thread in (readiness, monitor, keys):
+    stack.enter_context(Watchdog(readiness.check, monitor.check, projects.check))
+    for thread in (readiness, monitor, projects):
         stack.enter_context(thread)
     for part in (receiver, MetricsServer(server)):
         part.start()

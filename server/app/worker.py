@@ -38,6 +38,7 @@ from server.ingest.group_commit import Writer
 from server.ingest.ingestion import Ingestion
 from server.ingest.key_cache import KeyCache
 from server.ingest.limits import RateLimiter
+from server.ingest.quotas import Quotas
 from server.ingest.rejection_writer import RejectionWriter
 from server.ingest.replay import Replay
 from server.ingest.request_record import RequestRecorder, Sink
@@ -83,11 +84,15 @@ class Worker:
             max_waiting_bytes=settings.max_waiting_bytes,
             on_group=metrics.count_group,
         )
+        self._quotas = Quotas(
+            GuardedConnection(engine, on_error=metrics.count_error, outages=outages)
+        )
         self._rejections = _open_rejection_writers(settings, engine, metrics.count_dropped)
         self._blocked = _open_block_lists(settings, engine)
         self._checks = (
             self._writer.check,
             self._keys.check,
+            self._quotas.check,
             self._readiness.check,
             *(writer.check for writer in self._rejections),
             *(blocked.check for blocked in self._blocked),
@@ -100,7 +105,7 @@ class Worker:
             on_blocked=metrics.count_blocked,
         )
         service = IngestService(
-            Admission(self._keys, _build_limiter(settings)),
+            Admission(self._keys, _build_limiter(settings), self._quotas),
             ingestion,
             {HTTP: open_json_codec(settings), GRPC: open_protobuf_codec(settings)},
             timeout_seconds=settings.request_timeout_seconds,
@@ -166,6 +171,7 @@ class Worker:
             stack.enter_context(Watchdog(*self._checks, pulse.check))
             for part in (
                 self._keys,
+                self._quotas,
                 *self._blocked,
                 *self._rejections,
                 self._writer,

@@ -12,6 +12,7 @@ import orjson
 
 from server.app.parts import opened_database
 from server.config import Settings, find_strays, read_settings
+from server.events.schema import EVENT_SCHEMA
 from server.logs import configure_logs
 from server.storage.connection import Connection, Engine, connected, open_engine
 from server.storage.migrate import check_migrated
@@ -28,6 +29,22 @@ limit_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object a line instead."
 )
+
+
+class ProjectId(click.ParamType[str]):
+    """The id of a project, as an event can have it."""
+
+    name = "project"
+
+    def convert(
+        self, value: str, parameter: click.Parameter | None, context: click.Context | None
+    ) -> str:
+        """Return the id, or fail with what is wrong with it."""
+        [field] = [field for field in EVENT_SCHEMA.fields if field.rules.matches_api_key]
+        limit = field.rules.max_bytes
+        if not value or len(value.encode(errors="replace")) > limit or not value.isprintable():
+            self.fail(f"must be 1 to {limit} bytes of printable text", parameter, context)
+        return value
 
 
 class Failure(Exception):

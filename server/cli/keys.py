@@ -10,6 +10,7 @@ import click
 from server.cli.command import (
     NUMBER,
     Failure,
+    ProjectId,
     format_moment,
     json_option,
     make_printable,
@@ -18,7 +19,6 @@ from server.cli.command import (
     with_settings,
 )
 from server.config import Settings
-from server.events.schema import EVENT_SCHEMA
 from server.rates import format_byte_rate, format_event_rate, parse_byte_rate, parse_event_rate
 from server.storage.keys import (
     ApiKey,
@@ -86,21 +86,6 @@ class _Pages(click.ParamType[frozenset[str] | None]):
             self.fail(str(problem), parameter, context)
 
 
-class _Project(click.ParamType[str]):
-    """The id of a project, as an event can have it."""
-
-    name = "project"
-
-    def convert(
-        self, value: str, parameter: click.Parameter | None, context: click.Context | None
-    ) -> str:
-        [field] = [field for field in EVENT_SCHEMA.fields if field.rules.matches_api_key]
-        limit = field.rules.max_bytes
-        if not value or len(value.encode(errors="replace")) > limit or not value.isprintable():
-            self.fail(f"must be 1 to {limit} bytes of printable text", parameter, context)
-        return value
-
-
 _event_rate_option = click.option(
     "--rate",
     "event_rate",
@@ -127,7 +112,7 @@ def keys() -> None:
 
 @keys.command()
 @click.option(
-    "--project", type=_Project(), required=True, help="The project that its events belong to."
+    "--project", type=ProjectId(), required=True, help="The project that its events belong to."
 )
 @click.option("--name", default="", help="What the key is for, for your own memory.")
 @_event_rate_option

@@ -32,6 +32,7 @@ MODULES = (
     "keys",
     "person",
     "psql",
+    "quota",
     "rejected",
     "retention",
     "usage",

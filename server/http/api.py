@@ -192,8 +192,11 @@ def _describe_allowances(resp: falcon.Response, allowances: Sequence[Allowance])
     if not allowances:
         return
     # https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-ratelimit-headers-10
-    policies = (f'"{q.unit}";q={q.rate};qu="{_UNIT_NAMES[q.unit]}";w=1' for q in allowances)
-    limits = (f'"{q.unit}";r={q.remaining};t={q.seconds_to_full}' for q in allowances)
+    policies = (
+        f'"{each.name}";q={each.limit};qu="{_UNIT_NAMES[each.unit]}";w={each.seconds}'
+        for each in allowances
+    )
+    limits = (f'"{each.name}";r={each.remaining};t={each.seconds_to_full}' for each in allowances)
     resp.set_header("RateLimit-Policy", ", ".join(policies))
     resp.set_header("RateLimit", ", ".join(limits))
 

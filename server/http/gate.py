@@ -36,6 +36,7 @@ class BodyGate:
             if caller is None:
                 return self._admission.look_up(key)
             self._admission.check_origin(caller, head.headers.get("ORIGIN"))
+            self._admission.check_quota(caller)
         except IngestError as error:
             return error
         return head.content_length <= MAX_REQUEST_BYTES

@@ -1,12 +1,14 @@
 """Validating the events of a request, and handing the valid ones over to be stored."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import NamedTuple
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
 from server.deadline import Deadline
-from server.errors import InvalidEvents
+from server.errors import IngestError, Internal, InvalidEvents
 from server.events.batch import ParsedBatch, ReadEvent
 from server.events.copy_rows import Row, RowEncoder
 from server.events.parsed import MalformedEvent, ParsedEvent
@@ -15,10 +17,13 @@ from server.events.schema import Schema
 from server.events.timestamps import truncate_timestamp
 from server.events.validation import Validator
 from server.ingest.group_commit import Writer
+from server.ingest.quota_account import Grant
 from server.privacy.block_list import BlockedPersons, FindBlocked, find_nobody
 
 # Reading the events of a batch may take seconds from this size on.
 _LARGE_BYTES = 1 << 20
+
+_log = logging.getLogger("productgraph.ingestion")
 
 # Takes a project's rejected events; the bytes of one are to be had from the batch. Must not block.
 OnRejected = Callable[[str, ParsedBatch, Sequence[EventError]], None]
@@ -52,14 +57,41 @@ class Ingestion:
         self._on_blocked = on_blocked
 
     def ingest(
-        self, project_id: str, batch: ParsedBatch, deadline: Deadline, *, strict: bool = False
+        self,
+        project_id: str,
+        batch: ParsedBatch,
+        deadline: Deadline,
+        *,
+        strict: bool = False,
+        grant: Grant | None = None,
     ) -> Answer:
         """Validate a project's events and hand the valid ones over to be stored.
 
         Those of blocked persons are answered like the others, and neither stored nor kept. Raises
         Unavailable if they cannot be stored now, or not be read in time. If `strict`, one
-        invalid event is enough to store nothing and raise InvalidEvents.
+        invalid event is enough to store nothing and raise InvalidEvents. With a `grant`, nothing is
+        stored or kept before that is made; it is returned if they are not stored.
         """
+        if grant is None:
+            return self._ingest(project_id, batch, deadline, strict, None)
+        try:
+            answer = self._ingest(project_id, batch, deadline, strict, grant.granted)
+        except InvalidEvents:
+            raise
+        except BaseException:
+            grant.withdraw()
+            raise
+        grant.follow(answer.stored)
+        return answer
+
+    def _ingest(
+        self,
+        project_id: str,
+        batch: ParsedBatch,
+        deadline: Deadline,
+        strict: bool,
+        granted: "Future[None] | None",
+    ) -> Answer:
         rows: list[Row] = []
         problems: list[Problem] = []
         errors: list[EventError] = []
@@ -75,13 +107,28 @@ class Ingestion:
         if errors and strict:
             raise InvalidEvents([(each.index, each.error) for each in errors], batch.count)
         response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
+
+        def hand_over() -> "Future[None]":
+            return self._hand_over(project_id, batch, rows, errors, deadline)
+
+        stored = hand_over() if granted is None else _call_after(granted, hand_over)
+        return Answer(response, problems, stored)
+
+    def _hand_over(
+        self,
+        project_id: str,
+        batch: ParsedBatch,
+        rows: list[Row],
+        errors: list[EventError],
+        deadline: Deadline,
+    ) -> "Future[None]":
         if (blocked := self._find_blocked(project_id)) is not None:
             rows = self._drop_blocked(rows, blocked)
             errors = _drop_unkept(batch, errors, blocked)
         stored = self._store(rows, deadline)
         if errors and self._on_rejected is not None:
             self._on_rejected(project_id, batch, errors)
-        return Answer(response, problems, stored)
+        return stored
 
     def _check(self, parsed: ParsedEvent | MalformedEvent, project_id: str) -> Row:
         if isinstance(parsed, MalformedEvent):
@@ -127,3 +174,30 @@ def _read_until(deadline: Deadline, batch: ParsedBatch) -> Iterator[ReadEvent]:
     for event in batch.events:
         deadline.check()
         yield event
+
+
+def _call_after(granted: "Future[None]", hand_over: Callable[[], "Future[None]"]) -> "Future[None]":
+    """Hand events over once they are granted; return what is done when they are stored."""
+    stored: Future[None] = Future()
+
+    def settle(error: BaseException | None) -> None:
+        with suppress(InvalidStateError):
+            if error is None:
+                stored.set_result(None)
+            else:
+                stored.set_exception(error)
+
+    def go_on(done: "Future[None]") -> None:
+        if (refusal := done.exception()) is not None:
+            settle(refusal)
+            return
+        try:
+            hand_over().add_done_callback(lambda last: settle(last.exception()))
+        except IngestError as error:
+            settle(error)
+        except Exception:  # noqa: BLE001 - whatever happens, the request is answered
+            _log.exception("granted events cannot be handed over")
+            settle(Internal())
+
+    granted.add_done_callback(go_on)
+    return stored

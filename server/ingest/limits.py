@@ -9,10 +9,12 @@ from server.ingest.buckets import SECOND, BucketTable
 
 
 class Allowance(NamedTuple):
-    """What a caller may still send at once; `rate` is in units a second."""
+    """What a caller may still send at once, of a limit for each window of `seconds`."""
 
+    name: str
     unit: str
-    rate: int
+    limit: int
+    seconds: int
     remaining: int
     seconds_to_full: int
 
@@ -73,4 +75,5 @@ class RateLimiter:
 
     def _measure(self, bucket: int, rate: int, unit: str) -> Allowance:
         seconds = self._buckets.seconds_to_full(bucket)
-        return Allowance(unit, rate, int(max(0.0, 1 - seconds) * rate), ceil(seconds))
+        remaining = int(max(0.0, 1 - seconds) * rate)
+        return Allowance(unit, unit, rate, 1, remaining, ceil(seconds))

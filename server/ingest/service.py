@@ -66,8 +66,8 @@ class IngestService:
     ) -> Answer:
         """Read a caller's request, validate its events and hand the valid ones over to be stored.
 
-        Raises ResourceExhausted if it exceeds the caller's limits, InvalidArgument if it is
-        malformed as a whole, and Unavailable if it cannot be read in time or stored now; if
+        Raises ResourceExhausted if it exceeds the caller's limits or quota, InvalidArgument if it
+        is malformed as a whole, and Unavailable if it cannot be read in time or stored now; if
         `strict`, InvalidEvents for any invalid event. Blocks while another large request is read,
         if this one is large, too.
         """
@@ -84,9 +84,13 @@ class IngestService:
         self, caller: Caller, body: bytes, record: RequestRecord, deadline: Deadline, strict: bool
     ) -> Answer:
         record.size_bytes = len(body)
+        self.admission.check_quota(caller)
         self.admission.take_bytes(caller, len(body))
         batch = self._codecs[record.protocol].parse_batch(body, deadline, caller.project_id)
         self.admission.take_events(caller, batch.count)
-        answer = self._ingestion.ingest(caller.project_id, batch, deadline, strict=strict)
+        grant = self.admission.take_quota(caller, batch.count, len(body), deadline)
+        answer = self._ingestion.ingest(
+            caller.project_id, batch, deadline, strict=strict, grant=grant
+        )
         record.decoded(answer.response, answer.problems)
         return answer

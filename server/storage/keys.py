@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from server.caller import Caller
+from server.caller import Caller, Quota
 
 _PREFIX = "pgk_"
 _SECRET_BYTES, _CHECKSUM_BYTES = 20, 5
@@ -48,6 +48,13 @@ _TABLE = Table(
     Column("origins", ARRAY(Text)),
 )
 _ENDS_AT = func.least(_TABLE.c.expires_at, _TABLE.c.retires_at)  # null if both are
+_QUOTAS = Table(
+    "quotas",
+    MetaData(),
+    Column("project_id", Text, primary_key=True),
+    Column("daily", BigInteger),
+    Column("monthly", BigInteger),
+)
 _KNOWN = [column for column in _TABLE.columns if column.name != "digest"]
 _IS_VALID = _TABLE.c.revoked_at.is_(None) & func.coalesce(func.now() < _ENDS_AT, True)
 
@@ -270,13 +277,28 @@ def allow_origins(connection: Connection, key_id: int, origins: Collection[str] 
 
 def find_callers(connection: Connection, digests: Collection[bytes]) -> dict[bytes, Caller]:
     """Return the callers of those digests that belong to a valid key."""
-    table = _TABLE.c
+    table, quota = _TABLE.c, _QUOTAS.c
     wanted = (table.digest, table.project_id, table.id, table.event_rate, table.byte_rate)
-    statement = select(*wanted, table.origins).where(table.digest.in_(digests) & _IS_VALID)
-    return {
-        bytes(digest): Caller(*columns)._replace(origins=pages and frozenset(pages))
-        for digest, *columns, pages in connection.execute(statement)
-    }
+    limits = (table.origins, quota.daily, quota.monthly)
+    joined = _TABLE.outerjoin(_QUOTAS, table.project_id == quota.project_id)
+    statement = select(*wanted, *limits).select_from(joined)
+    rows = connection.execute(statement.where(table.digest.in_(digests) & _IS_VALID))
+    return {bytes(digest): _make_caller(*columns) for digest, *columns in rows}
+
+
+def _make_caller(
+    project_id: str,
+    key_id: int,
+    event_rate: int | None,
+    byte_rate: int | None,
+    origins: list[str] | None,
+    *limits: int | None,
+) -> Caller:
+    pages = None if origins is None else frozenset(origins)
+    quota = Quota(*limits)
+    return Caller(
+        project_id, key_id, event_rate, byte_rate, pages, None if quota == Quota() else quota
+    )
 
 
 def record_use(connection: Connection, digests: Collection[bytes]) -> None:

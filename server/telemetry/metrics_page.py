@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from server.storage.lanes import LaneStatus
+from server.storage.quotas import Share
 from server.telemetry.counting import Kind, Metric, Sums, Totals
 
 if TYPE_CHECKING:
@@ -96,12 +97,21 @@ def _describe_histogram(name: str, metric: Metric, sums: Sums) -> HistogramMetri
     return described
 
 
+class Projects(Protocol):
+    """Tells what is to be watched of projects."""
+
+    def count_ending(self) -> int | None:
+        """Return how many keys are about to end, or None if that is not known."""
+
+    def list_shares(self) -> Sequence[Share]:
+        """Return how much of the quotas is used."""
+
+
 class ServiceCollector(Collector):
     """Puts on the page how the service stands: its version, its database, forwarding.
 
     `lanes` tells how forwarding stands, or None if that is not known; a lane of `providers` that it
-    lacks has had nothing to do. `default_rows` tells how many events are in no month's partition,
-    `ending_keys` how many keys are about to end.
+    lacks has had nothing to do. `default_rows` tells how many events are in no month's partition.
     """
 
     def __init__(
@@ -110,10 +120,10 @@ class ServiceCollector(Collector):
         lanes: Callable[[], Sequence[LaneStatus] | None],
         providers: Sequence[str],
         default_rows: Callable[[], int | None] = lambda: None,
-        ending_keys: Callable[[], int | None] = lambda: None,
+        projects: Projects | None = None,
     ) -> None:
         self._default_rows = default_rows
-        self._ending_keys = ending_keys
+        self._projects = projects
         self._idle = [LaneStatus(provider, 0, None, 0, 0, None) for provider in providers]
         self._is_database_up = is_database_up
         self._lanes = lanes
@@ -130,13 +140,24 @@ class ServiceCollector(Collector):
         if is_up and (rows := self._default_rows()) is not None:
             text = "Events in no month's partition, in events_default, by PostgreSQL's statistics."
             yield GaugeMetricFamily(f"{_PREFIX}_events_default_rows", text, rows)
-        if is_up and (keys := self._ending_keys()) is not None:
-            text = "API keys in use that end within 7 days, or 1 day if they have been replaced."
-            yield GaugeMetricFamily(f"{_PREFIX}_api_keys_ending", text, keys)
+        if is_up and self._projects is not None:
+            yield from _describe_projects(self._projects)
         lanes = self._lanes()
         if is_up and lanes is not None:
             known = {lane.provider: lane for lane in (*self._idle, *lanes)}
             yield from _describe_lanes(known.values(), datetime.now(UTC))
+
+
+def _describe_projects(projects: Projects) -> Iterator[prometheus_client.Metric]:
+    """Yield what is the same on every machine that shares the database."""
+    if (keys := projects.count_ending()) is not None:
+        text = "API keys in use that end within 7 days, or 1 day if they have been replaced."
+        yield GaugeMetricFamily(f"{_PREFIX}_api_keys_ending", text, keys)
+    text = "How much of a project's quota is used: 1 is all. Of at most 200, the most used ones."
+    shares = GaugeMetricFamily(f"{_PREFIX}_project_quota_used", text, labels=["project", "period"])
+    for share in projects.list_shares():
+        shares.add_metric([share.project_id, share.period], share.used)
+    yield shares
 
 
 def _describe_lanes(

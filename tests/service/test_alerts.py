@@ -259,8 +259,14 @@ def check_calm(scene: Scene) -> None:
 
 
 def provoke_bad_events(scene: Scene, note: Note) -> None:
-    """Send events that are wrong, old or refused by a provider, and too many by a key that ends."""
+    """Send events that are wrong, old or refused by a provider, and too many by a key that ends.
+
+    They use up most of their project's quota, too.
+    """
     tenant, service = scene.tenant, scene.service
+    quota = ("--project", tenant.project.id, "--monthly", "15000")
+    assert service.run("quota", "set", *quota).returncode == 0
+    wait_until(lambda: "RateLimit" in tenant.post({"events": []}).headers)
     options = ("--project", tenant.project.id, "--rate", "1", "--expires", "3d")
     made = service.run("keys", "create", *options)
     limited = Tenant(service, Project(tenant.project.id, made.stdout.strip()), tenant.database)
@@ -271,8 +277,10 @@ def provoke_bad_events(scene: Scene, note: Note) -> None:
             assert scene.post_new(1000, event_type="wrong") == 202
     with persisting(lambda: limited.post({"events": tenant.make_events(50)})):
         names = ("EventsRejected", "RejectedEventsDropped", "RequestsLimited")
-        more = ("DeadEventsRising", "EventsDefaultGrowing", "ApiKeyExpiring")
+        more = ("DeadEventsRising", "EventsDefaultGrowing", "ApiKeyExpiring", "QuotaNearEnd")
         scene.prometheus.wait_for_alerts((*names, *more), note)
+    assert service.run("quota", "set", *quota[:3], "off").returncode == 0
+    wait_until(lambda: "RateLimit" not in tenant.post({"events": []}).headers)
 
 
 def provoke_silence(scene: Scene, note: Note) -> None:

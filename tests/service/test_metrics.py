@@ -17,7 +17,10 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.caller import Quota
 from server.events.problems import Reason
+from server.storage.connection import connected, open_engine
+from server.storage.quotas import Change, lock_standings, set_quota, take_events
 from tests.support.clients import Refusal, Tenant, open_tenant
 from tests.support.events import to_message
 from tests.support.forwarding import QUEUE_ALONE
@@ -190,6 +193,10 @@ class Load:
 def pair(create_migrated: Callable[[], str]) -> Iterator[Service]:
     """Provide a service of two workers that nobody else uses, and that can deliver nothing."""
     settings = {"DATABASE_URL": create_migrated(), "WORKERS": "2"}
+    with connected(open_engine(settings["DATABASE_URL"])) as connection:
+        set_quota(connection, "proj_quota", Quota(monthly=1000))
+        month = lock_standings(connection, ["proj_quota"])["proj_quota"][0]
+        take_events(connection, [Change("proj_quota", "monthly", month.began, 500)])
     with running_service(settings | QUEUE_ALONE) as service:
         yield service
 
@@ -273,6 +280,13 @@ def test_metrics_show_what_waits_for_each_provider(pair: Service, load: Load) ->
     assert now[spell("outbox_oldest_seconds", **lane)] > 0
     assert spell("events_delivered_total", **lane) in now
     assert now[spell("outbox_dead", **lane)] == now[spell("lane_stopped", **lane)] == 0
+
+
+def test_the_used_share_of_a_quota_is_on_the_page(pair: Service) -> None:
+    """The page says how much of each project's quota is used."""
+    shares = [m.samples for m in read_whole_page(pair) if m.name.endswith("quota_used")]
+    [[(_, labels, share, *_)]] = shares
+    assert (labels, share) == ({"project": "proj_quota", "period": "monthly"}, 0.5)
 
 
 def test_metrics_have_one_page_in_both_formats(pair: Service) -> None:
@@ -389,6 +403,7 @@ HEALTHY = [
     give("productgraph_provider_requests_total", "0+6x60", outcome="throttled", **LANE),
     give("productgraph_provider_requests_total", "0+60x60", outcome="refused", **LANE),
     give("productgraph_api_keys_ending", "0x60", **HERE),
+    give("productgraph_project_quota_used", "0.7x60", project="busy", period="daily"),
     give("productgraph_project_events_accepted_total", "0+100x60", project="busy"),
     give("productgraph_project_events_accepted_total", "0+10x20 200x40", project="small"),
     give("productgraph_project_events_accepted_total", "0+100x20 2000x40", project="other"),
@@ -473,6 +488,10 @@ TROUBLES: dict[str, tuple[list[dict[str, str]], dict[str, str]]] = {
     "ProjectSilent": (
         [give("productgraph_project_events_accepted_total", "0+200x20 4000x40", project="busy")],
         {"severity": "warning", "project": "busy"},
+    ),
+    "QuotaNearEnd": (
+        [give("productgraph_project_quota_used", "0.9x60", project="busy", period="daily")],
+        {"severity": "warning", "project": "busy", "period": "daily"},
     ),
 }
 # Of those that take longer to fire, a sample stands for two minutes instead of one.
