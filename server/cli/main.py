@@ -26,6 +26,7 @@ _COMPLETION_VARIABLE = "_PRODUCTGRAPH_COMPLETE"
 # Each is the name of its module, and of the command in it.
 MODULES = (
     "config",
+    "distribute",
     "doctor",
     "events",
     "forward",

@@ -16,6 +16,10 @@ from collections.abc import Callable
 
 SECOND = 1_000_000_000  # all times here are nanoseconds
 _STATE = struct.Struct("=q")
+# Each node of Citus numbers from a multiple of 2^48 on, and numbers here are twice those: what it
+# has first must not share the buckets of what the others have first. The factor is even, since odd
+# numbers are another kind.
+_NODE_BITS, _SPREAD = 49, 2 * 0x9E37_79B1
 
 
 def take(full_at: int, now: int, cost: int) -> int | None:
@@ -54,7 +58,7 @@ class BucketTable:
 
     def take(self, number: int, cost: int) -> bool:
         """Take from a bucket as `take` does. Return False if it holds too little."""
-        place = number % self.SIZE * _STATE.size
+        place = self._find_place(number)
         # The file's lock keeps out other processes, but not other threads of this one. The kernel
         # releases it if its process dies.
         with self._lock:
@@ -70,8 +74,12 @@ class BucketTable:
 
     def seconds_to_full(self, number: int) -> float:
         """Return how long a bucket takes to fill up if nothing more is taken; 0 if it is full."""
-        full_at: int = _STATE.unpack_from(self._memory, number % self.SIZE * _STATE.size)[0]
+        full_at: int = _STATE.unpack_from(self._memory, self._find_place(number))[0]
         return max(0, full_at - self._clock()) / SECOND
+
+    def _find_place(self, number: int) -> int:
+        spread = (number >> _NODE_BITS) * _SPREAD
+        return (number + spread) % self.SIZE * _STATE.size
 
 
 def _create_file() -> int:

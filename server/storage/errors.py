@@ -157,8 +157,9 @@ def _waited_for_row(cause: BaseException | None) -> bool:
 def _awaits_its_partition(cause: BaseException | None) -> bool:
     """Return whether a row is of a month whose partition is being made."""
     return isinstance(cause, driver_errors.CheckViolation) and (
-        cause.diag.constraint_name or ""
-    ).startswith(AWAITED_MONTH)
+        (cause.diag.constraint_name or "").startswith(AWAITED_MONTH)
+        or (_came_from_node(cause) and f'"{AWAITED_MONTH}' in (cause.diag.message_primary or ""))
+    )
 
 
 def _lost_its_partition(cause: BaseException | None) -> bool:
@@ -166,8 +167,12 @@ def _lost_its_partition(cause: BaseException | None) -> bool:
 
     PostgreSQL reports it as a check violation there, of no named constraint.
     """
-    return (
-        isinstance(cause, driver_errors.CheckViolation)
-        and cause.diag.table_name == "events_default"
-        and not cause.diag.constraint_name
+    return isinstance(cause, driver_errors.CheckViolation) and (
+        (cause.diag.table_name == "events_default" and not cause.diag.constraint_name)
+        or _came_from_node(cause)
     )
+
+
+def _came_from_node(cause: driver_errors.CheckViolation) -> bool:
+    """Return whether Citus passes on the error of a node, without the names of its table."""
+    return "while executing command on " in (cause.diag.context or "")

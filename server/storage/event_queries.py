@@ -5,6 +5,7 @@ its arrival. A query that takes too long is ended, so that no question can slow 
 long.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,7 @@ from sqlalchemy import Connection, RowMapping, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
 from server.events.schema import EVENT_SCHEMA, Kind
+from server.storage.citus import is_distributed
 from server.storage.errors import DatabaseError, tolerated_drop
 
 QUERY_SECONDS = 60
@@ -47,6 +49,8 @@ _MATCHES = """
    AND (CAST(:session AS text) IS NULL OR session_id = :session)
    AND (CAST(:user AS text) IS NULL OR user_id = :user)
 """
+# What Citus adds to the name of a partition.
+_SHARD = re.compile(r"(?<=[a-z0-9]{2})_[0-9]{6,}$")
 _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 _SET_TIMEOUT = text("SELECT set_config('statement_timeout', :milliseconds, true)")
 _NOW = text("SELECT now()")
@@ -86,6 +90,11 @@ SELECT min(first.event_timestamp) AS oldest FROM (
      ORDER BY event_timestamp LIMIT 1
 ) AS first
 """)
+# Citus joins no table that it has distributed in that way.
+_FIND_OLDEST_OF_PROJECT = text("""
+SELECT event_timestamp AS oldest FROM events WHERE project_id = :project
+ ORDER BY event_timestamp LIMIT 1
+""")
 _GROUPS = {
     "project": "project_id",
     "type": "event_type",
@@ -103,6 +112,8 @@ _ESTIMATE = text(f"""
 EXPLAIN (FORMAT JSON) SELECT FROM events WHERE {_MATCHES}
    AND event_timestamp >= :since AND event_timestamp < :until
 """)
+# Otherwise it is the plan of one shard.
+_EXPLAIN_NODES = text("SET LOCAL citus.explain_all_tasks = on")
 _LIST_PROJECTS = text("""
 SELECT DISTINCT project_id FROM api_keys
  WHERE CAST(:project AS text) IS NULL OR project_id = :project ORDER BY 1
@@ -196,6 +207,8 @@ class EventQueries:
 
     def _estimate_newest_arrival(self) -> datetime | None:
         """Return the newest arrival in the last pages of partitions; there may be newer ones."""
+        if self._is_distributed():
+            return None  # its nodes would read all of their rows for that
         parts = [
             f"SELECT max(received_at) AS moment FROM {row['name']}"  # noqa: S608 - quoted by regclass
             f" WHERE ctid >= '({max(0, row['pages'] - _LAST_PAGES)},0)'"
@@ -231,9 +244,17 @@ class EventQueries:
 
     def find_oldest_time(self, project: str | None) -> datetime | None:
         """Return the earliest time of a stored event, or None if there is none."""
-        oldest = self._query(_FIND_OLDEST, {"project": project})[0]["oldest"]
+        wanted = {"project": project}
+        if self._is_distributed():
+            projects = self._query(_LIST_PROJECTS, wanted)
+            found = [row for each in projects for row in self._find_oldest_of(each["project_id"])]
+            return min((row["oldest"] for row in found), default=None)
+        oldest = self._query(_FIND_OLDEST, wanted)[0]["oldest"]
         assert oldest is None or isinstance(oldest, datetime)
         return oldest
+
+    def _find_oldest_of(self, project: str) -> Sequence[RowMapping]:
+        return self._query(_FIND_OLDEST_OF_PROJECT, {"project": project})
 
     def count(
         self, by: Sequence[str], wanted: EventFilter, since: datetime, until: datetime
@@ -255,8 +276,11 @@ class EventQueries:
     def estimate(self, wanted: EventFilter, since: datetime, until: datetime) -> int:
         """Return about how many events `read` yields, by the database's statistics."""
         values = {**wanted.values, "since": since, "until": until}
-        [plan] = self._query(_ESTIMATE, values)[0]["QUERY PLAN"]
-        return int(plan["Plan"]["Plan Rows"])
+        with self.transaction() as connection:
+            if distributed := is_distributed(connection):
+                connection.execute(_EXPLAIN_NODES)
+            [plan] = connection.execute(_ESTIMATE, values).mappings().one()["QUERY PLAN"]
+        return sum(_list_estimates(plan["Plan"])) if distributed else plan["Plan"]["Plan Rows"]
 
     def read(self, wanted: EventFilter, since: datetime, until: datetime) -> Iterator[StoredEvent]:
         """Yield the events of a period of their own time, by project, time and id.
@@ -280,6 +304,10 @@ class EventQueries:
             if len(rows) < _PAGE_ROWS:
                 return
             after, after_id = rows[-1]["event_timestamp"], rows[-1]["event_id"]
+
+    def _is_distributed(self) -> bool:
+        with self.transaction() as connection:
+            return is_distributed(connection)
 
     def _query(
         self, statement: TextClause, values: Mapping[str, object] | None = None
@@ -305,6 +333,13 @@ class EventQueries:
             ) from error
 
 
+def _list_estimates(plan: Mapping[str, Any]) -> Iterator[int]:
+    """Yield how many rows each shard is expected to have, by Citus's plan of a whole query."""
+    for task in plan["Distributed Query"]["Job"]["Tasks"]:
+        for [remote] in task["Remote Plan"]:
+            yield remote["Plan"]["Plan Rows"]
+
+
 def make_event(row: RowMapping) -> StoredEvent:
     """Return the event of a row that has COLUMNS, and perhaps the name of its partition."""
     present = {
@@ -312,4 +347,5 @@ def make_event(row: RowMapping) -> StoredEvent:
         for name, wire_name in _WIRE_NAMES.items()
         if row.get(name) is not None
     }
-    return StoredEvent(present, row["event_timestamp"], row["received_at"], row.get("partition"))
+    partition = _SHARD.sub("", row.get("partition") or "") or None
+    return StoredEvent(present, row["event_timestamp"], row["received_at"], partition)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from operator import itemgetter
+from typing import NamedTuple
 
 from psycopg2.errors import InternalError_, UniqueViolation
 from psycopg2.extensions import connection as DriverConnection
@@ -13,6 +14,7 @@ from sqlalchemy import Connection
 
 from server import failpoints
 from server.events.copy_rows import COPY_OPTIONS, Row
+from server.storage.citus import HAS_CATALOG, asks_distributed
 from server.storage.connection import (
     KEEPALIVES,
     SEARCH_PATH,
@@ -38,10 +40,21 @@ SET LOCAL lock_timeout = {{lock_ms}};
 SET LOCAL synchronous_commit = {{commit_level}};
 {WARNINGS}
 """
+# Citus opens a connection for each shard of a group, unless it is told to use one for each node.
+_BEGIN_DISTRIBUTED = "SET LOCAL citus.multi_shard_modify_mode = 'sequential';"
+# Locks and disks are the nodes', so these are for them too. They get all statements of the query
+# for each of them that comes behind the one that says so.
+_BEGIN_ON_NODES = """
+SET LOCAL statement_timeout = {timeout_ms};
+SET LOCAL lock_timeout = {lock_ms};
+SET LOCAL citus.propagate_set_commands = 'local';
+SET LOCAL synchronous_commit = {commit_level};
+"""
 # Of the server's levels of `synchronous_commit`, all others acknowledge before a disk has the data,
 # or say no more than `on` does.
 _STRONGER_LEVEL, _LEVEL = "remote_apply", "on"
-_LEVEL_SECONDS = 1.0
+_ASK_SECONDS = 1.0
+_ASK = f"SELECT current_setting('synchronous_commit'), {HAS_CATALOG}"
 _COPY = f"COPY {{table}} ({{columns}}) FROM STDIN ({COPY_OPTIONS})"
 _CREATE_STAGING = "CREATE TEMP TABLE staged_events (LIKE events INCLUDING DEFAULTS) ON COMMIT DROP;"
 _MOVE_STAGED = """
@@ -58,6 +71,20 @@ _RETURN_PROJECTS = "RETURNING project_id"
 # Called in the transaction, with what it has stored, sorted by identity; returns the SQL that
 # belongs to it as well.
 AlsoStore = Callable[[Cursor, Sequence[Row]], bytes]
+
+
+class _Server(NamedTuple):
+    """What the transactions of a connection depend on."""
+
+    commit_level: str
+    is_distributed: bool
+
+
+class _Begin(NamedTuple):
+    """How a transaction begins; Citus's nodes need a part in a query of its own."""
+
+    statements: str
+    on_nodes: str | None
 
 
 class EventStore:
@@ -85,9 +112,9 @@ class EventStore:
         self._on_duplicates = on_duplicates
         self._clock = clock
         self._stage_until = clock()
-        self._commit_level = _LEVEL
-        self._level_of: DriverConnection | None = None
-        self._level_until = clock()
+        self._server = _Server(_LEVEL, is_distributed=False)
+        self._server_of: DriverConnection | None = None
+        self._server_until = clock()
 
     def save(
         self, connection: Connection, rows: Sequence[Row], seconds: float, lock_seconds: float = 1.0
@@ -103,11 +130,7 @@ class EventStore:
         unique = {row.identity: row for row in reversed(rows)}
         ordered = sorted(unique.values(), key=itemgetter(0))
         with translated_errors(), raw_cursor(connection) as cursor:
-            begin = _BEGIN.format(
-                timeout_ms=_to_milliseconds(seconds),
-                lock_ms=_to_milliseconds(lock_seconds),
-                commit_level=self._find_commit_level(cursor),
-            )
+            begin = _compose_begin(self._know_server(cursor), seconds, lock_seconds)
             stored = self._write(cursor, begin, ordered)
         if stored is None and len(ordered) < len(rows):
             stored = _count_projects(ordered)
@@ -115,33 +138,35 @@ class EventStore:
         if self._on_duplicates is not None and duplicates:
             self._on_duplicates(duplicates)
 
-    def _find_commit_level(self, cursor: Cursor) -> str:
-        """Return the server's `synchronous_commit`, or `on` if that is weaker; asks once a second.
+    def _know_server(self, cursor: Cursor) -> _Server:
+        """Return what matters of the server; asks once a second.
 
-        A database that acknowledges before its disk, or its standby's, has the data is overruled.
+        The level of its commits is its `synchronous_commit`, or `on` if that is weaker: a database
+        that acknowledges before its disk, or its standby's, has the data is overruled.
         """
-        if cursor.connection is not self._level_of or self._clock() >= self._level_until:
-            cursor.execute("SHOW synchronous_commit")
-            is_stronger = cursor.fetchone() == (_STRONGER_LEVEL,)
-            self._commit_level = _STRONGER_LEVEL if is_stronger else _LEVEL
-            self._level_of, self._level_until = cursor.connection, self._clock() + _LEVEL_SECONDS
-        return self._commit_level
+        if cursor.connection is not self._server_of or self._clock() >= self._server_until:
+            cursor.execute(_ASK)
+            level, has_catalog = cursor.fetchone() or (_LEVEL, False)
+            level = _STRONGER_LEVEL if level == _STRONGER_LEVEL else _LEVEL
+            self._server = _Server(level, has_catalog and asks_distributed(cursor))
+            self._server_of, self._server_until = cursor.connection, self._clock() + _ASK_SECONDS
+        return self._server
 
-    def _write(self, cursor: Cursor, begin: str, rows: list[Row]) -> Counter[str] | None:
+    def _write(self, cursor: Cursor, begin: _Begin, rows: list[Row]) -> Counter[str] | None:
         """Commit rows that differ in their keys.
 
         Return how many of each project were new, or None if all were.
         """
         if self._clock() >= self._stage_until:
             try:
-                _copy(cursor, begin + self._copy, rows)
+                _copy(cursor, _begin(cursor, begin) + self._copy, rows)
             except (UniqueViolation, InternalError_):  # Citus reports the one as the other
                 cursor.execute("ROLLBACK")
                 self._stage_until = self._clock() + _STAGING_SECONDS
             else:
                 self._commit(cursor, rows)
                 return None
-        _copy(cursor, begin + self._stage, rows)
+        _copy(cursor, _begin(cursor, begin) + self._stage, rows)
         cursor.execute(self._move)
         returned = cursor.fetchall()
         if self._also_store is not None:
@@ -157,6 +182,27 @@ class EventStore:
         cursor.execute(more + b"COMMIT")  # in one round trip
         require_silence(cursor.connection)
         failpoints.reach(failpoints.AFTER_COMMIT)
+
+
+def _compose_begin(server: _Server, seconds: float, lock_seconds: float) -> _Begin:
+    values = {
+        "timeout_ms": _to_milliseconds(seconds),
+        "lock_ms": _to_milliseconds(lock_seconds),
+        "commit_level": server.commit_level,
+    }
+    statements = _BEGIN.format(**values)
+    if not server.is_distributed:
+        return _Begin(statements, None)
+    return _Begin(statements + _BEGIN_DISTRIBUTED, _BEGIN_ON_NODES.format(**values))
+
+
+def _begin(cursor: Cursor, begin: _Begin) -> str:
+    """Begin a transaction, or return what is to be sent before its first statement."""
+    if begin.on_nodes is None:
+        return begin.statements
+    cursor.execute(begin.statements)
+    cursor.execute(begin.on_nodes)
+    return ""
 
 
 def _count_projects(rows: Sequence[Row]) -> Counter[str]:

@@ -22,10 +22,13 @@ _QUERY_SECONDS = 10.0
 # A service without the provider may have stored events since it last said so. When it has been
 # silent for two rounds, it has gone.
 _NOTE_ENABLED = text("""
-INSERT INTO forward_history AS known (provider, enabled_since)
+UPDATE forward_history SET enabled_since = now() + make_interval(secs => :margin)
+ WHERE provider = ANY(:providers) AND enabled_since IS NULL
+""")
+_NOTE_NEW = text("""
+INSERT INTO forward_history (provider, enabled_since)
 SELECT name, now() FROM unnest(CAST(:providers AS text[])) AS name
-    ON CONFLICT (provider) DO UPDATE SET enabled_since = now() + make_interval(secs => :margin)
- WHERE known.enabled_since IS NULL
+    ON CONFLICT (provider) DO NOTHING
 """)
 _NOTE_DISABLED = text("""
 INSERT INTO forward_history AS known (provider)
@@ -52,6 +55,7 @@ def note_providers(
     with connection.begin():
         values = {"providers": sorted(enabled), "margin": 2 * _ROUND_SECONDS}
         connection.execute(_NOTE_ENABLED, values)
+        connection.execute(_NOTE_NEW, values)
         connection.execute(_NOTE_DISABLED, {"providers": sorted(disabled)})
 
 

@@ -10,7 +10,7 @@ from server.storage.outbox import BEGIN_LIGHTLY
 
 _SEE_LANE = text("""
 INSERT INTO forward_lanes (provider, seen_at) VALUES (:provider, now())
-    ON CONFLICT (provider) DO UPDATE SET seen_at = now()
+    ON CONFLICT (provider) DO UPDATE SET seen_at = excluded.seen_at
 """)
 _SHOW_LANE = text("""
 INSERT INTO forward_lanes AS lane (
@@ -22,11 +22,11 @@ INSERT INTO forward_lanes AS lane (
     CASE WHEN CAST(:error AS text) IS NOT NULL THEN now() END,
     now() + make_interval(secs => :next_try)
 ) ON CONFLICT (provider) DO UPDATE SET
-    seen_at = now(), stopped_reason = excluded.stopped_reason,
+    seen_at = excluded.seen_at, stopped_reason = excluded.stopped_reason,
     stopped_at = CASE WHEN excluded.stopped_at IS NOT NULL
-                      THEN coalesce(lane.stopped_at, now()) END,
+                      THEN coalesce(lane.stopped_at, excluded.stopped_at) END,
     failing_since = CASE WHEN excluded.failing_since IS NOT NULL
-                         THEN coalesce(lane.failing_since, now()) END,
+                         THEN coalesce(lane.failing_since, excluded.failing_since) END,
     last_error = coalesce(excluded.last_error, lane.last_error),
     last_error_at = coalesce(excluded.last_error_at, lane.last_error_at),
     next_try_at = excluded.next_try_at

@@ -5,7 +5,9 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, text
 
 from server.storage.checkup import keeps_transactions_whole
+from server.storage.citus import is_distributed
 from server.storage.connection import answers_without_transaction, connected
+from server.storage.distribution import add_small_tables
 from server.storage.errors import DatabaseError
 from server.storage.indexes import build_indexes, count_missing_indexes
 
@@ -31,6 +33,15 @@ def migrate(engine: Engine) -> None:
         if _current_revision(connection) < _newest_revision():
             _upgrade(connection)
     build_indexes(engine)
+    _add_new_tables(engine)
+
+
+def _add_new_tables(engine: Engine) -> None:
+    """Make the other nodes of a cluster know the tables that a revision has made."""
+    with connected(engine) as connection:
+        if is_distributed(connection):
+            connection.commit()
+            list(add_small_tables(connection))
 
 
 def check_migrated(engine: Engine) -> None:

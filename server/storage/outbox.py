@@ -114,7 +114,7 @@ VALUES (:payload_id, :provider, :project_id, :attempts, :event_count, :positions
 _COUNT_DELIVERED = text("""
 INSERT INTO forward_lanes (provider, delivered, seen_at) VALUES (:provider, :count, now())
     ON CONFLICT (provider)
-    DO UPDATE SET delivered = forward_lanes.delivered + :count, seen_at = now()
+    DO UPDATE SET delivered = forward_lanes.delivered + :count, seen_at = excluded.seen_at
 """)
 _COUNT_WAITING = text("""
 SELECT coalesce(sum(event_count), 0) FROM outbox_deliveries WHERE provider = :provider

@@ -9,7 +9,7 @@ much to read and nothing to move; or else never: its events stay in the default 
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -17,6 +17,7 @@ from datetime import UTC, date, datetime
 from sqlalchemy import Connection, text
 
 from server.errors import Unavailable
+from server.storage.citus import bound_locks, is_coordinator, is_distributed
 from server.storage.connection import Engine, GuardedConnection, connected
 from server.storage.database_thread import DatabaseThread
 from server.storage.errors import (
@@ -56,15 +57,22 @@ _FIND_CONSTRAINT = text("""
 SELECT 1 FROM pg_constraint WHERE conrelid = 'events_default'::regclass AND conname = :name
 """)
 _MEASURE_DEFAULT = text("SELECT pg_relation_size('events_default')")
+_MEASURE_DISTRIBUTED_DEFAULT = text("SELECT citus_relation_size('events_default')")
 _COUNT_ROWS = """
 SELECT count(*) FROM (
-    SELECT FROM events_default
+    SELECT 1 FROM events_default
      WHERE event_timestamp >= '{start}' AND event_timestamp < '{end}' LIMIT {limit}
 ) AS found
 """
 # As PostgreSQL's statistics have it, about a second late: counting the rows would read them all.
 _ESTIMATE_DEFAULT = text("""
 SELECT n_live_tup FROM pg_stat_all_tables WHERE relid = 'events_default'::regclass
+""")
+_ESTIMATE_DISTRIBUTED_DEFAULT = text("""
+SELECT CASE WHEN bool_and(success)
+            THEN sum(CASE WHEN success THEN CAST(result AS bigint) END) END
+  FROM run_command_on_shards('events_default', $$
+    SELECT n_live_tup FROM pg_stat_all_tables WHERE relid = '%s'::regclass $$)
 """)
 # Ingestion takes its lock on the parent before that on a partition; here the parent's is of a kind
 # that ingestion does not wait for, so the two cannot deadlock. A long reader makes this fail by its
@@ -76,6 +84,10 @@ SELECT pg_advisory_xact_lock('events'::regclass::oid::bigint);
 _LOCK = "LOCK TABLE events_default IN ACCESS EXCLUSIVE MODE"
 # One statement for each call, which is all that some poolers and extensions take.
 _CREATE = "CREATE TABLE {name} (LIKE events INCLUDING ALL)"
+# While it is empty: rows that it had would be copied.
+_DISTRIBUTE = """
+SELECT create_distributed_table('{name}', 'project_id', colocate_with => 'events')
+"""
 _MOVE = """
 WITH moved AS (
     DELETE FROM events_default
@@ -131,6 +143,11 @@ class _Month:
         result = self.connection.exec_driver_sql(filled)
         return int(result.scalar() or 0) if result.returns_rows else 0
 
+    def begin_change(self) -> None:
+        """Begin a transaction that changes tables."""
+        self.execute(_BEGIN)
+        bound_locks(self.connection)
+
     def exists(self) -> bool:
         return self.connection.scalar(_FIND_PARTITION, {"name": self.name}) is not None
 
@@ -174,13 +191,14 @@ def _add_month(month: _Month) -> None:
 
 
 def _is_small(connection: Connection) -> bool:
-    return int(connection.scalar(_MEASURE_DEFAULT) or 0) <= _MOST_BYTES
+    measure = _MEASURE_DISTRIBUTED_DEFAULT if is_distributed(connection) else _MEASURE_DEFAULT
+    return int(connection.scalar(measure) or 0) <= _MOST_BYTES
 
 
 def _move(month: _Month) -> bool:
     """Make the partition, with the rows that wait for it; return False if they are too many."""
     with month.connection.begin() as transaction:
-        month.execute(_BEGIN)
+        month.begin_change()
         if month.exists():  # somebody else has added it meanwhile
             return True
         month.execute(_LOCK)
@@ -188,7 +206,7 @@ def _move(month: _Month) -> bool:
         if not _is_small(month.connection) or month.execute(_COUNT_ROWS) > _MOST_ROWS:
             transaction.rollback()
             return False
-        for statement in (_CREATE, _MOVE, _ATTACH, _FORGET):
+        for statement in (*_list_creation(month.connection), _MOVE, _ATTACH, _FORGET):
             month.execute(statement)
     return True
 
@@ -196,7 +214,7 @@ def _move(month: _Month) -> bool:
 def _await(month: _Month) -> bool:
     """Make the partition of a month that has no rows; return False if one comes before that."""
     with month.connection.begin():
-        month.execute(_BEGIN)
+        month.begin_change()
         if not (month.exists() or month.is_awaited()):
             month.execute(_AWAIT)
     try:
@@ -204,16 +222,20 @@ def _await(month: _Month) -> bool:
             month.execute(_VALIDATE)
     except RowLocked:  # the rows of this month, were there any
         with month.connection.begin():
-            month.execute(_BEGIN)
+            month.begin_change()
             month.execute(_FORGET)
         return False
     with month.connection.begin():
-        month.execute(_BEGIN)
+        month.begin_change()
         if not month.exists():
-            month.execute(_CREATE)
-            month.execute(_ATTACH)
+            for statement in (*_list_creation(month.connection), _ATTACH):
+                month.execute(statement)
         month.execute(_FORGET)
     return True
+
+
+def _list_creation(connection: Connection) -> Sequence[str]:
+    return (_CREATE, _DISTRIBUTE) if is_distributed(connection) else (_CREATE,)
 
 
 def add_months_patiently(engine: Engine, today: date) -> None:
@@ -269,7 +291,10 @@ class PartitionKeeper(DatabaseThread):
             suppress(Conflict, Unavailable, Fault),
             self._connection.connected(_QUERY_SECONDS) as c,
         ):
-            return int(c.scalar(_ESTIMATE_DEFAULT) or 0)
+            if not is_distributed(c):
+                return int(c.scalar(_ESTIMATE_DEFAULT) or 0)
+            rows = c.scalar(_ESTIMATE_DISTRIBUTED_DEFAULT)
+            return None if rows is None else int(rows)
         return None
 
     def _add_months(self) -> float:
@@ -292,7 +317,9 @@ class PartitionKeeper(DatabaseThread):
 
     def _add_or_find_missing(self, connection: Connection) -> list[str]:
         """Add partitions, or return those that are missing if this account must not."""
-        if connection.scalar(_CAN_ADD):
+        if connection.scalar(_CAN_ADD) and (
+            not is_distributed(connection) or is_coordinator(connection)
+        ):
             connection.commit()
             add_months(connection, self._today())
             return []

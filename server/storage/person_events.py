@@ -12,6 +12,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, text
 
 from server.events.persons import ANONYMOUS_ID, EventIds, Person
+from server.storage.citus import is_distributed, measure_pages
 from server.storage.event_queries import COLUMNS, StoredEvent, make_event
 
 # As much of each partition as one transaction reads: 16 MB.
@@ -52,7 +53,10 @@ class Part(NamedTuple):
 def list_parts(connection: Connection) -> Iterator[Part]:
     """Yield the parts in which all events are that are stored now."""
     with connection.begin():
-        pages = int(connection.scalar(_MEASURE) or 0)
+        if is_distributed(connection):
+            pages = measure_pages(connection)
+        else:
+            pages = int(connection.scalar(_MEASURE) or 0)
     for start in range(0, pages + 1, _PAGES):
         yield Part(start, start + _PAGES, is_last=start + _PAGES > pages)
 

@@ -37,9 +37,9 @@ SELECT project_id FROM rejected_events GROUP BY project_id HAVING count(*) > :co
 """)
 _DELETE_SURPLUS = text("""
 DELETE FROM rejected_events WHERE id = ANY (ARRAY(
-    SELECT id FROM rejected_events WHERE project_id = :project_id AND id <= (
-        SELECT id FROM rejected_events WHERE project_id = :project_id
-         ORDER BY id DESC OFFSET :count LIMIT 1
+    SELECT id FROM rejected_events WHERE project_id = :project_id AND (received_at, id) <= (
+        SELECT received_at, id FROM rejected_events WHERE project_id = :project_id
+         ORDER BY received_at DESC, id DESC OFFSET :count LIMIT 1
     ) ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
 ))
 """)
@@ -54,23 +54,24 @@ _COLUMNS = "id, project_id, received_at, protocol, reason, size"
 _LIST = text(f"""
 SELECT {_COLUMNS}, ''::bytea AS event FROM rejected_events
  WHERE CAST(:project_id AS text) IS NULL OR project_id = :project_id
- ORDER BY id DESC LIMIT :limit
+ ORDER BY received_at DESC, id DESC LIMIT :limit
 """)  # noqa: S608 - the columns are a constant
 _READ = text(f"SELECT {_COLUMNS}, event FROM rejected_events WHERE id = :id")  # noqa: S608 - as above
 _FIND_BY_EVENT = text(f"""
 SELECT {_COLUMNS}, event FROM rejected_events
  WHERE event_id = :event_id AND (CAST(:project_id AS text) IS NULL OR project_id = :project_id)
- ORDER BY id LIMIT :limit
+ ORDER BY received_at, id LIMIT :limit
 """)  # noqa: S608 - as above
 # The reasons name what was sent, between quotes, and limits.
 _GROUP_NEWEST = text("""
-SELECT (array_agg(reason ORDER BY id DESC))[1] AS reason, count(*) AS count,
+SELECT (array_agg(reason ORDER BY received_at DESC, id DESC))[1] AS reason, count(*) AS count,
        (array_agg(DISTINCT project_id))[1:5] AS projects,
-       (array_agg(id ORDER BY id DESC))[1:3] AS newest_ids, max(received_at) AS last_at
+       (array_agg(id ORDER BY received_at DESC, id DESC))[1:3] AS newest_ids,
+       max(received_at) AS last_at
   FROM (
     SELECT id, project_id, received_at, reason,
            regexp_replace(reason, '''.*''|[0-9]+', '', 'g') AS kind
-      FROM rejected_events ORDER BY id DESC LIMIT :newest
+      FROM rejected_events ORDER BY received_at DESC, id DESC LIMIT :newest
   ) AS named
  GROUP BY kind ORDER BY count DESC, last_at DESC LIMIT :limit
 """)

@@ -100,7 +100,9 @@ def read_places(tenant: Tenant) -> dict[str, str]:
     """Return the partition of each of a project's events."""
     with tenant.database.cursor() as cursor:
         cursor.execute(
-            "SELECT event_id, tableoid::regclass::text FROM events WHERE project_id = %s",
+            # On Citus, it is the name of a shard.
+            r"SELECT event_id, regexp_replace(tableoid::regclass::text, '_\d{6,}$', '')"
+            " FROM events WHERE project_id = %s",
             [tenant.project.id],
         )
         return dict(cursor.fetchall())

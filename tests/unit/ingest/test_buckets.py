@@ -135,6 +135,16 @@ def test_processes_and_threads_share_a_bucket_exactly() -> None:
     assert table.seconds_to_full(5) == 60_000 / SECOND
 
 
+@pytest.mark.parametrize("node", [1, 2, 3, 255])
+def test_keys_made_on_other_nodes_have_their_own_buckets(node: int) -> None:
+    """Each node of Citus numbers keys from a multiple of 2^48 on, and their limits stay apart."""
+    limiter = RateLimiter(BucketTable(clock=lambda: NOW), event_rate=10, byte_rate=10)
+    for key_id in (*range(1, 201), *range((node << 48) + 1, (node << 48) + 201)):
+        caller = Caller("p", key_id)
+        limiter.take_events(caller, 10)
+        limiter.take_bytes(caller, 10)
+
+
 def test_a_killed_process_leaves_its_bucket_usable() -> None:
     """A process that is killed in its turn neither keeps the bucket locked nor changes it."""
     table = BucketTable(clock=lambda: 0)

@@ -15,7 +15,13 @@ from server.events.batch import ParsedBatch
 from server.ingest.rejection_writer import MAX_WAITING, RejectionWriter
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
 from server.storage.health import Watchdog
-from server.storage.rejected_events import Rejection, insert_rejections
+from server.storage.rejected_events import (
+    Rejection,
+    delete_surplus,
+    group_newest_rejections,
+    insert_rejections,
+    list_rejections,
+)
 from tests.support.services import query, wait_until
 
 KEEP = RejectedKeep(100_000, 3600.0)
@@ -73,6 +79,30 @@ def test_the_newest_rejections_of_each_project_are_kept(engine: Engine) -> None:
         kept = "SELECT convert_from(event, 'UTF8')::int FROM rejected_events WHERE project_id = 'a'"
         wanted = [(number,) for number in range(1185, 1205)]
         wait_until(lambda: query(engine, f"{kept} ORDER BY id") == wanted)
+
+
+def insert_in_turn(engine: Engine, *ages: int) -> None:
+    """Add rows one by one, each so many seconds old, which is its reason too."""
+    now = datetime.now(UTC)
+    with connected(engine) as connection:
+        for age in ages:
+            moment = now - timedelta(seconds=age)
+            row = Rejection("a", moment, "http", f"of {age}", 1, b"x")
+            insert_rejections(connection, [row])
+
+
+def test_rejections_are_told_by_time_not_number(engine: Engine) -> None:
+    """The newest are those that came last: each node of Citus numbers rows by itself."""
+    insert_in_turn(engine, 5, 1, 30, 9)
+    with connected(engine) as connection:
+        listed = list_rejections(connection, "a", 3)
+        assert [each.reason for each in listed] == ["of 1", "of 5", "of 9"]
+        [group] = group_newest_rejections(connection, 3, 1)
+        assert group.reason == "of 1"
+        assert group.newest_ids == [each.id for each in listed]
+        connection.commit()
+        assert delete_surplus(connection, "a", 2) == 2
+        assert [each.reason for each in list_rejections(connection, None, 9)] == ["of 1", "of 5"]
 
 
 def test_what_waits_too_long_is_never_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

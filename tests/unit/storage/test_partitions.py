@@ -1,6 +1,7 @@
 """The months of the events table are there before their events are."""
 
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from server.events.copy_rows import Row
 from server.storage.connection import Engine, GuardedConnection, connected, open_engine
@@ -21,6 +22,7 @@ from server.storage.partitions import (
     add_months,
     months_from,
 )
+from server.storage.retention import drop_partition, list_expired_partitions
 from tests.support.events import ENCODER, make_row
 from tests.support.services import query, wait_until
 
@@ -31,7 +33,10 @@ PARTITIONS = """
 SELECT c.relname FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid
  WHERE inhparent = 'events'::regclass AND c.relname <> 'events_default' ORDER BY 1
 """
-PLACES = "SELECT event_id, tableoid::regclass::text FROM events ORDER BY 1"
+# On Citus, it is the name of a shard.
+PLACES = r"""
+SELECT event_id, regexp_replace(tableoid::regclass::text, '_\d{6,}$', '') FROM events ORDER BY 1
+"""
 
 
 @pytest.fixture
@@ -131,6 +136,24 @@ def test_rows_of_a_new_month_leave_the_default(engine: Engine) -> None:
     assert query(engine, "SELECT * FROM events ORDER BY event_id") == before
     places = ["events_default", "events_2023_12", "events_2024_02"]
     assert query(engine, PLACES) == list(zip(moments, places, strict=True))
+
+
+@pytest.mark.parametrize("most_bytes", [128 << 20, 0], ids=["moved", "awaited"])
+def test_tables_are_changed_by_single_statements(
+    most_bytes: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changes tables is sent by itself: Citus hands on all of a query for each statement."""
+    monkeypatch.setattr("server.storage.partitions._MOST_BYTES", most_bytes)
+    sent: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *given: sent.append(given[2]))
+    add(engine)
+    with connected(engine) as connection:
+        [oldest, *_] = list_expired_partitions(connection, datetime(2024, 6, 1, tzinfo=UTC))
+        connection.commit()
+        drop_partition(connection, oldest)
+    changes = [each for each in sent if re.search("ALTER|CREATE|DROP|LOCK TABLE", each)]
+    assert len(changes) > 10
+    assert [each for each in changes if ";" in each.strip().rstrip(";")] == []
 
 
 def test_adding_the_same_months_again_takes_no_lock(engine: Engine) -> None:

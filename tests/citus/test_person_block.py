@@ -1,0 +1,6 @@
+"""The blocking of a person, on Citus."""
+
+from tests.citus.borrowing import borrow
+from tests.service import test_person_block
+
+globals().update(borrow(test_person_block))

@@ -1,0 +1,6 @@
+"""The deletion of a person, on Citus."""
+
+from tests.citus.borrowing import borrow
+from tests.service import test_person_delete
+
+globals().update(borrow(test_person_delete))
