@@ -15,6 +15,12 @@ from server.storage.outbox import Outbox
 from tests.support.events import ENCODER, encode_message
 
 PROVIDERS = ("amplitude", "mixpanel")
+# The locks that somebody waits for in the database that is asked: the server has those of other
+# tests too, which run at the same time.
+WAITING_LOCKS = """(
+    SELECT l.* FROM pg_locks l JOIN pg_stat_activity USING (pid)
+     WHERE NOT granted AND datname = current_database()
+) AS waiting"""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from server.storage.events import EventStore
 from server.storage.health import Watchdog
 from server.storage.outages import OutageLog
 from server.wakeups import wake
+from tests.support.database import WAITING_LOCKS
 from tests.support.events import ENCODER, make_row
 from tests.support.services import wait_until
 
@@ -27,8 +28,8 @@ INSERT = """
 INSERT INTO events (event_id, project_id, session_id, event_type, event_timestamp)
 VALUES (%s, 'deadlock', 'session', 'custom', '2024-01-15T12:00:00Z')
 """
-BLOCKED_BY_ROW = "SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
-BLOCKED = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'events'::regclass"
+BLOCKED_BY_ROW = f"SELECT 1 FROM {WAITING_LOCKS} WHERE locktype = 'transactionid'"
+BLOCKED = f"SELECT 1 FROM {WAITING_LOCKS} WHERE relation = 'events'::regclass"
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def test_stopping_stores_what_waits_and_refuses_more(engine: Engine, table: Tabl
             stopping = threading.Thread(target=writer.stop)
             stopping.start()
             wait_until(lambda: not is_accepting(writer))
-        stopping.join(8)
+        stopping.join(60)
         assert [future.exception(0) for future in stored] == [None] * 3
     assert table.find_events("stopped") == set("123")
 

@@ -22,6 +22,7 @@ from server.storage.rejected_events import (
     insert_rejections,
     list_rejections,
 )
+from tests.support.database import WAITING_LOCKS
 from tests.support.services import query, wait_until
 
 KEEP = RejectedKeep(100_000, 3600.0)
@@ -194,7 +195,7 @@ def test_rejections_wait_until_the_table_is_writable(
             other.execute(text("LOCK TABLE rejected_events IN ACCESS EXCLUSIVE MODE"))
             record(writer, "a", 700)
             record(writer, "b", 1)
-            wait_until(lambda: query(engine, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+            wait_until(lambda: query(engine, f"SELECT 1 FROM {WAITING_LOCKS}"))
             time.sleep(0.5)
         wait_until(lambda: query(engine, COUNT) == [("a", 700), ("b", 1)])
 

@@ -16,15 +16,13 @@ from server.storage.event_queries import EventFilter, EventQueries, StoredEvent
 from server.storage.indexes import build_indexes, count_missing_indexes
 from server.storage.partitions import MONTHS_AHEAD, add_months
 from server.storage.retention import drop_partition, list_expired_partitions
+from tests.support.database import WAITING_LOCKS
 from tests.support.services import wait_until
 
 OLD = "events_2023_12"
 NOW = datetime(2024, 3, 1, tzinfo=UTC)
 T = TypeVar("T")
-COUNT_WAITING = text("""
-SELECT count(*) FROM pg_locks WHERE NOT granted
-   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-""")
+COUNT_WAITING = text(f"SELECT count(*) FROM {WAITING_LOCKS}")
 
 
 @pytest.fixture

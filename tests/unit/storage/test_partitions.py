@@ -23,6 +23,7 @@ from server.storage.partitions import (
     months_from,
 )
 from server.storage.retention import drop_partition, list_expired_partitions
+from tests.support.database import WAITING_LOCKS
 from tests.support.events import ENCODER, make_row
 from tests.support.services import query, wait_until
 
@@ -53,6 +54,19 @@ def add(engine: Engine, today: date = DECEMBER) -> None:
             add_months(connection, today)
     finally:
         link.close()
+
+
+def add_patiently(engine: Engine, today: date = DECEMBER) -> None:
+    """Add the months as services do, which try again if they cannot have a lock in time."""
+    wait_until(lambda: is_added(engine, today))
+
+
+def is_added(engine: Engine, today: date = DECEMBER) -> bool:
+    """Add the months, unless a lock cannot be had at the moment."""
+    with suppress(Conflict):
+        add(engine, today)
+        return True
+    return False
 
 
 def save(engine: Engine, *moments: str) -> None:
@@ -168,7 +182,7 @@ def test_services_may_add_the_same_months_together(engine: Engine) -> None:
     """Several services that add the same months at the same moment do no harm."""
     save(engine, "2023-12-31T12:00:00", "2024-01-15T12:00:00")
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(add, [engine] * 4)) == [None] * 4
+        assert list(threads.map(add_patiently, [engine] * 4)) == [None] * 4
     assert query(engine, PARTITIONS) == [(name,) for name in NAMES]
     assert query(engine, "SELECT count(*) FROM events") == [(2,)]
 
@@ -181,7 +195,7 @@ def test_adding_months_gives_up_for_a_long_reader(engine: Engine) -> None:
         ThreadPoolExecutor(1) as threads,
     ):
         adding = threads.submit(add, engine)
-        waiting = "SELECT 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
+        waiting = f"SELECT 1 FROM {WAITING_LOCKS} WHERE mode = 'AccessExclusiveLock'"
         wait_until(lambda: query(engine, waiting))
         save(engine, "2024-01-15T12:00:01")
         assert isinstance(adding.exception(60), Conflict)
@@ -213,10 +227,12 @@ def test_no_event_is_lost_while_months_are_added(engine: Engine) -> None:
 
     with ThreadPoolExecutor(2) as threads:
         savers = [threads.submit(save_until_told) for _ in range(2)]
-        for month in range(1, 13):
-            add(engine, date(2024, month, 1))
-        stop.set()
-        saved = {moment for saver in savers for moment in saver.result(20)}
+        try:
+            for month in range(1, 13):
+                add_patiently(engine, date(2024, month, 1))
+        finally:
+            stop.set()
+        saved = {moment for saver in savers for moment in saver.result(60)}
     assert {moment for [moment] in query(engine, "SELECT event_id FROM events")} == saved
 
 
@@ -247,7 +263,7 @@ def test_the_partition_keeper_retries_after_a_long_reader(
     with ExitStack() as stack:
         with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
             stack.enter_context(keeper)
-            keeper_waits = "SELECT 1 FROM pg_locks WHERE NOT granted"
+            keeper_waits = f"SELECT 1 FROM {WAITING_LOCKS}"
             for _ in range(2):
                 wait_until(lambda: query(engine, keeper_waits))
                 wait_until(lambda: not query(engine, keeper_waits))
@@ -263,7 +279,7 @@ def test_the_keeper_tries_again_after_a_lost_connection(
     keeper = PartitionKeeper(
         GuardedConnection(engine), lambda: DECEMBER, on_failure=lambda: failures.append(None)
     )
-    waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = 'events_default'::regclass"
+    waiting = f"SELECT pid FROM {WAITING_LOCKS} WHERE relation = 'events_default'::regclass"
     with ExitStack() as stack:
         with transaction(engine, "LOCK TABLE events_default IN ACCESS SHARE MODE"):
             stack.enter_context(keeper)
@@ -353,18 +369,10 @@ def test_no_event_is_stored_twice_while_its_month_moves(engine: Engine) -> None:
     with ThreadPoolExecutor(2) as threads:
         savers = [threads.submit(save_again, seed) for seed in range(2)]
         try:
-            wait_until(lambda: is_added(engine))
+            add_patiently(engine)
         finally:
             stop.set()
         for saver in savers:
             saver.result(60)
     assert query(engine, "SELECT count(*), count(DISTINCT event_id) FROM events") == [(1500, 1500)]
     assert query(engine, "SELECT count(*) FROM events_2024_01") == [(1500,)]
-
-
-def is_added(engine: Engine) -> bool:
-    """Add the months, unless a lock cannot be had at the moment."""
-    with suppress(Conflict):
-        add(engine)
-        return True
-    return False
