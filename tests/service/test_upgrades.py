@@ -103,7 +103,7 @@ def test_an_older_forwarder_leaves_newer_payloads_waiting(
         bench.query("UPDATE outbox_payloads SET mapping_version = %s", CURRENT_MAPPING_VERSION)
         bench.query("UPDATE outbox_deliveries SET due_at = now()")
         with bench.process():
-            bench.finish(60)
+            bench.finish()
 
 
 def test_migrate_check_fails_until_nothing_is_to_do(create_database: Callable[[], str]) -> None:

@@ -165,6 +165,11 @@ class ProviderServer(StandIn):
         with self._lock:
             return set(self.ingested.values())
 
+    def count_duplicates(self) -> int:
+        """Return how many ingested events have the insert id of another one."""
+        with self._lock:
+            return len(self.ingested) - len(set(self.ingested.values()))
+
     def payloads_of(self, insert_id: str) -> set[bytes]:
         """Return the different payloads that came with an insert id."""
         with self._lock:

@@ -34,13 +34,18 @@ def bench(url: str, servers: dict[str, ProviderServer]) -> Bench:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All waits are short."""
+    """All waits between tries are short."""
     monkeypatch.setattr(backoff, "SHORTEST_SECONDS", 0.1)
     monkeypatch.setattr(backoff, "LONGEST_SECONDS", 0.4)
     monkeypatch.setattr(lane, "_STOPPED_SECONDS", 0.3)
-    monkeypatch.setattr(http_client, "TOTAL_SECONDS", 1.0)
     monkeypatch.setattr(amplitude, "_THROTTLED_SECONDS", 0.5)
     monkeypatch.setattr(mixpanel, "_LEAST_WAIT_SECONDS", 0.2)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a request up soon; on a busy machine that sends some events twice."""
+    monkeypatch.setattr(http_client, "TOTAL_SECONDS", 1.0)
 
 
 @pytest.fixture(autouse=True)
