@@ -1,10 +1,9 @@
 """The gRPC edge beside what is slow or hostile: large messages, and pings."""
 
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from time import monotonic, sleep
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,6 +19,7 @@ from server.grpc.server import GrpcServer
 from server.ingest.ingestion import Answer
 from server.ingest.request_record import RequestRecorder
 from server.ingest.service import IngestService
+from server.processes.ports import reserve_ports
 from tests.support.clients import bind_ingest
 from tests.support.http2 import ACK, GOAWAY, PING, connected
 from tests.support.services import wait_until
@@ -29,10 +29,10 @@ SECONDS = 20.0
 
 
 @pytest.fixture
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as holder:
-        return int(holder.getsockname()[1])
+def free_port() -> Iterator[int]:
+    """Provide a port that nobody else can take."""
+    with reserve_ports("127.0.0.1", {"GRPC_PORT": 0}) as ports:
+        yield ports["GRPC_PORT"]
 
 
 class BlockingService:
@@ -41,12 +41,12 @@ class BlockingService:
     def __init__(self, timeout_seconds: float = SECONDS) -> None:
         self.admission = SimpleNamespace(identify=lambda _key: Caller("proj", 1))
         self.entered, self.go = threading.Event(), threading.Event()
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
 
     def find_deadline(self, *, seconds: float | None = None) -> Deadline:
         """Return a deadline that is the same for all clients."""
         del seconds
-        return Deadline(monotonic() + self._timeout_seconds)
+        return Deadline(monotonic() + self.timeout_seconds)
 
     def ingest(self, _caller: Caller, body: bytes, *_: object, **__: object) -> Answer:
         """Accept a request at once, or block."""
@@ -116,13 +116,15 @@ def test_a_large_message_blocks_nobody(free_port: int) -> None:
 
 def test_a_large_message_is_refused_at_its_deadline(free_port: int) -> None:
     """A large message that waits too long for another one is refused before that is through."""
-    service = BlockingService(timeout_seconds=0.3)
+    service = BlockingService(timeout_seconds=2.0)
     with serving(service, free_port) as target, grpc.insecure_channel(target) as channel:
-        calls = [call(channel, LARGE) for _ in range(3)]
+        first = call(channel, LARGE)
         assert service.entered.wait(SECONDS)
-        for each in calls:
+        service.timeout_seconds = 0.3
+        for each in (call(channel, LARGE), call(channel, LARGE), first):
             assert each.code() is grpc.StatusCode.UNAVAILABLE
             assert each.details() == "not answered in time"
+        service.timeout_seconds = SECONDS
         assert call(channel, SMALL).result()
         assert not service.go.is_set()
 
