@@ -23,7 +23,11 @@ INDEXES = """
 SELECT indrelid::regclass::text, indisvalid FROM pg_index JOIN pg_class c ON c.oid = indexrelid
  WHERE relname LIKE '%received_at%' AND relname NOT LIKE 'rejected%' ORDER BY 1
 """
-BUILDING = "SELECT pid FROM pg_stat_progress_create_index WHERE relid = 'events_2023_12'::regclass"
+# Once it waits for a writer, the index is in the catalogue, and is left there if it is cancelled.
+BUILDING = """
+SELECT pid FROM pg_stat_progress_create_index
+ WHERE relid = 'events_2023_12'::regclass AND phase LIKE 'waiting for writers%'
+"""
 TABLES = ["events", "events_2023_12", "events_2024_01", "events_2024_02", "events_default"]
 
 
