@@ -77,7 +77,9 @@ def test_a_fault_fails_its_own_question_alone(reader: Reader) -> None:
 
 def test_a_gone_database_fails_all_who_wait() -> None:
     """Without a database every question fails, those that come at once without an attempt."""
-    reader = Reader(GuardedConnection(open_engine("postgresql://127.0.0.1:1/none")))
+    # Its clock stands still: a moment after the failure is not over on any machine.
+    unreachable = GuardedConnection(open_engine("postgresql://127.0.0.1:1/none"))
+    reader = Reader(unreachable, clock=lambda: 100.0)
     with Watchdog(reader.check), reader:
         waiting = [reader.ask(Counted(name)) for name in "abc"]
         for future in waiting:
