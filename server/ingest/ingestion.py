@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from productgraph.v1.event_ingestion_service_pb2 import EventError, IngestEventsResponse
@@ -107,10 +108,7 @@ class Ingestion:
         if errors and strict:
             raise InvalidEvents([(each.index, each.error) for each in errors], batch.count)
         response = IngestEventsResponse(accepted=len(rows), rejected=len(errors), errors=errors)
-
-        def hand_over() -> "Future[None]":
-            return self._hand_over(project_id, batch, rows, errors, deadline)
-
+        hand_over = partial(self._hand_over, project_id, batch, rows, errors, deadline)
         stored = hand_over() if granted is None else _call_after(granted, hand_over)
         return Answer(response, problems, stored)
 

@@ -29,6 +29,7 @@ class Account:
         # Who waits for a block; others must not overtake them.
         self.waiting: set[Grant] = set()
         self.is_ahead = False  # a block is taken that nobody waits for
+        self._low_below = 0  # when to do that
         # Since somebody looked at last.
         self.has_spent = self.was_asked = True
 
@@ -86,7 +87,7 @@ class Account:
 
     def is_low(self) -> bool:
         """Return whether it is time to take the next block."""
-        return self.left < _size_block(self.standings) // 2
+        return self.left < self._low_below
 
     def give_up(self) -> list[Change]:
         """Let go of what is left, and return it as what the database gets back."""
@@ -110,6 +111,7 @@ class Account:
             self.term += 1
         ends_in = min((each.ends_in for each in standings), default=BELIEVED_SECONDS)
         self.standings, self.asked_at, self.ends_at = standings, asked_at, asked_at + ends_in
+        self._low_below = _size_block(standings) // 2
         return given_up
 
 
