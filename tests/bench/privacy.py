@@ -33,6 +33,12 @@ _REDACT = "page.url=no-query,metadata.plan=hash"
 _LIST_SECONDS = 60.0
 
 
+def measure_control(bench: Bench, _database: BenchDatabase, directory: Path) -> Document:
+    """Measure two services that are the same: what differs is what cannot be told from nothing."""
+    with running_workers(directory, 1) as plain, running_workers(directory, 1) as other:
+        return {"no change": _compare(bench, plain, other)}
+
+
 def measure_blocked(bench: Bench, database: BenchDatabase, directory: Path) -> Document:
     """Measure with nobody blocked, with one, and with 100,000, none of whom sends anything."""
     figures = {}
@@ -123,7 +129,7 @@ def _put_together(rounds: Sequence[Mapping[str, Document]]) -> Document:
     return {"rounds": rounds, "speed_ratio": median(ratios)} | sides
 
 
-PARTS = {"blocked": measure_blocked, "redaction": measure_redaction}
+PARTS = {"control": measure_control, "blocked": measure_blocked, "redaction": measure_redaction}
 
 
 def run_privacy(parts: Sequence[str], scale: float, on_step: OnStep) -> Document:

@@ -351,6 +351,19 @@ def test_nothing_is_asked_under_another_secret(deletions: DeletionBench, person:
     assert deletions.ask("mixpanel")
 
 
+def test_ids_that_cannot_be_decrypted_delay_nobody(
+    deletions: DeletionBench, person: Person
+) -> None:
+    """What was changed in the table waits with that reason, and the next person is asked for."""
+    receipts = [deletions.delete(each, ["mixpanel"]) for each in (person, Person("p", "other"))]
+    spoil = "UPDATE provider_deletions SET sealed = sealed || 'x'::bytea WHERE receipt_id = %s"
+    deletions.query(spoil, receipts[0].id)
+    assert [deletions.ask("mixpanel") for _ in range(3)] == [True, True, False]
+    spoilt, other = (deletions.read(receipt)[0] for receipt in receipts)
+    assert (spoilt.state, spoilt.last_error) == (WAITING, "its ids cannot be decrypted")
+    assert other.state == ACCEPTED
+
+
 @given(st.text(), st.lists(st.text(min_size=1), max_size=5))
 def test_sealed_ids_open_under_their_secret_alone(user: str, anonymous: list[str]) -> None:
     """Any ids come back as they were, in no clear text, and under no other secret."""
