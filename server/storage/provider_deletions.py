@@ -37,7 +37,8 @@ _TAKE_TURN = text("""
 INSERT INTO forward_lanes AS lane (provider, deletions_after)
 VALUES (:provider, now() + make_interval(secs => :pause))
     ON CONFLICT (provider) DO UPDATE SET deletions_after = excluded.deletions_after
- WHERE coalesce(lane.deletions_after, '-infinity') <= now()
+ WHERE coalesce(lane.deletions_after, '-infinity')
+       <= excluded.deletions_after - make_interval(secs => :pause)
 RETURNING deletion_failures
 """)
 _LEASE = text("""
@@ -46,22 +47,26 @@ UPDATE provider_deletions SET lease = :lease, due_at = now() + make_interval(sec
               WHERE id = :id AND due_at <= now() FOR UPDATE SKIP LOCKED)
 RETURNING id, receipt_id, sealed, job, requested_at, accepted_at, now() AS now
 """)
+# Citus takes no function of the moment in a CASE.
+_NOW = text("SELECT now()")
 _RECORD = text("""
 UPDATE provider_deletions SET
     state = :state, detail = coalesce(:detail, detail), job = coalesce(:job, job), lease = NULL,
     sealed = CASE WHEN :state = 'waiting' THEN sealed END,
-    accepted_at = coalesce(accepted_at, CASE WHEN :state = 'accepted' THEN now() END),
-    ended_at = CASE WHEN CAST(:seconds AS float) IS NULL THEN now() END,
-    due_at = now() + make_interval(secs => :seconds),
+    accepted_at = CASE WHEN :state = 'accepted' AND accepted_at IS NULL
+                       THEN CAST(:now AS timestamptz) ELSE accepted_at END,
+    ended_at = CASE WHEN CAST(:seconds AS float) IS NULL THEN CAST(:now AS timestamptz) END,
+    due_at = CAST(:now AS timestamptz) + make_interval(secs => :seconds),
     attempts = CASE WHEN CAST(:error AS text) IS NULL THEN 0 ELSE attempts + 1 END,
     last_error = :error,
-    last_error_at = CASE WHEN CAST(:error AS text) IS NOT NULL THEN now() END
+    last_error_at = CASE WHEN CAST(:error AS text) IS NOT NULL THEN CAST(:now AS timestamptz) END
  WHERE id = :id AND lease = :lease
 """)
 _NOTE_SUCCESS = text("UPDATE forward_lanes SET deletion_failures = 0 WHERE provider = :provider")
 _NOTE_FAILURE = text("""
 UPDATE forward_lanes SET deletion_failures = deletion_failures + 1,
-       deletions_after = greatest(deletions_after, now() + make_interval(secs => :pause))
+       deletions_after = greatest(
+           deletions_after, CAST(:now AS timestamptz) + make_interval(secs => :pause))
  WHERE provider = :provider
 """)
 _READ = text("""
@@ -162,9 +167,13 @@ def record_progress(
     values = progress._asdict()
     pause = values.pop("pause")
     with connection.begin():
-        connection.execute(_RECORD, {**values, "id": deletion_id, "lease": lease})
-        note = _NOTE_SUCCESS if pause is None else _NOTE_FAILURE
-        connection.execute(note, {"provider": provider, "pause": pause})
+        values |= {"id": deletion_id, "lease": lease, "now": connection.scalar(_NOW)}
+        connection.execute(_RECORD, values)
+        if pause is None:
+            connection.execute(_NOTE_SUCCESS, {"provider": provider})
+        else:
+            failed = {"provider": provider, "pause": pause, "now": values["now"]}
+            connection.execute(_NOTE_FAILURE, failed)
 
 
 def read_provider_deletions(
