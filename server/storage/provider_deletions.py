@@ -33,22 +33,21 @@ SELECT d.id FROM provider_deletions d JOIN person_deletions r ON r.id = d.receip
    AND (d.sealed IS NULL OR r.secret_mark = :secret_mark)
  ORDER BY d.due_at, d.id LIMIT 1
 """)
+# Citus lets a statement that writes a column call no function of the moment beside it.
+_NOW = text("SELECT now()")
 _TAKE_TURN = text("""
 INSERT INTO forward_lanes AS lane (provider, deletions_after)
-VALUES (:provider, now() + make_interval(secs => :pause))
+VALUES (:provider, CAST(:now AS timestamptz) + make_interval(secs => :pause))
     ON CONFLICT (provider) DO UPDATE SET deletions_after = excluded.deletions_after
- WHERE coalesce(lane.deletions_after, '-infinity')
-       <= excluded.deletions_after - make_interval(secs => :pause)
+ WHERE lane.deletions_after IS NULL OR lane.deletions_after <= CAST(:now AS timestamptz)
 RETURNING deletion_failures
 """)
 _LEASE = text("""
 UPDATE provider_deletions SET lease = :lease, due_at = now() + make_interval(secs => :seconds)
  WHERE id = (SELECT id FROM provider_deletions
               WHERE id = :id AND due_at <= now() FOR UPDATE SKIP LOCKED)
-RETURNING id, receipt_id, sealed, job, requested_at, accepted_at, now() AS now
+RETURNING id, receipt_id, sealed, job, requested_at, accepted_at
 """)
-# Citus takes no function of the moment in a CASE.
-_NOW = text("SELECT now()")
 _RECORD = text("""
 UPDATE provider_deletions SET
     state = :state, detail = coalesce(:detail, detail), job = coalesce(:job, job), lease = NULL,
@@ -149,7 +148,9 @@ def claim_deletion(
         if found is None:
             return None
         connection.execute(BEGIN_LIGHTLY)
-        failures = connection.scalar(_TAKE_TURN, {"provider": provider, "pause": pause})
+        now = connection.scalar(_NOW)
+        turn = {"provider": provider, "pause": pause, "now": now}
+        failures = connection.scalar(_TAKE_TURN, turn)
         if failures is None:
             return None
         values = {"id": found, "lease": lease.id, "seconds": lease.seconds}
@@ -157,7 +158,7 @@ def claim_deletion(
     if row is None:
         return None
     sealed = None if row["sealed"] is None else bytes(row["sealed"])
-    return ClaimedDeletion(**{**row, "sealed": sealed}, failures=failures)
+    return ClaimedDeletion(**{**row, "sealed": sealed}, now=now, failures=failures)
 
 
 def record_progress(

@@ -22,7 +22,7 @@ from tests.support.deletion_servers import DeletionServer
 from tests.support.persons import PersonDatabase
 
 PRIVACY_SECRET = "0123456789abcdef0123456789abcdef"
-LATER = "UPDATE person_deletions SET deleted_at = deleted_at - interval '1 hour'"
+LATER = "UPDATE person_deletions SET deleted_at = now() - interval '1 hour'"
 SERVICES: Mapping[str, type[AmplitudeDeletions | MixpanelDeletions]] = {
     "amplitude": AmplitudeDeletions,
     "mixpanel": MixpanelDeletions,
