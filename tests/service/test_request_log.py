@@ -30,8 +30,8 @@ Line = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def logged(create_migrated: Callable[[], str]) -> Iterator[Service]:
-    """Provide a service that logs all it can, and waits two seconds for a commit."""
-    settings = {"LOG_LEVEL": "DEBUG", "REQUEST_TIMEOUT_SECONDS": "2"}
+    """Provide a service that logs all it can, and waits four seconds for a commit."""
+    settings = {"LOG_LEVEL": "DEBUG", "REQUEST_TIMEOUT_SECONDS": "4"}
     with running_service(settings | {"DATABASE_URL": create_migrated()}) as service:
         yield service
 
@@ -277,8 +277,9 @@ def test_a_cancelled_grpc_call_is_one_log_line(tenant: Tenant, request_id: str) 
     with locked(tenant), grpc.insecure_channel(tenant.service.grpc_target) as channel:
         ingest = bind_ingest(channel)
         request = encode_request([to_message(tenant.make_event())])
-        with pytest.raises(grpc.RpcError):
-            ingest(request, metadata=metadata, timeout=0.2)
+        calling: Any = ingest.future(request, metadata=metadata, timeout=TIMEOUT_SECONDS)
+        wait_until(tenant.service.is_waiting_for_lock)
+        calling.cancel()
         assert read_line(tenant.service, request_id)["status"] in ("CANCELLED", "UNAVAILABLE")
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import psutil  # type: ignore[import-untyped]
+import psycopg2
 from sqlalchemy import text
 
 from server.storage.connection import Engine, connected
@@ -79,7 +80,7 @@ class Service:
 
     def _find_children(self, command: str) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if child.cmdline()[-1:] == [command]]
+        return [child for child in children if _read_words(child)[-1:] == [command]]
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the records of its log so far; fail on a line that is no JSON object."""
@@ -91,6 +92,16 @@ class Service:
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run another command of `productgraph` with the same settings."""
         return run_command(*arguments, settings=self.settings)
+
+    def is_waiting_for_lock(self) -> bool:
+        """Whether a commit, or another query of the database, has begun and waits for a table."""
+        with closing(psycopg2.connect(self.database_url)) as connection:
+            cursor = connection.cursor()
+            cursor.execute(
+                "SELECT count(*) FROM pg_locks JOIN pg_database here ON here.oid = database"
+                " WHERE NOT granted AND datname = current_database()"
+            )
+            return cursor.fetchone() != (0,)
 
     def stop(self) -> int:
         """Send SIGTERM and return the exit status."""
@@ -106,6 +117,13 @@ class Service:
     def _read_ports(self) -> tuple[int, ...]:
         found = _PLACES.search(self.output.read_text())
         return tuple(map(int, found.groups())) if found else ()
+
+
+def _read_words(process: psutil.Process) -> list[str]:
+    """Return the command line of a process; nothing if it has just ended."""
+    with suppress(psutil.NoSuchProcess):  # a zombie, too
+        return list(process.cmdline())
+    return []
 
 
 def run_command(*arguments: str, settings: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
