@@ -22,7 +22,7 @@ from tests.support.clients import send as send_http
 from tests.support.events import make_event, to_message
 from tests.support.load import STORED, Client, GrpcClient, HttpClient, send
 from tests.support.projects import Project, create_project
-from tests.support.services import Service, running_service
+from tests.support.services import Service, running_service, wait_until
 
 
 def limited(tenant: Tenant, event_rate: int | None = None, byte_rate: int | None = None) -> Tenant:
@@ -121,7 +121,7 @@ def test_a_failed_commit_is_answered_with_the_limits(tenant: Tenant) -> None:
 def test_rejected_and_repeated_events_count_towards_the_rate(tenant: Tenant) -> None:
     """Rejected events and repeated ones count like others."""
     slow = limited(tenant, event_rate=10)
-    assert slow.post_events([{}] * 50)["rejected"] == 50
+    assert slow.post_events([{}] * 300)["rejected"] == 300
     assert slow.post({"events": slow.make_events(1)}).status == 429
 
 
@@ -173,12 +173,9 @@ def test_refused_requests_do_not_use_up_the_rate(tenant: Tenant) -> None:
     """However many requests are refused, the next that fits passes when its time has come."""
     slow = limited(tenant, event_rate=100)
     assert slow.post({"events": slow.make_events(150)}).status == 202
-    refused = 0
-    deadline = time.monotonic() + 60
-    while (status := slow.post({"events": slow.make_events(100)}).status) == 429:
-        refused += 1
-        assert time.monotonic() < deadline, "not let through again"
-    assert (status, refused > 0) == (202, True)
+    # A machine that is busy may be so slow that the first of them is not refused.
+    wait_until(lambda: slow.post({"events": slow.make_events(150)}).status == 429)
+    wait_until(lambda: slow.post({"events": slow.make_events(100)}).status == 202)
 
 
 def test_the_rates_of_a_key_can_be_set_singly(tenant: Tenant) -> None:
