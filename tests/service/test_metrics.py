@@ -251,11 +251,11 @@ def test_replaced_workers_lose_no_count(pair: Service, load: Load) -> None:
     load.run()
     old = pair.find_workers()
     pair.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: not any(worker.is_running() for worker in old), seconds=40)
+    wait_until(lambda: not any(worker.is_running() for worker in old), seconds=120)
     settle(load, before, pair)
     restarts = spell("worker_restarts_total", command="worker")
     assert read_samples(pair)[restarts] == before[restarts]
-    assert read_samples(pair)[spell("workers")] == len(pair.find_workers())
+    wait_until(lambda: read_samples(pair)[spell("workers")] == len(pair.find_workers()))
 
 
 def test_metrics_show_what_waits_for_each_provider(pair: Service, load: Load) -> None:
@@ -273,11 +273,11 @@ def test_metrics_show_what_waits_for_each_provider(pair: Service, load: Load) ->
 
     def has_pending() -> bool:
         pages.append(read_samples(pair))
-        return pages[-1][spell("outbox_pending", **lane)] == pending
+        waiting = pages[-1][spell("outbox_pending", **lane)]
+        return waiting == pending and pages[-1][spell("outbox_oldest_seconds", **lane)] > 0
 
     wait_until(has_pending)
     now = pages[-1]
-    assert now[spell("outbox_oldest_seconds", **lane)] > 0
     assert spell("events_delivered_total", **lane) in now
     assert now[spell("outbox_dead", **lane)] == now[spell("lane_stopped", **lane)] == 0
 
@@ -315,6 +315,7 @@ def find_expressions() -> list[str]:
 
 def test_projects_add_up_to_the_whole(pair: Service, load: Load) -> None:
     """What is counted by project is the same in all as what is counted for the service."""
+    before = read_samples(pair)
     load.run()
     totals = {
         "project_events_accepted_total": "events_accepted_total",
@@ -334,6 +335,7 @@ def test_projects_add_up_to_the_whole(pair: Service, load: Load) -> None:
     own = spell("project_events_accepted_total", project=load.project)
     sent = sum(load.expected[spell("events_accepted_total", protocol=p)] for p in ("http", "grpc"))
     wait_for(lambda: read_samples(pair)[own], sent)
+    settle(load, before, pair)  # or what comes late would be counted in the next test
 
 
 def test_dashboard_and_alerts_use_only_exported_metrics(pair: Service, load: Load) -> None:
