@@ -197,8 +197,10 @@ def test_hostile_texts_stay_texts_on_the_page(page: Chrome, tenant: Tenant) -> N
 
 def test_the_page_can_be_used_by_keys_alone(page: Chrome, tenant: Tenant) -> None:
     """Without a mouse: pause, walk through the list, open an event and close it."""
-    tenant.post_events([make_event(tenant, **{"page.path": f"/{n}"}) for n in range(5)])
-    wait_until(lambda: len(page.find_elements(By.CSS_SELECTOR, "#tail li")) >= 5)
+    paths = {f"/{n}/{uuid.uuid4()}" for n in range(5)}
+    tenant.post_events([make_event(tenant, **{"page.path": path}) for path in paths])
+    # All of them: one that came later would take its place before the others.
+    wait_until(lambda: paths <= set(read_texts(page, "#tail .subject")))
     page.find_element(By.TAG_NAME, "body").send_keys("p")
     wait_for_text(page, "#pause", "Resume")
     page.execute_script("document.querySelector('#tail a').focus()")
