@@ -18,6 +18,7 @@ from tests.service.test_faults import frozen
 from tests.service.test_rate_limits import limited
 from tests.support.browser import running_browser
 from tests.support.clients import Tenant, open_tenant
+from tests.support.ports import find_ports
 from tests.support.services import Service, running_service, wait_until
 
 pytestmark = pytest.mark.slow
@@ -282,18 +283,18 @@ def test_events_survive_a_restart(
 ) -> None:
     """What is sent while the service is away is stored when it is back."""
     del service
-    settings = {"DATA_DIR": str(open_directory / "restarted")}
+    [port] = find_ports(1)
+    settings = {"DATA_DIR": str(open_directory / "restarted"), "PORT": str(port)}
     with running_service(settings) as first, open_tenant(first) as tenant:
         visitor = Visitor(browser, pages, tenant)
         visitor.visit()
         visitor.send(3)
         wait_until(lambda: len(tenant.read_rows()) == 3, SECONDS)
-        port = str(first.http_port)
         first.stop()
         visitor.send(20)
         time.sleep(3)
         project = tenant.project
-    with running_service(settings | {"PORT": port}) as second, open_tenant(second) as other:
+    with running_service(settings) as second, open_tenant(second) as other:
         visitor.tenant = Tenant(second, project, other.database)
         visitor.expect(23)
 

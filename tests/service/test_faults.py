@@ -29,6 +29,7 @@ from tests.support.load import (
     running_load,
     send,
 )
+from tests.support.ports import find_ports
 from tests.support.projects import Project, create_project
 from tests.support.services import (
     Service,
@@ -97,7 +98,7 @@ def stopped(postgres: EmbeddedPostgres, directory: Path) -> Iterator[None]:
     """PostgreSQL is shut down while the context lasts."""
     postmaster = find_postmaster(directory)
     postmaster.send_signal(signal.SIGINT)
-    postmaster.wait(10)
+    postmaster.wait(60)
     try:
         yield
     finally:
@@ -288,17 +289,17 @@ def test_one_worker_answers_while_the_other_is_replaced(pair: Service) -> None:
 
 def test_a_killed_parent_takes_its_workers_along(open_directory: Path) -> None:
     """When the parent is killed its workers end, and a new start in its place takes over."""
-    settings = {"DATA_DIR": str(open_directory / "orphaned"), "WORKERS": "2"}
+    ports = dict(zip(("PORT", "GRPC_PORT"), map(str, find_ports(2)), strict=True))
+    settings = {"DATA_DIR": str(open_directory / "orphaned"), "WORKERS": "2"} | ports
     with running_service(settings) as service, ExitStack() as stack:
         project, workers = create_project(service), service.find_workers()
-        ports = {"PORT": str(service.http_port), "GRPC_PORT": service.grpc_target.split(":")[1]}
         with running_load(service, project, http_clients=8, grpc_clients=4) as load:
             wait_until(lambda: load.statuses() >= STORED)
             service.process.kill()
             _, alive = psutil.wait_procs(workers, END_SECONDS)
             assert not alive
             service.process.wait()
-            successor = stack.enter_context(running_service(settings | ports))
+            successor = stack.enter_context(running_service(settings))
             restarted_at = time.monotonic()
             wait_until(lambda: load.stored(restarted_at))
         assert load.stored() <= set(read_stored(successor, project))

@@ -20,6 +20,7 @@ import trustme
 
 from productgraph.v1.event_ingestion_service_pb2 import IngestEventsResponse
 from tests.support.clients import bind_ingest
+from tests.support.ports import find_ports
 from tests.support.projects import Project
 from tests.support.services import ROOT, Service, wait_until
 
@@ -46,6 +47,8 @@ class Kind:
     changes: Callable[[Places], Mapping[str, str]]
     check: Callable[[Path, Path], list[str]]
     run: Callable[[Path, Path], list[str]]
+    # How it is made to send slow clients away sooner.
+    hurry: Mapping[str, str]
 
 
 def change_nginx(places: Places) -> dict[str, str]:
@@ -62,7 +65,6 @@ def change_nginx(places: Places) -> dict[str, str]:
         "server 127.0.0.1:8080;": f"server {places.http};",
         "server 127.0.0.1:50051;": f"server {places.grpc};",
         "/etc/productgraph": str(places.directory),
-        " 10s;": " 1s;",
     }
 
 
@@ -81,8 +83,6 @@ def change_caddy(places: Places) -> dict[str, str]:
         "/etc/productgraph": str(places.directory),
         "127.0.0.1:8080": places.http,
         "127.0.0.1:50051": places.grpc,
-        "read_header 10s": "read_header 1s",
-        "read_body 60s": "read_body 1s",
     }
 
 
@@ -97,22 +97,22 @@ KINDS = {
         change_nginx,
         lambda file, directory: [*start_nginx(file, directory), "-t"],
         start_nginx,
+        {" 10s;": " 1s;"},
     ),
-    "caddy": Kind("Caddyfile", change_caddy, run_caddy("validate"), run_caddy("run")),
+    "caddy": Kind(
+        "Caddyfile",
+        change_caddy,
+        run_caddy("validate"),
+        run_caddy("run"),
+        {"read_header 10s": "read_header 1s", "read_body 60s": "read_body 1s"},
+    ),
 }
 
 
-def find_port() -> int:
-    """Return a port that was free a moment ago."""
-    with closing(socket.socket()) as holder:
-        holder.bind(("127.0.0.1", 0))
-        return int(holder.getsockname()[1])
-
-
-def write_configuration(kind: Kind, places: Places) -> Path:
+def write_configuration(kind: Kind, places: Places, more: Mapping[str, str] | None = None) -> Path:
     """Write the example with the changes, each of which must find its place, and a certificate."""
     text = (ROOT / "scripts" / "deploy" / kind.file).read_text()
-    for old, new in kind.changes(places).items():
+    for old, new in (*kind.changes(places).items(), *(more or {}).items()):
         assert old in text, old
         text = text.replace(old, new)
     chain = b"".join(part.bytes() for part in CERTIFICATE.cert_chain_pems)
@@ -152,9 +152,11 @@ class Front:
 
 
 @contextmanager
-def running_front(kind: Kind, places: Places) -> Iterator[Front]:
-    """Provide a proxy, stopped at the end."""
-    file = write_configuration(kind, places)
+def running_front(
+    kind: Kind, places: Places, more: Mapping[str, str] | None = None
+) -> Iterator[Front]:
+    """Provide a proxy, with more changes if they are given; stop it at the end."""
+    file = write_configuration(kind, places, more)
     home = {name: str(places.directory) for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
     with (places.directory / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -187,7 +189,8 @@ def front(
 ) -> Iterator[Front]:
     """Provide a proxy before the shared service."""
     http, directory = f"127.0.0.1:{service.http_port}", tmp_path_factory.mktemp("front")
-    places = Places(find_port(), http, service.grpc_target, directory)
+    [port] = find_ports(1)
+    places = Places(port, http, service.grpc_target, directory)
     with running_front(kind, places) as running:
         yield running
 
@@ -245,9 +248,12 @@ def test_a_proxy_refuses_only_far_too_large_bodies(front: Front, project: Projec
     ],
     ids=["head", "body"],
 )
-def test_a_proxy_sends_a_slow_client_away(sent: str, front: Front) -> None:
+def test_a_proxy_sends_a_slow_client_away(sent: str, kind: Kind, tmp_path: Path) -> None:
     """A client that does not finish its request is sent away."""
+    [port] = find_ports(1)
+    places = Places(port, "127.0.0.1:2", "127.0.0.1:3", tmp_path)
     with (
+        running_front(kind, places, kind.hurry) as front,
         suppress(ConnectionError, ssl.SSLEOFError),  # on a busy machine during the handshake, even
         socket.create_connection(("127.0.0.1", front.port), timeout=30) as plain,
         trust().wrap_socket(plain, server_hostname="localhost") as connection,
@@ -298,7 +304,8 @@ def running_behind() -> Iterator[Behind]:
 def test_a_proxy_names_requests_and_shares_connections(kind: Kind, tmp_path: Path) -> None:
     """Each request has a name, its own where it came with one; all share a connection."""
     with running_behind() as behind:
-        places = Places(find_port(), behind.address, "127.0.0.1:3", tmp_path)
+        [port] = find_ports(1)
+        places = Places(port, behind.address, "127.0.0.1:3", tmp_path)
         with running_front(kind, places) as front:
             for headers in ({"X_Request_ID": "mine"}, {}, {}):
                 assert front.request("/v1/events", b"{}", **headers)[0] == 200

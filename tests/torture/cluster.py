@@ -22,11 +22,12 @@ from server.storage.embedded import EmbeddedPostgres
 from server.storage.keys import create_key
 from tests.support.network import Namespace, opened_namespace
 from tests.support.patience import PATIENCE
+from tests.support.ports import find_ports
 from tests.support.postgres_server import find_processes
 from tests.support.services import ROOT, Service, ask, clean_environment, wait_until
 from tests.torture.clients import Client, GrpcClient, HttpClient
 from tests.torture.events import PROJECT
-from tests.torture.machine import find_ports, is_listening, mounted
+from tests.torture.machine import is_listening, mounted
 from tests.torture.pair import Pair
 from tests.torture.providers import AMPLITUDE_KEY, MIXPANEL_TOKEN, open_providers
 from tests.torture.proxy import Proxy, to_port, to_socket

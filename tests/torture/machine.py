@@ -1,9 +1,7 @@
 """What the harness does to the machine that it runs on."""
 
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,9 +11,6 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-# Below what the kernel gives to whoever asks for any port, so that a restart finds its own free.
-_PORTS = range(15_000, 30_000)
-
 
 def is_listening(process: psutil.Process) -> bool:
     """Return whether a process listens on a TCP port; False if it has gone."""
@@ -23,19 +18,6 @@ def is_listening(process: psutil.Process) -> bool:
         return any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
     except psutil.Error:
         return False
-
-
-def find_ports(count: int) -> list[int]:
-    """Return this many ports that nobody uses, and that stay ours while our server restarts."""
-    found: list[int] = []
-    # Not by the seed: several runs may be side by side.
-    for port in random.sample(_PORTS, 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no port is free")
 
 
 @contextmanager
