@@ -88,7 +88,7 @@ def translate_grpcurl(command: str) -> str:
 
 def run_in_shell(command: str) -> str:
     """Return what a pasted command prints."""
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

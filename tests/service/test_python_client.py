@@ -54,7 +54,9 @@ def read_project(root: Path) -> dict[str, Any]:
 def build_wheel(source: Path, directory: Path) -> set[str]:
     """Return the files in the wheel of a source, which is left as it is."""
     copy = directory / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "node_modules", "data")
+    # Other processes may just be writing to some of these.
+    unwanted = (".*", "__pycache__", "build", "*.egg-info", "node_modules", "data")
+    ignored = shutil.ignore_patterns(*unwanted)
     shutil.copytree(source, copy, ignore=ignored)
     build = ["wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run(
