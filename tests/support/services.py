@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import psutil  # type: ignore[import-untyped]
-import psycopg2
 from sqlalchemy import text
 
 from server.storage.connection import Engine, connected
 from server.storage.embedded import EmbeddedPostgres
 from tests.support.commands import fork_command
+from tests.support.database import WAITING_LOCKS, Database
 
 ROOT = Path(__file__).parents[2]
 _PLACES = re.compile(r"HTTP  http://localhost:(\d+)\n  gRPC  localhost:(\d+)\n")
@@ -95,13 +95,8 @@ class Service:
 
     def is_waiting_for_lock(self) -> bool:
         """Whether a commit, or another query of the database, has begun and waits for a table."""
-        with closing(psycopg2.connect(self.database_url)) as connection:
-            cursor = connection.cursor()
-            cursor.execute(
-                "SELECT count(*) FROM pg_locks JOIN pg_database here ON here.oid = database"
-                " WHERE NOT granted AND datname = current_database()"
-            )
-            return cursor.fetchone() != (0,)
+        waiting = f"SELECT count(*) FROM {WAITING_LOCKS}"
+        return Database(self.database_url).query(waiting) != [(0,)]
 
     def stop(self) -> int:
         """Send SIGTERM and return the exit status."""
