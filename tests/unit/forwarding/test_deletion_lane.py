@@ -141,7 +141,6 @@ FAILURES = {
     [(PROVIDERS[number % 2], script) for number, script in enumerate(FAILURES.values())],
     ids=FAILURES,
 )
-@pytest.mark.usefixtures("quick")
 def test_a_deletion_that_fails_is_asked_again(
     deletions: DeletionBench,
     person: Person,
