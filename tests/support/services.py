@@ -27,6 +27,8 @@ from tests.support.database import WAITING_LOCKS, Database
 
 ROOT = Path(__file__).parents[2]
 _PLACES = re.compile(r"HTTP  http://localhost:(\d+)\n  gRPC  localhost:(\d+)\n")
+# Beside two other services that start on two cores, a start was seen to take half a minute.
+_START_SECONDS = 180.0
 # Of the harnesses that tests run: a busy machine must not fail a test.
 _PATIENCE = 4
 _METRICS_PLACE = re.compile(r"  metrics  http://localhost:(\d+)/metrics\n")
@@ -171,7 +173,7 @@ def running_service(settings: Mapping[str, str], root: Path = ROOT) -> Iterator[
             )
         service = Service(process, settings, output, log)
         try:
-            wait_until(service.is_ready)
+            wait_until(service.is_ready, _START_SECONDS)
             yield service
             if process.poll() is None:
                 service.stop()
