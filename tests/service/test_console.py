@@ -90,16 +90,25 @@ def test_large_events_are_listed_in_brief(tenant: Tenant) -> None:
 def test_a_searched_event_is_shown_whole_with_its_fate(tenant: Tenant) -> None:
     """An event is found by its id, and by its whole key, as it was sent and where it is."""
     event = make_event(tenant, **{"event.sequence": 2**63 - 1, "metadata": {"deep": [1, {"a": 2}]}})
+    month = f"events_{datetime.now(UTC):%Y_%m}"
+    wait_until(lambda: has_table(tenant, month))  # which a service adds when it has started
     tenant.post_events([event])
     names = {"id": event["event_id"]}
     key = {"project": tenant.project.id, "at": event["event.timestamp"]}
     for parameters in (names, names | key):
         [found] = read_json(tenant.service, "/event", **parameters)["stored"]
         assert found["event"] == event
-        assert found["partition"] == f"events_{datetime.now(UTC):%Y_%m}"
+        assert found["partition"] == month
         assert found["forwarding"] == []
     other = {**names, "project": tenant.project.id, "at": "2024-01-15T10:30:00Z"}
     assert ask_console(tenant.service, spell("/event", **other)).status == 404
+
+
+def has_table(tenant: Tenant, name: str) -> bool:
+    """Return whether the database has a table of this name."""
+    with tenant.database.cursor() as cursor:
+        cursor.execute("SELECT to_regclass(%s)", [name])
+        return cursor.fetchone() != (None,)
 
 
 def test_rejected_events_are_grouped_by_their_reasons(tenant: Tenant) -> None:

@@ -44,6 +44,8 @@ def tenant(
     settings = {"DATABASE_URL": create_migrated()} | providers
     with running_service(settings) as service, open_tenant(service) as tenant:
         wait_until(lambda: query(tenant, "SELECT 1 FROM forward_history") != [])
+        month = f"SELECT to_regclass('events_{NOW:%Y_%m}')"
+        wait_until(lambda: query(tenant, month) != [(None,)])  # which a starting service adds
         yield tenant
 
 

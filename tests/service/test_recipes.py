@@ -77,7 +77,7 @@ def check(tenant: Tenant, event_id: str, start: Callable[[str], "subprocess.Pope
     The rate is exhausted for some seconds when the program starts.
     """
     slow_one = limited(tenant, event_rate=20)
-    assert slow_one.post_events(slow_one.make_events(250)) == accepted(250)
+    assert slow_one.post_events(slow_one.make_events(400)) == accepted(400)
     size = tenant.service.log.stat().st_size
     process = start(slow_one.project.key)
     output, errors = process.communicate(timeout=SECONDS)
