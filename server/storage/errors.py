@@ -78,6 +78,8 @@ ERROR_KINDS = (*_KINDS.values(), OTHER_ERROR)
 OnError = Callable[[str], None]
 
 _PLACE_OF_ROW = re.compile(r'[^"\n]*\(\d+,\d+\)')
+# Whatever the quotes of a language look like.
+_QUOTED_NAME = re.compile(r"[^\w\s]\w.*?[^\w\s]")
 _CONFLICTS = (
     driver_errors.DeadlockDetected,
     driver_errors.SerializationFailure,
@@ -169,8 +171,13 @@ def _lost_its_partition(cause: BaseException | None) -> bool:
     """
     return isinstance(cause, driver_errors.CheckViolation) and (
         (cause.diag.table_name == "events_default" and not cause.diag.constraint_name)
-        or _came_from_node(cause)
+        or (_came_from_node(cause) and _names_no_constraint(cause))
     )
+
+
+def _names_no_constraint(cause: driver_errors.CheckViolation) -> bool:
+    """Return whether the message has one name alone, that of the table."""
+    return len(_QUOTED_NAME.findall(cause.diag.message_primary or "")) == 1
 
 
 def _came_from_node(cause: driver_errors.CheckViolation) -> bool:

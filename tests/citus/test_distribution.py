@@ -9,7 +9,7 @@ from server.storage import distribution
 from server.storage.citus import is_distributed
 from server.storage.connection import Engine, connected, open_engine
 from server.storage.distribution import distribute, find_undone
-from server.storage.errors import DatabaseError
+from server.storage.errors import DatabaseError, Refused
 from server.storage.events import EventStore
 from server.storage.migrate import migrate
 from tests.citus.borrowing import borrow
@@ -72,6 +72,15 @@ def test_checking_a_distribution_changes_nothing(url: str, engine: Engine) -> No
         assert not is_distributed(connection)
     assert run_command("distribute", "--shards", "4", settings=settings).returncode == 0
     assert run_command("distribute", "--check", settings=settings).returncode == 0
+
+
+def test_a_check_on_the_nodes_refuses_its_own_data(engine: Engine) -> None:
+    """What a constraint of an operator's forbids is refused at once, and not tried again."""
+    list(distribute(engine, 4))
+    with connected(engine) as connection:
+        connection.exec_driver_sql("ALTER TABLE events ADD CHECK (event_name <> 'odd')")
+    with pytest.raises(Refused), connected(engine) as connection:
+        EventStore(ENCODER.columns).save(connection, [make_row("p", "e", event_name="odd")], 30)
 
 
 def test_only_the_coordinator_distributes(url: str, cluster: Cluster, engine: Engine) -> None:

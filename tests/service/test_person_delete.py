@@ -37,7 +37,7 @@ from tests.support.services import (
 KEY = "0123456789abcdef0123456789abcdef"
 USER = "žofie o'neill\"x <z@example.org>"
 LATER = """
-UPDATE person_deletions SET deleted_at = deleted_at - interval '1 hour'
+UPDATE person_deletions SET deleted_at = now() - interval '1 hour'
  WHERE project_id = %s RETURNING id
 """
 PAYLOADS = """
@@ -288,7 +288,7 @@ def test_others_are_delivered_once_while_a_person_is_deleted(
 def test_a_payload_being_sent_is_waited_for(database: PersonDatabase, project: str) -> None:
     """A payload under a lease is rewritten when the lease ends, and not before."""
     database.store([make_message(project, "own", user_id="u"), make_message(project, "other")])
-    lease = "lease = gen_random_uuid(), due_at = now() + interval '1 hour'"
+    lease = f"lease = '{uuid.uuid4()}', due_at = now() + interval '1 hour'"
     database.query(f"UPDATE outbox_deliveries SET {lease} WHERE provider = 'mixpanel'")
     counts = "SELECT event_count, count(*) FROM outbox_deliveries GROUP BY 1"
     waits: list[tuple[str, list[Any]]] = []
