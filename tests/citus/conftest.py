@@ -71,17 +71,34 @@ def cluster() -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def create_database(cluster: Cluster) -> Iterator[Callable[[], str]]:
+def names() -> list[str]:
+    """Return the names of the databases that the tests have made."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def create_database(cluster: Cluster, names: list[str]) -> Callable[[], str]:
     """Make empty databases on every node."""
-    names: list[str] = []
 
     def create() -> str:
         names.append(f"test_{uuid.uuid4().hex}")
         return cluster.create_database(names[-1])
 
-    yield create
-    for name in names:
+    return create
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _dropped_databases(
+    service: Service,  # noqa: ARG001 - its database is made before, and stays
+    cluster: Cluster,
+    names: list[str],
+) -> Iterator[None]:
+    """Remove the databases of each module at its end: each of them keeps connections open."""
+    kept = len(names)
+    yield
+    for name in names[kept:]:
         cluster.drop_database(name)
+    del names[kept:]
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +116,10 @@ def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
 
 
 @pytest.fixture(scope="session")
-def service(create_migrated: Callable[[], str]) -> Iterator[Service]:
+def service(
+    cluster: Cluster, create_migrated: Callable[[], str], names: list[str]
+) -> Iterator[Service]:
     """Provide a running service that all tests here share."""
     with running_service({"DATABASE_URL": create_migrated(), **console.SETTINGS}) as running:
         yield running
+    cluster.drop_database(names[0])
