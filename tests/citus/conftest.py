@@ -89,7 +89,7 @@ def create_database(cluster: Cluster, names: list[str]) -> Callable[[], str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _dropped_databases(
-    service: Service,  # noqa: ARG001 - its database is made before, and stays
+    shared_url: str,  # noqa: ARG001 - that is made before, and stays
     cluster: Cluster,
     names: list[str],
 ) -> Iterator[None]:
@@ -116,10 +116,15 @@ def create_migrated(create_database: Callable[[], str]) -> Callable[[], str]:
 
 
 @pytest.fixture(scope="session")
-def service(
-    cluster: Cluster, create_migrated: Callable[[], str], names: list[str]
-) -> Iterator[Service]:
+def shared_url(cluster: Cluster, create_migrated: Callable[[], str]) -> Iterator[str]:
+    """Return the database of the service that all tests here share."""
+    url = create_migrated()
+    yield url
+    cluster.drop_database(make_url(url).database or "")
+
+
+@pytest.fixture(scope="session")
+def service(shared_url: str) -> Iterator[Service]:
     """Provide a running service that all tests here share."""
-    with running_service({"DATABASE_URL": create_migrated(), **console.SETTINGS}) as running:
+    with running_service({"DATABASE_URL": shared_url, **console.SETTINGS}) as running:
         yield running
-    cluster.drop_database(names[0])
