@@ -85,10 +85,11 @@ def call(
 
 @contextmanager
 def locked(tenant: Tenant) -> Iterator[None]:
-    """Nothing can be stored while the context lasts."""
+    """Nothing can be stored while the context lasts; after it, the service does so again."""
     with closing(psycopg2.connect(tenant.service.database_url)) as connection:
         connection.cursor().execute("LOCK TABLE events IN ACCESS EXCLUSIVE MODE")
         yield
+    wait_until(lambda: tenant.post({"events": [tenant.make_event()]}).status == 202)
 
 
 def test_an_http_request_is_one_log_line(tenant: Tenant, request_id: str) -> None:
