@@ -66,7 +66,7 @@ class BodyGrammar:
 
     def _compress(self) -> Case:
         events = self._make_events(self._counted)
-        body = gzip.compress(encode_batch(events), 1)
+        body = gzip.compress(encode_batch(events), 1, mtime=0)
         return Case(encode_post(body, self._counted.key, _GZIP), (202,), len(events), -1)
 
     def _splice_text(self) -> Case:
@@ -82,7 +82,7 @@ class BodyGrammar:
         return Case(encode_post(body, self._other.key), (202, 400))
 
     def _damage_gzip(self) -> Case:
-        body = gzip.compress(encode_batch(self._make_events(self._other)), 1)
+        body = gzip.compress(encode_batch(self._make_events(self._other)), 1, mtime=0)
         return Case(encode_post(damage(body, self._random), self._other.key, _GZIP), (202, 400))
 
     def _shape(self) -> Case:
