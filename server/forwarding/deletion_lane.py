@@ -45,7 +45,7 @@ _REFUSED_SECONDS = 300.0
 # A job takes days.
 _CHECK_SECONDS = 6 * 3600.0
 _LONGEST_JOB = timedelta(days=60)
-# What was delivered a moment ago may not be known there yet.
+# The provider may not know yet whose events were delivered a moment ago.
 _UNKNOWN_SECONDS = 900.0
 _LONGEST_UNKNOWN = timedelta(hours=1)
 _LOG_SECONDS = 60.0

@@ -7,7 +7,7 @@ from server.forwarding.http_client import Transport
 from server.forwarding.lane_health import LaneHealth
 from server.forwarding.providers.provider import Answer, Decision, NoAnswer, Provider, Request
 
-# What is in flight when the forwarder is to stop may still be answered for so long.
+# How long to wait for an answer once the forwarder is to stop.
 _STOP_GRACE_SECONDS = 5.0
 
 

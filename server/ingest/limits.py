@@ -9,7 +9,7 @@ from server.ingest.buckets import SECOND, BucketTable
 
 
 class Allowance(NamedTuple):
-    """What a caller may still send at once, of a limit for each window of `seconds`."""
+    """A limit for each window of `seconds`, and how much of it is left to a caller."""
 
     name: str
     unit: str

@@ -1,4 +1,4 @@
-"""What a worker knows of a project's quota, and how it shares that out. All in memory."""
+"""A worker's part of a project's quota, and how requests get theirs. All in memory."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -10,8 +10,8 @@ from server.errors import ResourceExhausted
 from server.ingest.limits import Allowance
 from server.storage.quotas import Change, Standing
 
-# A block is this share of a quota, or so many events if that is more. Near the end it is a share of
-# what is left, so that the last events are not in the hands of a worker that needs none.
+# A block is a five-hundredth of a quota, or 100 events if that is more; near the end, an eighth
+# of what is left, so that the last events are not in the hands of a worker that needs none.
 _BLOCK_SHARE, _BLOCK_EVENTS, _END_SHARE = 500, 100, 8
 # How long the database's word is believed.
 BELIEVED_SECONDS = 10.0
@@ -34,7 +34,7 @@ class Account:
         self.has_spent = self.was_asked = True
 
     def has(self, count: int, now: float) -> bool:
-        """Return whether so many events may be spent at once."""
+        """Return whether `count` events may be spent at once."""
         if not self.standings:  # the quota was removed
             return now < self.ends_at
         return now < self.ends_at and not self.waiting and count <= self.left
@@ -159,7 +159,7 @@ class Grant:
 
 
 class Choice(NamedTuple):
-    """How many events to take from the database, and who gets what was asked for."""
+    """The number of events to take from the database, and the grants that are served."""
 
     taken: int
     served: Collection[Grant]

@@ -31,7 +31,7 @@ def is_distributed(connection: Connection) -> bool:
     )
 
 
-def asks_distributed(cursor: Cursor) -> bool:
+def has_distributed_events(cursor: Cursor) -> bool:
     """Return whether the events are on several nodes, if the database has Citus's catalog."""
     cursor.execute(_IS_DISTRIBUTED)
     return cursor.fetchone() == (True,)
@@ -51,5 +51,5 @@ def bound_locks(connection: Connection) -> None:
 
 
 def measure_pages(connection: Connection, partition: str | None = None) -> int:
-    """Return how many pages the longest shard of a partition has at the most, or that of all."""
+    """Return the pages of the largest shard of one partition, or of all partitions."""
     return int(connection.scalar(_MEASURE_SHARDS, {"name": partition}) or 0)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from server import failpoints
 from server.events.copy_rows import COPY_OPTIONS, Row
-from server.storage.citus import HAS_CATALOG, asks_distributed
+from server.storage.citus import HAS_CATALOG, has_distributed_events
 from server.storage.connection import (
     KEEPALIVES,
     SEARCH_PATH,
@@ -148,7 +148,7 @@ class EventStore:
             cursor.execute(_ASK)
             level, has_catalog = cursor.fetchone() or (_LEVEL, False)
             level = _STRONGER_LEVEL if level == _STRONGER_LEVEL else _LEVEL
-            self._server = _Server(level, has_catalog and asks_distributed(cursor))
+            self._server = _Server(level, has_catalog and has_distributed_events(cursor))
             self._server_of, self._server_until = cursor.connection, self._clock() + _ASK_SECONDS
         return self._server
 

@@ -1,4 +1,4 @@
-"""What is to be watched of projects: keys about to end, and how much of the quotas is used."""
+"""Watches over projects: which keys are about to end, and how much of the quotas is used."""
 
 from collections.abc import Sequence
 from contextlib import suppress

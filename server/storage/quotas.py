@@ -13,7 +13,7 @@ from server.caller import Quota
 
 # A quota is near its end once this share of it is used.
 NEAR_END = 0.8
-# How long it is known what was used, and how many quotas are shown to whoever watches.
+# For how many days the use of a quota is kept, and how many quotas the metrics show at most.
 _KEPT_DAYS = 400
 _MAX_WATCHED = 200
 

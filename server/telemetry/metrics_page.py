@@ -98,7 +98,7 @@ def _describe_histogram(name: str, metric: Metric, sums: Sums) -> HistogramMetri
 
 
 class Projects(Protocol):
-    """Tells what is to be watched of projects."""
+    """Tells how many keys are about to end, and how much of the quotas is used."""
 
     def count_ending(self) -> int | None:
         """Return how many keys are about to end, or None if that is not known."""

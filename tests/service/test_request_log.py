@@ -19,6 +19,7 @@ from server.caller import Caller
 from server.ingest.request_record import RequestRecord, RequestRecorder
 from server.telemetry.request_log import RequestLog
 from tests.support.clients import Tenant, bind_ingest, encode_request, open_tenant, send
+from tests.support.clock import Clock
 from tests.support.events import to_message
 from tests.support.services import Service, ask, running_service, wait_until
 
@@ -368,16 +369,6 @@ def test_database_errors_are_logged_without_the_row(
     assert SECRET not in tenant.service.log.read_text()
 
 
-class Clock:
-    """Stands still unless it is told."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now
-
-
 def finish_request(recorder: RequestRecorder, status: int | str) -> RequestRecord:
     """Return a request that ends at once."""
     record = recorder.begin("http", "/v1/events")
@@ -387,7 +378,7 @@ def finish_request(recorder: RequestRecorder, status: int | str) -> RequestRecor
 
 def test_sampled_out_log_lines_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     """A level gets its lines of each second; what it leaves out is counted in its next line."""
-    clock = Clock()
+    clock = Clock(0.0)
     recorder = RequestRecorder((RequestLog(3),), clock)
     with caplog.at_level(logging.INFO):
         for status in (202, 503, 202, "OK", 401, "UNAVAILABLE", 202):
@@ -415,7 +406,7 @@ def test_sampled_out_log_lines_are_counted(caplog: pytest.LogCaptureFixture) -> 
 
 def test_requests_are_not_counted_below_the_log_level(caplog: pytest.LogCaptureFixture) -> None:
     """Where INFO is off, requests that went well are neither written nor counted."""
-    recorder = RequestRecorder((RequestLog(1),), Clock())
+    recorder = RequestRecorder((RequestLog(1),), Clock(0.0))
     with caplog.at_level(logging.WARNING):
         for status in (202, "OK", 400, "INTERNAL"):
             finish_request(recorder, status)
@@ -454,7 +445,7 @@ def test_only_short_harmless_request_ids_are_taken_over(sent: str) -> None:
 
 def test_logged_durations_cover_only_what_happened() -> None:
     """The parts of a request follow each other; of what it did not come to, there is none."""
-    clock = Clock()
+    clock = Clock(0.0)
     whole, refused = (
         RequestRecorder((), clock).begin("grpc", "a/B"),
         RequestRecorder((), clock).begin("http", "/v1/events"),

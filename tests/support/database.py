@@ -1,15 +1,16 @@
 """A database into which a test puts what the service would."""
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
+from sqlalchemy import event
 
 from productgraph.v1.event_pb2 import Event
 from server.forwarding.providers.provider import CURRENT_MAPPING_VERSION
-from server.storage.connection import connected, open_engine
+from server.storage.connection import Engine, connected, open_engine
 from server.storage.events import EventStore
 from server.storage.outbox import Outbox
 from tests.support.events import ENCODER, encode_message
@@ -42,3 +43,17 @@ class Database:
         outbox = Outbox(PROVIDERS, CURRENT_MAPPING_VERSION)
         with connected(open_engine(self.url)) as connection:
             EventStore(ENCODER.columns, outbox.statements_for).save(connection, rows, 10)
+
+
+@contextmanager
+def noted_statements(engine: Engine, word: str) -> Iterator[list[str]]:
+    """Note the statements with this word that run in the context."""
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if word in statement:
+            seen.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield seen
+    event.remove(engine, "before_cursor_execute", note)

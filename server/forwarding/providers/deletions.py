@@ -14,7 +14,7 @@ from server.forwarding.providers.provider import Answer, Request
 
 @dataclass(frozen=True)
 class Ruling:
-    """What an answer says of a deletion: its state, more about that, and the provider's job."""
+    """A deletion as an answer describes it: its state, a detail of that, and the provider's job."""
 
     state: str
     detail: str = ""

@@ -18,6 +18,7 @@ from server.forwarding.answers import hide_secrets, quote_answer, quote_reason
 from server.forwarding.lane_health import LaneHealth
 from server.forwarding.providers.amplitude import Amplitude
 from server.forwarding.providers.provider import Answer, Decision, NoAnswer
+from tests.support.clock import Clock
 from tests.support.events import make_message
 from tests.support.forwarding import SECRET, Bench, make_events
 from tests.support.provider_servers import HTML, Reply, Script
@@ -79,16 +80,6 @@ def test_reasons_keep_the_names_of_fields() -> None:
 def test_hidden_secrets_may_be_empty() -> None:
     """A provider without a credential hides nothing."""
     assert hide_secrets("text", ["", "ex"]) == "t…t"
-
-
-class Clock:
-    """A clock that a test sets."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now
 
 
 FAILED, DONE = Decision(retry={0: 0.0}), Decision(done=frozenset({0}))

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 from server.config import InvalidSetting, TlsFiles
 from server.grpc.certificates import CertificateSource, read_certificates
 from tests.support.clients import bind_ingest
+from tests.support.clock import Clock
 from tests.support.projects import Project, create_project
 from tests.support.services import Service, run_command, running_service, wait_until
 
@@ -203,20 +204,9 @@ def test_a_broken_renewal_keeps_the_old_certificate(secured: Secured) -> None:
     wait_until(lambda: read_shown(secured.service) != shown)
 
 
-class Clock:
-    """Seconds that pass when they are told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now
-
-
 def test_certificate_files_are_checked_once_a_second(tmp_path: Path) -> None:
     """However many connect, the files are looked at once a second, and read where they changed."""
-    clock, files = Clock(), write_certificate(tmp_path)
+    clock, files = Clock(0.0), write_certificate(tmp_path)
     os.utime(files.chain, (0, 0))  # or the next one may have the same time, in a coarse clock
     source = CertificateSource(files, clock)
     write_certificate(tmp_path)
@@ -232,7 +222,7 @@ def test_certificate_files_are_checked_once_a_second(tmp_path: Path) -> None:
 
 def test_a_relinked_certificate_is_a_change(tmp_path: Path) -> None:
     """A link that comes to point elsewhere, as Kubernetes mounts secrets, is a change."""
-    clock, current = Clock(), tmp_path / "current"
+    clock, current = Clock(0.0), tmp_path / "current"
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         write_certificate(tmp_path / name)

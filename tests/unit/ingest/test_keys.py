@@ -6,12 +6,11 @@ import string
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import event, text
+from sqlalchemy import text
 
 from server.caller import Caller
 from server.errors import Unauthenticated, Unavailable
@@ -34,6 +33,8 @@ from server.storage.keys import (
     replace_key,
     revoke_key,
 )
+from tests.support.clock import Clock
+from tests.support.database import noted_statements
 from tests.support.services import wait_until
 
 # The service promises to refuse a revoked key after so long.
@@ -44,26 +45,8 @@ REFRESH_SECONDS = 10
 @pytest.fixture
 def queries(engine: Engine) -> Iterator[list[str]]:
     """Provide the statements about keys that ran during a test."""
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "api_keys" in statement:
-            seen.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield seen
-    event.remove(engine, "before_cursor_execute", note)
-
-
-class Clock:
-    """A clock that stands still unless it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now
+    with noted_statements(engine, "api_keys") as seen:
+        yield seen
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from server.ingest.group_commit import Writer
 from server.ingest.ingestion import Ingestion
 from server.ingest.service import IngestService
 from tests.support.clients import encode_request
+from tests.support.clock import Clock
 from tests.support.events import to_message
 
 TIMEOUT_SECONDS = 5.0
@@ -97,16 +98,6 @@ def test_a_body_of_just_enough_values_is_read() -> None:
     assert len(parse_document(body).value) == MAX_VALUES
 
 
-class Clock:
-    """Stands still until it is set."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        """Return the time, in seconds."""
-        return self.now
-
-
 class Storage:
     """Stands in for the writer: all is stored at once."""
 
@@ -122,7 +113,7 @@ class Storage:
 @pytest.fixture
 def clock() -> Clock:
     """Return the clock of a test."""
-    return Clock()
+    return Clock(100.0)
 
 
 def test_deadline_counts_from_arrival(clock: Clock) -> None:
@@ -178,7 +169,7 @@ class RunningClock(Clock):
 )
 def test_looking_through_a_body_ends_at_its_deadline(body: bytes) -> None:
     """A body of millions of texts is not looked through to its end if its time is over before."""
-    clock = RunningClock()
+    clock = RunningClock(100.0)
     with pytest.raises(Unavailable):
         JsonCodec(EVENT_SCHEMA).parse_batch(body, Deadline(clock.now + 3, clock))
     assert clock.now < 100 + 3.5

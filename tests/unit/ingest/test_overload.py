@@ -14,20 +14,11 @@ from server.events.copy_rows import Row
 from server.ingest.group_commit import Writer
 from server.storage.connection import GuardedConnection
 from server.storage.events import EventStore
+from tests.support.clock import Clock
 
 SECONDS = 5.0
 BYTES_PER_SECOND = 100_000
 BATCH_BYTES = 50_000
-
-
-class Clock:
-    """Goes on only when something is stored."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        """Return the time, in seconds."""
-        return self.now
 
 
 class SlowStore:
@@ -72,7 +63,7 @@ class StandingLink:
 @pytest.fixture
 def clock() -> Clock:
     """Return the clock of writer and store."""
-    return Clock()
+    return Clock(100.0)
 
 
 @pytest.fixture

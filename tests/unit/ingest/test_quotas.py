@@ -7,12 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import date
 from itertools import count
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import event, text
+from sqlalchemy import text
 
 from server.caller import Caller, Quota
 from server.deadline import NEVER, Deadline
@@ -25,22 +25,13 @@ from server.storage.connection import Engine, GuardedConnection, connected, open
 from server.storage.health import Watchdog
 from server.storage.keys import create_key, digest_key, find_callers
 from server.storage.quotas import Change, Standing, list_shares, list_standings, set_quota
+from tests.support.clock import Clock
+from tests.support.database import noted_statements
 from tests.support.services import wait_for, wait_until
 
 NUMBERS = count()
 BELIEVED_SECONDS = IDLE_SECONDS = 10
 DAY = 86_400
-
-
-class Clock:
-    """A clock that stands still unless it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now
 
 
 @pytest.fixture
@@ -59,15 +50,8 @@ def open_worker(engine: Engine, clock: Clock) -> Iterator[Callable[[], Quotas]]:
 @pytest.fixture
 def queries(engine: Engine) -> Iterator[list[str]]:
     """Provide the statements about quotas that ran during a test."""
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "quota" in statement:
-            seen.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield seen
-    event.remove(engine, "before_cursor_execute", note)
+    with noted_statements(engine, "quota") as seen:
+        yield seen
 
 
 def give(engine: Engine, project: str = "", **limits: int) -> str:
