@@ -25,7 +25,9 @@ from server.storage.checkup import (
     keeps_transactions_whole,
     read_facts,
 )
-from server.storage.connection import connected
+from server.storage.citus import is_coordinator
+from server.storage.connection import Connection, connected
+from server.storage.distribution import find_undone, has_extension
 from server.storage.errors import DatabaseError
 from server.storage.indexes import count_missing_indexes
 from server.storage.keys import ApiKey, list_keys
@@ -86,11 +88,25 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
             facts, lacking = read_facts(connection), find_missing_rights(connection)
             keys = list_keys(connection)
             missing = count_missing_indexes(connection)
+            nodes = _look_at_nodes(connection)
     yield _judge_rights(facts, lacking, embedded=settings.database_url is None)
     yield from _judge(facts)
     remedy = f"run migrate: {missing} partitions lack the index on received_at" if missing else None
     yield Finding("indexes", remedy, "built")
+    yield from nodes
     yield _look_at_keys(keys)
+
+
+def _look_at_nodes(connection: Connection) -> list[Finding]:
+    """Look at the distribution over the nodes of Citus, of which only the coordinator tells."""
+    if not (has_extension(connection) and is_coordinator(connection)):
+        return []
+    try:
+        undone = find_undone(connection)
+    except DatabaseError as error:
+        undone = [str(error)]
+    remedy = f"run distribute: {'; '.join(undone)}" if undone else None
+    return [Finding("nodes", remedy, "the tables are distributed")]
 
 
 def _try(name: str, check: Callable[[], bool]) -> Finding:
@@ -122,7 +138,8 @@ def _judge(facts: DatabaseFacts) -> Iterator[Finding]:
     oldest = facts.find_oldest_month()
     is_old = bool(oldest) and describe_month(str(oldest)) < datetime.now() - _LONG  # noqa: DTZ005
     remedy = f"run retention daily: {oldest} is still there"
-    yield Finding("retention", remedy if is_old else None, f"the oldest month is {oldest}")
+    found = f"the oldest month is {oldest}" if oldest else "no month has a partition yet"
+    yield Finding("retention", remedy if is_old else None, found)
 
 
 def _find_danger(facts: DatabaseFacts) -> str | None:

@@ -11,6 +11,7 @@ import click
 
 from server.cli.command import Failure, opened_engine, with_settings
 from server.config import Settings
+from server.storage.citus import check_coordinator
 from server.storage.connection import Connection, connected
 from server.storage.dead_events import count_old_dead, delete_old_dead
 from server.storage.errors import Conflict
@@ -62,6 +63,7 @@ def retention(settings: Settings, keep: timedelta, tries: int, dry_run: bool, ye
     cut = datetime.now(UTC) - keep
     with opened_engine(settings) as engine, connected(engine) as connection:
         with connection.begin():
+            check_coordinator(connection)
             partitions = list_expired_partitions(connection, cut)
         if yes:
             _delete(connection, partitions, cut, tries)

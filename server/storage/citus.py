@@ -7,6 +7,8 @@ tree of partitions. All other tables stay on the coordinator, and the other node
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import Connection, text
 
+from server.storage.errors import DatabaseError
+
 # A database without the extension has no such table, which a query must not name then.
 HAS_CATALOG = "to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
 _IS_DISTRIBUTED = """
@@ -38,8 +40,15 @@ def has_distributed_events(cursor: Cursor) -> bool:
 
 
 def is_coordinator(connection: Connection) -> bool:
-    """Return whether this node is the one that changes tables, in a database with Citus."""
-    return bool(connection.scalar(_IS_COORDINATOR))
+    """Return whether tables can be changed here: on one node of a cluster, and without Citus."""
+    has_catalog = connection.scalar(text(f"SELECT {HAS_CATALOG}"))
+    return not has_catalog or bool(connection.scalar(_IS_COORDINATOR))
+
+
+def check_coordinator(connection: Connection) -> None:
+    """Raise DatabaseError if tables can be changed on another node only."""
+    if not is_coordinator(connection):
+        raise DatabaseError("this node is not the coordinator: DATABASE_URL has to name that")
 
 
 def bound_locks(connection: Connection) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator
 
 from sqlalchemy import Connection, Engine, TextClause, text
 
-from server.storage.citus import is_coordinator, is_distributed
+from server.storage.citus import check_coordinator, is_distributed
 from server.storage.connection import connected
 from server.storage.errors import Conflict, DatabaseError, translated_errors
 
@@ -49,6 +49,11 @@ _ADD = text("SELECT citus_add_local_table_to_metadata(to_regclass(quote_ident(:n
 _BEGIN = "SET LOCAL lock_timeout = '5s'"
 
 
+def has_extension(connection: Connection) -> bool:
+    """Return whether the database has Citus, distributed or not."""
+    return bool(connection.scalar(_HAS_EXTENSION))
+
+
 def find_undone(connection: Connection) -> list[str]:
     """Return what is left to do, a line for each. Raises DatabaseError if there is no cluster."""
     _check_cluster(connection)
@@ -68,10 +73,9 @@ def find_undone(connection: Connection) -> list[str]:
 
 def _check_cluster(connection: Connection) -> None:
     """Raise DatabaseError unless this is the coordinator of a cluster whose nodes all answer."""
-    if not connection.scalar(_HAS_EXTENSION):
+    if not has_extension(connection):
         raise DatabaseError("the database has no Citus: CREATE EXTENSION citus on every node")
-    if not is_coordinator(connection):
-        raise DatabaseError("this node is not the coordinator: DATABASE_URL has to name that")
+    check_coordinator(connection)
     if not connection.scalar(_IS_KNOWN):
         raise DatabaseError(
             "the other nodes do not know the coordinator: SELECT citus_set_coordinator_host(…)"

@@ -5,7 +5,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, text
 
 from server.storage.checkup import keeps_transactions_whole
-from server.storage.citus import is_distributed
+from server.storage.citus import check_coordinator, is_distributed
 from server.storage.connection import answers_without_transaction, connected
 from server.storage.distribution import add_small_tables
 from server.storage.errors import DatabaseError
@@ -29,6 +29,7 @@ def migrate(engine: Engine) -> None:
     _check_pooler(engine)
     with connected(engine) as connection:
         _check_encoding(connection)
+        check_coordinator(connection)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         if _current_revision(connection) < _newest_revision():
             _upgrade(connection)

@@ -317,9 +317,7 @@ class PartitionKeeper(DatabaseThread):
 
     def _add_or_find_missing(self, connection: Connection) -> list[str]:
         """Add partitions, or return those that are missing if this account must not."""
-        if connection.scalar(_CAN_ADD) and (
-            not is_distributed(connection) or is_coordinator(connection)
-        ):
+        if connection.scalar(_CAN_ADD) and is_coordinator(connection):
             connection.commit()
             add_months(connection, self._today())
             return []

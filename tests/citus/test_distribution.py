@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.engine import make_url
 
 from server.storage import distribution
 from server.storage.citus import is_distributed
 from server.storage.connection import Engine, connected, open_engine
 from server.storage.distribution import distribute, find_undone
-from server.storage.errors import DatabaseError, Refused
+from server.storage.errors import Refused
 from server.storage.events import EventStore
 from server.storage.migrate import migrate
 from tests.citus.borrowing import borrow
@@ -83,12 +84,31 @@ def test_a_check_on_the_nodes_refuses_its_own_data(engine: Engine) -> None:
         EventStore(ENCODER.columns).save(connection, [make_row("p", "e", event_name="odd")], 30)
 
 
-def test_only_the_coordinator_distributes(url: str, cluster: Cluster, engine: Engine) -> None:
-    """A worker refuses, and says which address is needed."""
-    worker = cluster.workers[0].set(database=engine.url.database or url.rpartition("/")[2])
-    other = open_engine(worker.render_as_string(hide_password=False))
-    with pytest.raises(DatabaseError, match="not the coordinator"):
-        list(distribute(other, 4))
+@pytest.mark.parametrize(
+    "command", [["distribute"], ["migrate"], ["retention", "--keep", "90d"]], ids=" ".join
+)
+def test_only_the_coordinator_changes_tables(
+    command: list[str], cluster: Cluster, url: str, engine: Engine
+) -> None:
+    """On a worker each command says in one line which address is needed."""
+    list(distribute(engine, 4))
+    worker = cluster.workers[0].set(database=make_url(url).database)
+    settings = {"DATABASE_URL": worker.render_as_string(hide_password=False)}
+    done = run_command(*command, settings=settings)
+    wanted = "productgraph: this node is not the coordinator: DATABASE_URL has to name that\n"
+    assert (done.returncode, done.stderr) == (1, wanted)
+
+
+def test_the_doctor_tells_what_is_left_to_distribute(url: str, engine: Engine) -> None:
+    """It names the command while events are on one node, and no longer once that has run."""
+
+    def find_nodes() -> str:
+        lines = run_command("doctor", settings={"DATABASE_URL": url}).stdout.splitlines()
+        return next(line for line in lines if " nodes: " in line)
+
+    assert find_nodes() == "todo  nodes: run distribute: the table events is on one node"
+    list(distribute(engine, 4))
+    assert find_nodes() == "ok    nodes: the tables are distributed"
 
 
 def test_tables_of_later_versions_become_known_too(engine: Engine) -> None:

@@ -39,9 +39,9 @@ class Roles:
                 return cursor.fetchall() if cursor.description else []
 
 
-def run_roles(url: str) -> None:
+def run_roles(url: str, owner: str = OWNER) -> None:
     """Run scripts/deploy/roles.sql as it says of itself."""
-    variables = {"owner": OWNER, "role": ROLE, "password": "a ' password"}
+    variables = {"owner": owner, "role": ROLE, "password": "a ' password"}
     options = [word for name, text in variables.items() for word in ("-v", f"{name}={text}")]
     psql = _find_psql(read_settings({}))
     script = str(ROOT / "scripts/deploy/roles.sql")
