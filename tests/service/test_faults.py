@@ -54,8 +54,9 @@ HEALTH_MEDIAN_SECONDS, HEALTH_SECONDS = 1.0, 4.0
 REQUESTS = {"request"}
 OUTAGE = ["the database is unavailable", "the database is available again"]
 
-# Of a call whose worker is killed nobody knows whether it was stored; HTTP requests are sent again.
-LOST_CONNECTION = {"UNAVAILABLE"}
+# Of a call whose worker is killed nobody knows whether it was stored. HTTP requests are sent again,
+# and lost if the new connection waited for the same worker, too.
+LOST_CONNECTION = {"UNAVAILABLE", "ConnectionResetError", "BrokenPipeError"}
 
 
 @pytest.fixture(scope="module")
