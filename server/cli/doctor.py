@@ -25,9 +25,9 @@ from server.storage.checkup import (
     keeps_transactions_whole,
     read_facts,
 )
-from server.storage.citus import is_coordinator
+from server.storage.citus import can_change_tables, has_citus
 from server.storage.connection import Connection, connected
-from server.storage.distribution import find_undone, has_extension
+from server.storage.distribution import find_undone
 from server.storage.errors import DatabaseError
 from server.storage.indexes import count_missing_indexes
 from server.storage.keys import ApiKey, list_keys
@@ -99,7 +99,7 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
 
 def _look_at_nodes(connection: Connection) -> list[Finding]:
     """Look at the distribution over the nodes of Citus, of which only the coordinator tells."""
-    if not (has_extension(connection) and is_coordinator(connection)):
+    if not (has_citus(connection) and can_change_tables(connection)):
         return []
     try:
         undone = find_undone(connection)

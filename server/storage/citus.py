@@ -25,12 +25,14 @@ SELECT max(shard_size) / current_setting('block_size')::bigint FROM citus_shards
 _IS_COORDINATOR = text("SELECT groupid = 0 FROM pg_dist_local_group")
 
 
+def has_citus(connection: Connection) -> bool:
+    """Return whether the database has the extension, whether events are distributed or not."""
+    return bool(connection.scalar(text(f"SELECT {HAS_CATALOG}")))
+
+
 def is_distributed(connection: Connection) -> bool:
     """Return whether the events are on several nodes."""
-    return bool(
-        connection.scalar(text(f"SELECT {HAS_CATALOG}"))
-        and connection.scalar(text(_IS_DISTRIBUTED))
-    )
+    return has_citus(connection) and bool(connection.scalar(text(_IS_DISTRIBUTED)))
 
 
 def has_distributed_events(cursor: Cursor) -> bool:
@@ -39,15 +41,14 @@ def has_distributed_events(cursor: Cursor) -> bool:
     return cursor.fetchone() == (True,)
 
 
-def is_coordinator(connection: Connection) -> bool:
-    """Return whether tables can be changed here: on one node of a cluster, and without Citus."""
-    has_catalog = connection.scalar(text(f"SELECT {HAS_CATALOG}"))
-    return not has_catalog or bool(connection.scalar(_IS_COORDINATOR))
+def can_change_tables(connection: Connection) -> bool:
+    """Return whether tables can be changed here: on a cluster's coordinator, or without Citus."""
+    return not has_citus(connection) or bool(connection.scalar(_IS_COORDINATOR))
 
 
 def check_coordinator(connection: Connection) -> None:
     """Raise DatabaseError if tables can be changed on another node only."""
-    if not is_coordinator(connection):
+    if not can_change_tables(connection):
         raise DatabaseError("this node is not the coordinator: DATABASE_URL has to name that")
 
 

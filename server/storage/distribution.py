@@ -4,11 +4,10 @@ from collections.abc import Generator, Iterator
 
 from sqlalchemy import Connection, Engine, TextClause, text
 
-from server.storage.citus import check_coordinator, is_distributed
+from server.storage.citus import check_coordinator, has_citus, is_distributed
 from server.storage.connection import connected
 from server.storage.errors import Conflict, DatabaseError, translated_errors
 
-_HAS_EXTENSION = text("SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')")
 _IS_KNOWN = text("SELECT EXISTS (SELECT FROM pg_dist_node WHERE groupid = 0)")
 _COUNT_NODES = text("SELECT count(*) FROM pg_dist_node WHERE shouldhaveshards AND isactive")
 _FIND_AWAY = text("""
@@ -49,11 +48,6 @@ _ADD = text("SELECT citus_add_local_table_to_metadata(to_regclass(quote_ident(:n
 _BEGIN = "SET LOCAL lock_timeout = '5s'"
 
 
-def has_extension(connection: Connection) -> bool:
-    """Return whether the database has Citus, distributed or not."""
-    return bool(connection.scalar(_HAS_EXTENSION))
-
-
 def find_undone(connection: Connection) -> list[str]:
     """Return what is left to do, a line for each. Raises DatabaseError if there is no cluster."""
     _check_cluster(connection)
@@ -73,7 +67,7 @@ def find_undone(connection: Connection) -> list[str]:
 
 def _check_cluster(connection: Connection) -> None:
     """Raise DatabaseError unless this is the coordinator of a cluster whose nodes all answer."""
-    if not has_extension(connection):
+    if not has_citus(connection):
         raise DatabaseError("the database has no Citus: CREATE EXTENSION citus on every node")
     check_coordinator(connection)
     if not connection.scalar(_IS_KNOWN):

@@ -17,7 +17,7 @@ from datetime import UTC, date, datetime
 from sqlalchemy import Connection, text
 
 from server.errors import Unavailable
-from server.storage.citus import bound_locks, is_coordinator, is_distributed
+from server.storage.citus import bound_locks, can_change_tables, is_distributed
 from server.storage.connection import Engine, GuardedConnection, connected
 from server.storage.database_thread import DatabaseThread
 from server.storage.errors import (
@@ -316,8 +316,8 @@ class PartitionKeeper(DatabaseThread):
         return self._note_failure()
 
     def _add_or_find_missing(self, connection: Connection) -> list[str]:
-        """Add partitions, or return those that are missing if this account must not."""
-        if connection.scalar(_CAN_ADD) and is_coordinator(connection):
+        """Add partitions, or return those that are missing if they must not be added here."""
+        if connection.scalar(_CAN_ADD) and can_change_tables(connection):
             connection.commit()
             add_months(connection, self._today())
             return []

@@ -36,6 +36,10 @@ class Cluster:
     def _name(self, host: str, port: int) -> Url:
         return self._coordinator.set(host=host, port=port)
 
+    def name_on_worker(self, url: str) -> str:
+        """Return a worker's address of the database that the coordinator has at `url`."""
+        return _render(self.workers[0].set(database=make_url(url).database))
+
     def create_database(self, name: str) -> str:
         """Make an empty database on every node; return the coordinator's address of it."""
         for node in (*self.workers, self._coordinator):

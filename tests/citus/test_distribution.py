@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.engine import make_url
 
 from server.storage import distribution
 from server.storage.citus import is_distributed
@@ -92,9 +91,7 @@ def test_only_the_coordinator_changes_tables(
 ) -> None:
     """On a worker each command says in one line which address is needed."""
     list(distribute(engine, 4))
-    worker = cluster.workers[0].set(database=make_url(url).database)
-    settings = {"DATABASE_URL": worker.render_as_string(hide_password=False)}
-    done = run_command(*command, settings=settings)
+    done = run_command(*command, settings={"DATABASE_URL": cluster.name_on_worker(url)})
     wanted = "productgraph: this node is not the coordinator: DATABASE_URL has to name that\n"
     assert (done.returncode, done.stderr) == (1, wanted)
 

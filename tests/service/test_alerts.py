@@ -277,7 +277,7 @@ def provoke_bad_events(scene: Scene, note: Note) -> None:
             assert scene.post_new(1000, event_type="wrong") == 202
 
     def send_more() -> None:
-        # What a counter has when it is read first is no increase, however much it is.
+        # The first value of a counter is no increase to Prometheus, however large it is.
         limited.post({"events": tenant.make_events(50)})
         scene.post_new(5, event_type="wrong")
 
@@ -295,7 +295,7 @@ def provoke_silence(scene: Scene, note: Note) -> None:
         for number in range(4):
             events = [tenant.make_event({"event_id": f"{number} {n}"}) for n in range(900)]
             assert tenant.post({"events": events}).status == 202
-            time.sleep(2.0)  # of what comes at once, a new counter would show no increase
+            time.sleep(2.0)  # for the first value of a counter is no increase
     scene.prometheus.wait_for_alerts(["ProjectSilent"], note)
 
 
