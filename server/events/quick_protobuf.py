@@ -7,32 +7,20 @@ An event that this way does not take is read by protobuf_codec, with care; what 
 same row, except for the order of the entries of an object, which PostgreSQL does not keep.
 """
 
-import struct
 from collections.abc import Callable, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
 import orjson
-from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 from google.protobuf.message import DecodeError
 
 from productgraph.v1.event_pb2 import Event
 from server.events.copy_rows import QUOTED_EMPTY, Row, join_cells, new_row
 from server.events.derived_messages import derive_message
-from server.events.free_form import read_number
+from server.events.encoded_structs import UNREADABLE, NotPlain, keep_bytes, read_object
 from server.events.schema import Field, Kind, Schema
 from server.events.text_rules import TextRules
 from server.events.timestamps import format_moment, truncate_timestamp
-
-# The tags of the fields of Struct, its entries, ListValue and Value.
-_ENTRY, _KEY, _VALUE, _ELEMENT = 0x0A, 0x0A, 0x12, 0x0A
-_NUMBER, _TEXT, _OBJECT, _LIST = 0x11, 0x1A, 0x2A, 0x32
-_SIMPLE_VALUES = {b"\x08\x00": None, b"\x20\x00": False, b"\x20\x01": True}
-_DOUBLE = struct.Struct("<xd")
-
-
-class _NotPlain(Exception):
-    """The careful way must look at an event."""
 
 
 class QuickProtobufReader:
@@ -42,7 +30,7 @@ class QuickProtobufReader:
         self._keep_encoded = keep_encoded
         self._max_bytes = schema.max_bytes
         self._max_depth = schema.max_depth
-        self._parse: Callable[[bytes], Any] = derive_message(Event, "plain", _keep_bytes).FromString
+        self._parse: Callable[[bytes], Any] = derive_message(Event, "plain", keep_bytes).FromString
         texts, numbers = schema.of_kind(Kind.TEXT), schema.of_kind(Kind.INTEGER, Kind.LONG)
         self._texts, self._numbers = _get_all(texts), _get_all(numbers)
         self._objects = _get_all(schema.of_kind(Kind.OBJECT))
@@ -61,7 +49,7 @@ class QuickProtobufReader:
             return None
         try:
             return self._make_row(self._parse(encoded), encoded, project_id)
-        except (_NotPlain, DecodeError, IndexError, ValueError, struct.error):
+        except (*UNREADABLE, DecodeError):
             return None
 
     def _make_row(self, event: Any, encoded: bytes, project_id: str) -> Row | None:
@@ -95,19 +83,11 @@ class QuickProtobufReader:
 
     def _write_object(self, sent: Sequence[bytes]) -> str:
         if len(sent) > 1:
-            raise _NotPlain
-        written = orjson.dumps(_read_object(sent[0], self._max_depth))
+            raise NotPlain
+        written = orjson.dumps(read_object(sent[0], self._max_depth))
         if rb"\u0000" in written:
-            raise _NotPlain
+            raise NotPlain
         return written.decode()
-
-
-def _keep_bytes(field: FieldDescriptorProto) -> None:
-    """Make an object the bytes that are sent for it; several if it is sent in parts."""
-    if field.type_name == ".google.protobuf.Struct":
-        field.type = field.TYPE_BYTES
-        field.label = field.LABEL_REPEATED
-        field.ClearField("type_name")
 
 
 def _get_all(fields: Sequence[Field]) -> Callable[[Any], tuple[Any, ...]]:
@@ -121,66 +101,3 @@ def _cut_time(encoded: bytes, nanos: int) -> bytes:
     event = Event.FromString(encoded)
     truncate_timestamp(event.event_timestamp)
     return event.SerializeToString()
-
-
-def _read_object(data: bytes, depth: int) -> dict[str, Any]:
-    """Return the object that a Struct holds, of at most `depth` levels."""
-    if not depth:
-        raise _NotPlain
-    found: dict[str, Any] = {}
-    for entry in _split(data, _ENTRY):
-        size, start = (entry[1], 2) if entry[1] < 128 else _read_size(entry, 1)
-        end = start + size
-        if entry[0] != _KEY or entry[end] != _VALUE:
-            raise _NotPlain
-        found[entry[start:end].decode()] = _read_value(_read_rest(entry, end + 1), depth)
-    return found
-
-
-def _read_value(data: bytes, depth: int) -> Any:
-    kind = data[0]
-    if kind == _TEXT:
-        return _read_rest(data, 1).decode()
-    if kind == _NUMBER:
-        return read_number(*_DOUBLE.unpack(data))
-    if data in _SIMPLE_VALUES:
-        return _SIMPLE_VALUES[data]
-    if kind == _OBJECT:
-        return _read_object(_read_rest(data, 1), depth - 1)
-    if kind == _LIST and depth > 1:
-        parts = _split(_read_rest(data, 1), _ELEMENT)
-        return [_read_value(part, depth - 1) for part in parts]
-    raise _NotPlain
-
-
-def _split(data: bytes, tag: int) -> list[bytes]:
-    """Return the fields of a message that has no others than of one tag, each behind its size."""
-    parts = []
-    at, end = 0, len(data)
-    while at < end:
-        if data[at] != tag:
-            raise _NotPlain
-        size, start = (data[at + 1], at + 2) if data[at + 1] < 128 else _read_size(data, at + 1)
-        at = start + size
-        parts.append(data[start:at])
-    if at > end:
-        raise _NotPlain
-    return parts
-
-
-def _read_rest(data: bytes, at: int) -> bytes:
-    """Return what follows a size, and must be as large."""
-    size, start = (data[at], at + 1) if data[at] < 128 else _read_size(data, at)
-    if start + size != len(data):
-        raise _NotPlain
-    return data[start:]
-
-
-def _read_size(data: bytes, at: int) -> tuple[int, int]:
-    """Return a size of more than one byte, and the position after it."""
-    size = data[at] & 127 | (data[at + 1] & 127) << 7
-    if data[at + 1] < 128:
-        return size, at + 2
-    if data[at + 2] > 127:
-        raise _NotPlain  # larger than any event
-    return size | data[at + 2] << 14, at + 3

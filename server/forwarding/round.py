@@ -15,7 +15,6 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from zlib import crc32
 
-from productgraph.v1.event_pb2 import Event
 from server.events.event_order_pb2 import EventOrder
 from server.forwarding.answers import hide_secrets
 from server.forwarding.backoff import backoff_seconds
@@ -112,8 +111,8 @@ def _map_item(item: Item, provider: Provider) -> MappedItem | None:
     """Map an event; bury one that cannot be mapped, and return None."""
     delivery = item.outcome.delivery
     try:
-        event = Event.FromString(delivery.events[item.position])
-        return MappedItem(item, provider.encode_event(event, delivery.mapping_version))
+        encoded = delivery.events[item.position]
+        return MappedItem(item, provider.encode_event(encoded, delivery.mapping_version))
     except Exception:  # noqa: BLE001 - one event must not hold up all those behind it
         _log.exception("an event cannot be mapped", extra={"provider": provider.name})
         item.bury(Death("cannot be mapped, see the log", ""))

@@ -3,25 +3,17 @@
 https://amplitude.com/docs/apis/analytics/batch-event-upload
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from productgraph.v1.event_pb2 import Event
 from server.config import AMPLITUDE
 from server.forwarding.providers.mapping import (
+    VERSIONS,
     Limits,
-    NameItem,
-    ReadProperties,
-    cut_name,
-    find_free_name,
     fit_id,
-    fit_items,
-    map_event,
-    read_properties_1,
-    read_properties_2,
+    read_event,
 )
 from server.forwarding.providers.provider import (
     Answer,
@@ -65,9 +57,23 @@ class Amplitude:
         self.secrets: tuple[str, ...] = (api_key,)
         self._head = b'{"api_key":%s,%s,"events":[' % (orjson.dumps(api_key), _OPTIONS)
 
-    def encode_event(self, event: Event, version: int) -> bytes:
+    def encode_event(self, encoded: bytes, version: int) -> bytes:
         """Return an object of `events`; raises KeyError for an unknown version."""
-        return _ENCODERS[version](event)
+        map_properties = VERSIONS[version]
+        event = read_event(encoded)
+        user = {"user_id": name_user(event.user_id)} if event.user_id else {}
+        return orjson.dumps(
+            {
+                "event_type": event.name[: _LIMITS.max_text],
+                **user,
+                "device_id": fit_id(event.device_id, _MAX_ID_BYTES),
+                "time": event.time,
+                # Amplitude wants the time at which the session began, which no event tells.
+                "session_id": -1,
+                "insert_id": event.insert_id,
+                "event_properties": map_properties(event, {}, _LIMITS),
+            }
+        )
 
     def build_request(self, payloads: Sequence[bytes]) -> Request:
         """Return one batch, not compressed: Amplitude documents no compression."""
@@ -92,33 +98,6 @@ class Amplitude:
 def name_user(user_id: str) -> str:
     """Return the `user_id` by which Amplitude knows a user."""
     return fit_id(user_id, _MAX_ID_BYTES)
-
-
-def _encode_event(event: Event, read_properties: ReadProperties, name_item: NameItem) -> bytes:
-    mapped = map_event(event, read_properties)
-    user = {"user_id": name_user(mapped.user_id)} if mapped.user_id else {}
-    return orjson.dumps(
-        {
-            "event_type": mapped.name[: _LIMITS.max_text],
-            **user,
-            "device_id": fit_id(mapped.device_id, _MAX_ID_BYTES),
-            "time": mapped.time,
-            # Amplitude wants the time at which the session began, which no event tells.
-            "session_id": -1,
-            "insert_id": mapped.insert_id,
-            "event_properties": fit_items(mapped.properties.items(), _LIMITS, name_item),
-        }
-    )
-
-
-_ENCODERS: Mapping[int, Callable[[Event], bytes]] = {
-    1: partial(_encode_event, read_properties=read_properties_1, name_item=cut_name),
-    2: partial(
-        _encode_event,
-        read_properties=partial(read_properties_2, max_text=_LIMITS.max_text),
-        name_item=find_free_name,
-    ),
-}
 
 
 def _decide_ingested(report: Mapping[str, Any], count: int, retry_after: float) -> Decision:

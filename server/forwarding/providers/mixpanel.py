@@ -9,25 +9,18 @@ be sent again later.
 
 import gzip
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from productgraph.v1.event_pb2 import Event
 from server.config import MIXPANEL
 from server.forwarding.providers.mapping import (
+    VERSIONS,
     Limits,
-    NameItem,
-    ReadProperties,
-    cut_name,
-    find_free_name,
+    StoredEvent,
     fit_id,
-    fit_items,
-    map_event,
-    read_properties_1,
-    read_properties_2,
+    read_event,
 )
 from server.forwarding.providers.provider import (
     Answer,
@@ -69,9 +62,12 @@ class Mixpanel:
             "Content-Encoding": "gzip",
         }
 
-    def encode_event(self, event: Event, version: int) -> bytes:
+    def encode_event(self, encoded: bytes, version: int) -> bytes:
         """Return an event of the array; raises KeyError for an unknown version."""
-        return _ENCODERS[version](event)
+        map_properties = VERSIONS[version]
+        event = read_event(encoded)
+        properties = map_properties(event, _name_properties(event), _LIMITS)
+        return orjson.dumps({"event": event.name[: _LIMITS.max_text], "properties": properties})
 
     def build_request(self, payloads: Sequence[bytes]) -> Request:
         """Return one array, compressed; the same bytes for the same payloads."""
@@ -107,39 +103,23 @@ def _fit_device(device_id: str) -> str:
     return fit_id(device_id, _MAX_ID_BYTES - len(_DEVICE_PREFIX))
 
 
-def _encode_event(event: Event, read_properties: ReadProperties, name_item: NameItem) -> bytes:
-    mapped = map_event(event, read_properties)
-    user_id = name_user(mapped.user_id) if mapped.user_id else ""
-    device_id = _fit_device(mapped.device_id)
+def _name_properties(event: StoredEvent) -> dict[str, Any]:
+    """Return what Mixpanel has names of its own for."""
+    user_id = name_user(event.user_id) if event.user_id else ""
+    device_id = _fit_device(event.device_id)
     own = {
-        "time": mapped.time,
+        "time": event.time,
         # What Mixpanel itself makes of the two ids below, frozen here.
         "distinct_id": user_id or f"{_DEVICE_PREFIX}{device_id}",
-        "$insert_id": mapped.insert_id,
+        "$insert_id": event.insert_id,
         "$device_id": device_id,
         "$user_id": user_id,
         # Without it every user would be at the place of this service.
         "ip": "0",
-        "$current_url": event.page_url,
-        "$referrer": event.page_referrer,
+        "$current_url": event.fields.get("page_url", ""),
+        "$referrer": event.fields.get("page_referrer", ""),
     }
-    properties = {name: value for name, value in own.items() if value != ""} | mapped.properties
-    return orjson.dumps(
-        {
-            "event": mapped.name[: _LIMITS.max_text],
-            "properties": fit_items(properties.items(), _LIMITS, name_item),
-        }
-    )
-
-
-_ENCODERS: Mapping[int, Callable[[Event], bytes]] = {
-    1: partial(_encode_event, read_properties=read_properties_1, name_item=cut_name),
-    2: partial(
-        _encode_event,
-        read_properties=partial(read_properties_2, max_text=_LIMITS.max_text),
-        name_item=find_free_name,
-    ),
-}
+    return {name: value for name, value in own.items() if value != ""}
 
 
 def _is_success(report: Mapping[str, Any], count: int) -> bool:

@@ -12,8 +12,6 @@ from typing import Any, Protocol
 
 import orjson
 
-from productgraph.v1.event_pb2 import Event
-
 # New events are kept with this version. Payloads of a version never change once it is released,
 # since a provider must recognise a second try; its code stays as long as events wait with it.
 CURRENT_MAPPING_VERSION = 2
@@ -127,10 +125,11 @@ class Provider(Protocol):
     max_bytes: int
     secrets: tuple[str, ...]
 
-    def encode_event(self, event: Event, version: int) -> bytes:
-        """Return the payload of a stored event as JSON, by a version of the mapping.
+    def encode_event(self, encoded: bytes, version: int) -> bytes:
+        """Return the payload of a stored event, given as protobuf, by a version of the mapping.
 
-        Raises KeyError for a version that this release does not know, and nothing else.
+        Raises KeyError for a version that this release does not know, and DecodeError or TooDeep
+        for what is no stored event.
         """
 
     def build_request(self, payloads: Sequence[bytes]) -> Request:

@@ -102,7 +102,8 @@ def test_a_deletion_names_ids_as_events_do(user: str, device: str) -> None:
     event = make_message("p", "e", user_id=user)
     event.attributes["user.anonymous_id"] = device
     person = Person("p", user, (device,))
-    sent = orjson.loads(Amplitude("", "").encode_event(event, CURRENT_MAPPING_VERSION))
+    encoded = event.SerializeToString()
+    sent = orjson.loads(Amplitude("", "").encode_event(encoded, CURRENT_MAPPING_VERSION))
     asked = build_service("amplitude", ACCESS).request_deletion(person)
     assert asked
     if user:
@@ -110,7 +111,8 @@ def test_a_deletion_names_ids_as_events_do(user: str, device: str) -> None:
     wanted = [user] if user else []
     for known in ([*wanted], []):
         event.user_id = known[0] if known else ""
-        sent = orjson.loads(Mixpanel("", "").encode_event(event, CURRENT_MAPPING_VERSION))
+        encoded = event.SerializeToString()
+        sent = orjson.loads(Mixpanel("", "").encode_event(encoded, CURRENT_MAPPING_VERSION))
         person = Person("p", known[0] if known else None, () if known else (device,))
         asked = build_service("mixpanel", ACCESS).request_deletion(person)
         assert asked

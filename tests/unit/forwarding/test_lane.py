@@ -79,9 +79,9 @@ class Mapper(Amplitude):
 
     max_bytes = 10
 
-    def encode_event(self, event: Event, version: int) -> bytes:  # noqa: ARG002
+    def encode_event(self, encoded: bytes, version: int) -> bytes:  # noqa: ARG002
         """Return the name."""
-        return event.event_name.encode()
+        return Event.FromString(encoded).event_name.encode()
 
 
 @given(sizes=st.lists(st.integers(1, 12), max_size=40), count=st.integers(1, 5))

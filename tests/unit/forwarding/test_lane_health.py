@@ -155,7 +155,7 @@ def test_requests_are_counted_by_their_outcome() -> None:
 
     provider = Amplitude(SECRET, "")
     health = LaneHealth(provider, count)
-    payloads = [provider.encode_event(make_message("p", "e"), 2)] * 2
+    payloads = [provider.encode_event(make_message("p", "e").SerializeToString(), 2)] * 2
     answers: dict[str, Answer | NoAnswer] = {
         "accepted": Answer(200, {}, b'{"code":200,"events_ingested":2}'),
         "refused": Answer(413, {}, b""),

@@ -21,9 +21,9 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make mapping slow: 200 events take two seconds, and a round has a quarter of one."""
     encode = Amplitude.encode_event
 
-    def encode_slowly(provider: Amplitude, event: Event, version: int) -> bytes:
+    def encode_slowly(provider: Amplitude, encoded: bytes, version: int) -> bytes:
         time.sleep(0.01)
-        return encode(provider, event, version)
+        return encode(provider, encoded, version)
 
     monkeypatch.setattr(Amplitude, "encode_event", encode_slowly)
     monkeypatch.setattr(lane, "_ROUND_SECONDS", 0.3)
@@ -50,10 +50,10 @@ def test_requests_are_mapped_beside_the_one_before(
     seen: list[int] = []
     encode = Amplitude.encode_event
 
-    def encode_watched(provider: Amplitude, event: Event, version: int) -> bytes:
+    def encode_watched(provider: Amplitude, encoded: bytes, version: int) -> bytes:
         seen.append(len(server.statuses))
         time.sleep(0.001)
-        return encode(provider, event, version)
+        return encode(provider, encoded, version)
 
     monkeypatch.setattr(Amplitude, "encode_event", encode_watched)
     monkeypatch.setattr(Amplitude, "max_events", 100)
