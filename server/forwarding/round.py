@@ -143,6 +143,7 @@ class Round:
         self._is_probing = False
         # At most `_SINGLE_TRIES` events are tried in a round, whatever is sent side by side.
         self._searching = asyncio.Lock()
+        self._mapping = asyncio.Lock()
         self.has_sent = False
         self.has_accepted = False
         # Whether the provider has settled anything, be it by refusing it.
@@ -197,15 +198,20 @@ class Round:
 
     async def _send_queue(self, items: Sequence[Item], max_events: int) -> None:
         queue = RequestQueue(items, self._sender.provider, max_events)
-        mapping = asyncio.create_task(asyncio.to_thread(queue.take_request))
+        mapping = asyncio.create_task(self._map_request(queue))
         try:
             while request := await mapping:
-                mapping = asyncio.create_task(asyncio.to_thread(queue.take_request))
+                mapping = asyncio.create_task(self._map_request(queue))
                 await self._send_request(request)
                 if not self._may_send():
                     break
         finally:
             await asyncio.wait([mapping])
+
+    async def _map_request(self, queue: RequestQueue) -> list[MappedItem]:
+        """Map one request at a time: side by side, all would be ready at the same late moment."""
+        async with self._mapping:
+            return await asyncio.to_thread(queue.take_request)
 
     def _may_send(self) -> bool:
         if self._sender.stop.is_set() or self.stop_reason is not None:

@@ -1,5 +1,6 @@
 """A lane sends something for each claim, however slow the machine, and is fair to all projects."""
 
+import threading
 import time
 
 import pytest
@@ -61,6 +62,33 @@ def test_requests_are_mapped_beside_the_one_before(
     with bench.forwarding("amplitude"):
         wait_until(lambda: len(server.insert_ids) == 400)
     assert seen[0] == 0
+    assert seen[-1] > 0
+
+
+def test_a_lane_maps_one_request_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests may be in flight, one is mapped at a time, and sent before the next."""
+    server = bench.servers["amplitude"]
+    mapping: set[int] = set()
+    most, seen = 0, []
+    encode = Amplitude.encode_event
+
+    def encode_watched(provider: Amplitude, encoded: bytes, version: int) -> bytes:
+        nonlocal most
+        mapping.add(threading.get_ident())
+        most = max(most, len(mapping))
+        seen.append(len(server.statuses))
+        time.sleep(0.001)
+        mapping.remove(threading.get_ident())
+        return encode(provider, encoded, version)
+
+    monkeypatch.setattr(Amplitude, "encode_event", encode_watched)
+    events = make_events("p", 1600)
+    for number, event in enumerate(events):
+        event.session_id = f"s{number}"
+    bench.store(events)
+    with bench.forwarding("amplitude"):
+        wait_until(lambda: len(server.insert_ids) == 1600)
+    assert most == 1
     assert seen[-1] > 0
 
 
