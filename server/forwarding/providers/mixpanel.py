@@ -105,21 +105,24 @@ def _fit_device(device_id: str) -> str:
 
 def _name_properties(event: StoredEvent) -> dict[str, Any]:
     """Return what Mixpanel has names of its own for."""
-    user_id = name_user(event.user_id) if event.user_id else ""
     device_id = _fit_device(event.device_id)
-    own = {
+    user_id = name_user(event.user_id) if event.user_id else ""
+    own: dict[str, Any] = {
         "time": event.time,
         # What Mixpanel itself makes of the two ids below, frozen here.
         "distinct_id": user_id or f"{_DEVICE_PREFIX}{device_id}",
         "$insert_id": event.insert_id,
         "$device_id": device_id,
-        "$user_id": user_id,
-        # Without it every user would be at the place of this service.
-        "ip": "0",
-        "$current_url": event.fields.get("page_url", ""),
-        "$referrer": event.fields.get("page_referrer", ""),
     }
-    return {name: value for name, value in own.items() if value != ""}
+    if user_id:
+        own["$user_id"] = user_id
+    # Without it every user would be at the place of this service.
+    own["ip"] = "0"
+    if url := event.fields.get("page_url"):
+        own["$current_url"] = url
+    if referrer := event.fields.get("page_referrer"):
+        own["$referrer"] = referrer
+    return own
 
 
 def _is_success(report: Mapping[str, Any], count: int) -> bool:
