@@ -6,11 +6,13 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import psycopg2
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.bench import cells, forwarding, privacy
+from server.storage.errors import DatabaseError
+from tests.bench import cells, forwarding, privacy, scale
 from tests.bench.chart import draw_chart
 from tests.bench.forwarding_report import report_forwarding
 from tests.bench.privacy_report import report_privacy
@@ -24,6 +26,8 @@ from tests.bench.report import (
     summarise,
 )
 from tests.bench.run import BenchFailed, Measurement, Plan, Results, run_bench
+from tests.bench.scale import QUICK, ScalePlan, Sizes
+from tests.bench.scale_report import report_scale
 
 _COPIES = 4
 _LARGE_ROWS = 10_000_000
@@ -38,15 +42,19 @@ def main() -> int:
     try:
         if options.forwarding is not None:
             parts = _choose_parts(options.forwarding, forwarding.PARTS)
-            report_forwarding(parts, options.scale, options.output, console)
+            report_forwarding(parts, options.share, options.output, console)
         elif options.privacy is not None:
             parts = _choose_parts(options.privacy, privacy.PARTS)
-            report_privacy(parts, options.scale, options.output, console)
+            report_privacy(parts, options.share, options.output, console)
+        elif options.scale is not None:
+            parts = _choose_parts(options.scale, scale.PARTS)
+            prices = (options.vcpu_price, options.disk_price)
+            report_scale(parts, _make_scale_plan(options), prices, options.output, console)
         else:
             _measure_loads(_make_plan(options), options.output, console)
     except ValueError as problem:
         parser.error(str(problem))
-    except BenchFailed as failure:
+    except (BenchFailed, DatabaseError, psycopg2.Error) as failure:
         console.print(f"bench: {failure}", markup=False)
         return 1
     return 0
@@ -101,11 +109,12 @@ def _build_parser() -> argparse.ArgumentParser:
         f" {', '.join(privacy.PARTS)}",
     )
     parser.add_argument(
-        "--scale",
+        "--share",
         type=float,
         default=1.0,
         help="with --forwarding or --privacy: 0.1 for a tenth of the events and of the time (1)",
     )
+    _add_scale_options(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -114,6 +123,42 @@ def _build_parser() -> argparse.ArgumentParser:
         help="where the files go (build/bench)",
     )
     return parser
+
+
+def _add_scale_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("growth")
+    group.add_argument(
+        "--scale",
+        nargs="*",
+        metavar="PART",
+        help="how speed changes with size instead, in 15 minutes (--quick: one), or a part of it:"
+        f" {', '.join(scale.PARTS)}",
+    )
+    group.add_argument(
+        "--table-minutes",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="how long the table is filled at most (10)",
+    )
+    group.add_argument(
+        "--database-url",
+        metavar="URL",
+        help="measure on this database of this machine, such as a coordinator of Citus, which must"
+        " have no events; without the part `table`",
+    )
+    group.add_argument(
+        "--vcpu-price", type=float, default=0.04, help="of a vCPU-hour (0.04, an example)"
+    )
+    group.add_argument(
+        "--disk-price", type=float, default=0.1, help="of a GiB for a month (0.1, an example)"
+    )
+
+
+def _make_scale_plan(options: argparse.Namespace) -> ScalePlan:
+    sizes = QUICK if options.quick else Sizes()
+    seconds = options.seconds or (0.4 if options.quick else 6.0)
+    return ScalePlan(sizes, seconds, options.database_url, options.table_minutes)
 
 
 def _make_plan(options: argparse.Namespace) -> Plan:

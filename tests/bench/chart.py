@@ -5,7 +5,10 @@ from html import escape
 
 from tests.bench.report import Document
 
+# A label, a value and a colour.
 Bar = tuple[str, float, str]
+# A title and its bars.
+Panel = tuple[str, Sequence[Bar]]
 
 _STYLE = """
 svg { font-family: system-ui, -apple-system, "Segoe UI", sans-serif; font-size: 12px }
@@ -27,14 +30,22 @@ _BAR_HEIGHT, _ROW_HEIGHT, _HEAD_HEIGHT = 14, 20, 56
 def draw_chart(document: Document) -> str:
     """Draw the events a second of every measured load of the matrix, one panel a batch size."""
     sizes = sorted({figures["events_per_request"] for figures in _shown(document)})
-    panels = [(size, _collect_bars(document, size)) for size in sizes]
+    panels = [
+        (f"{size:,} event{'s' if size > 1 else ''} a request", _collect_bars(document, size))
+        for size in sizes
+    ]
+    return draw_panels("Events stored a second", document, panels)
+
+
+def draw_panels(title: str, document: Document, panels: Sequence[Panel]) -> str:
+    """Draw panels of bars, two beside each other, under the place where they were measured."""
     parts, y = [], _HEAD_HEIGHT
     for pair in (panels[i : i + 2] for i in range(0, len(panels), 2)):
-        for column, (size, bars) in enumerate(pair):
+        for column, panel in enumerate(pair):
             x = _MARGIN + column * (_PANEL_WIDTH + _GAP)
-            parts += _draw_panel(x, y, f"{size:,} event{'s' if size > 1 else ''} a request", bars)
+            parts += _draw_panel(x, y, *panel)
         y += (max(len(bars) for _, bars in pair) + 2) * _ROW_HEIGHT
-    return "\n".join([*_draw_page(document, y), *parts, "</svg>\n"])
+    return "\n".join([*_draw_page(title, document, y), *parts, "</svg>\n"])
 
 
 def _shown(document: Document) -> list[Document]:
@@ -62,7 +73,7 @@ def _make_bar(figures: Document) -> Bar:
     return f"{name}, {workers}", speed, figures["protocol"]
 
 
-def _draw_page(document: Document, height: int) -> Sequence[str]:
+def _draw_page(title: str, document: Document, height: int) -> Sequence[str]:
     machine = document["machine"]
     place = (
         f"{machine['cores']} cores for service, PostgreSQL {document['postgresql']} and load"
@@ -70,10 +81,10 @@ def _draw_page(document: Document, height: int) -> Sequence[str]:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"'
-        ' aria-label="Events stored a second">',
+        f' aria-label="{title}">',
         f"<style>{_STYLE}</style>",
         f'<rect class="page" width="{_WIDTH}" height="{height}" rx="6"/>',
-        f'<text class="title" x="{_MARGIN}" y="24">Events stored a second</text>',
+        f'<text class="title" x="{_MARGIN}" y="24">{title}</text>',
         f'<text x="{_MARGIN}" y="42">{escape(place)}</text>',
     )
 

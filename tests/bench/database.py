@@ -1,17 +1,21 @@
 """The database of a run: PostgreSQL as `scripts/serve` embeds it, and what only it can do."""
 
 import asyncio
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import psycopg2
 from psycopg2.extensions import connection as Connection
 
+from server.storage.citus import is_distributed
 from server.storage.connection import connected, open_engine
 from server.storage.embedded import EmbeddedPostgres
 from server.storage.keys import create_key
@@ -21,22 +25,48 @@ from tests.bench import baseline
 from tests.bench.events import PROJECT, NumberedRequest, encode_rows, make_events
 
 COPY_ROWS = 1000
+_FIND_POSTMASTER = "SELECT split_part(pg_read_file('postmaster.pid'), chr(10), 1)"
+_FIND_ALL_POSTMASTERS = f"""
+SELECT result FROM run_command_on_all_nodes($${_FIND_POSTMASTER}$$)
+"""
+_DELETE_KEYS = """
+WITH deleted AS (DELETE FROM api_keys WHERE name = %s RETURNING id)
+DELETE FROM api_key_uses USING deleted WHERE key_id = id
+"""
 _WARM_UP_SHARE = 0.2
 
 
 class BenchDatabase:
-    """The events table, emptied between measurements, and the API key of the load."""
+    """The events table, emptied between measurements, and the API keys of the loads."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        engine = open_engine(url)
-        migrate(engine)
-        with connected(engine) as connection:
-            add_months(connection, datetime.now(UTC).date())
-            self.key = create_key(connection, PROJECT, "bench")
-        self._rows, self._copy = self._prepare_rows()
+        self._engine = open_engine(url)
+        self._key_name = f"bench {secrets.token_hex(8)}"
 
-    def _prepare_rows(self) -> tuple[NumberedRequest, str]:
+    def prepare(self) -> None:
+        """Make the tables and the partitions of today."""
+        migrate(self._engine)
+        with connected(self._engine) as connection:
+            add_months(connection, datetime.now(UTC).date())
+
+    @cached_property
+    def key(self) -> str:
+        """The key of a load of one project."""
+        [key] = self.create_keys([PROJECT])
+        return key
+
+    def create_keys(self, projects: Sequence[str]) -> list[str]:
+        """Create a key for each of these projects."""
+        with connected(self._engine) as connection:
+            return [create_key(connection, project, self._key_name) for project in projects]
+
+    def delete_keys(self) -> None:
+        """Delete the keys that were created here, and what is known of their use."""
+        self.execute(_DELETE_KEYS, self._key_name)
+
+    @cached_property
+    def _prepared(self) -> tuple[NumberedRequest, str]:
         """Return COPY's lines of the events, and its statement."""
         asyncio.run(baseline.store(self.url, make_events(COPY_ROWS)))
         columns = ", ".join(baseline.COLUMNS)
@@ -55,15 +85,34 @@ class BenchDatabase:
             connection.cursor().execute("SET TimeZone TO 'UTC'")
             yield connection
 
-    def execute(self, statement: str, *parameters: object) -> None:
+    def execute(self, statement: str, *parameters: object, **named: object) -> None:
         """Run a statement and commit it."""
         with self._connected() as connection, connection.cursor() as cursor:
-            cursor.execute(statement, parameters)
+            cursor.execute(statement, named or parameters)
 
-    def find_postmaster(self) -> int:
-        """Return the process from which all of PostgreSQL's processes descend."""
-        with self._connected() as connection:
-            return int(psutil.Process(connection.info.backend_pid).ppid())
+    def find_postmasters(self) -> list[int]:
+        """Return the process of each node from which all of PostgreSQL's descend.
+
+        Raises ValueError if one is not on this machine.
+        """
+        found = self.query(_FIND_ALL_POSTMASTERS if self.is_distributed else _FIND_POSTMASTER)
+        pids = [int(pid) for (pid,) in found]
+        for pid in pids:
+            if not psutil.pid_exists(pid) or psutil.Process(pid).name() != "postgres":
+                raise ValueError("the database must be on this machine: its CPU time is read here")
+        return pids
+
+    @cached_property
+    def is_distributed(self) -> bool:
+        """Whether its events are on the nodes of Citus."""
+        with connected(self._engine) as connection:
+            return is_distributed(connection)
+
+    def query(self, statement: str, *parameters: object) -> list[Any]:
+        """Return the rows of a statement, committed."""
+        with self._connected() as connection, connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            return cursor.fetchall()
 
     def read_version(self) -> str:
         """Return PostgreSQL's version."""
@@ -112,11 +161,12 @@ class BenchDatabase:
         return end
 
     def _copy_until(self, number: int, is_done: Callable[[int], bool]) -> int:
+        rows, copy = self._prepared
         with self._connected() as connection, connection.cursor() as cursor:
             while not is_done(number):
-                self._rows.number(number)
-                buffer = self._rows.buffer
-                cursor.copy_expert(self._copy, BytesIO(buffer), len(buffer))
+                rows.number(number)
+                buffer = rows.buffer
+                cursor.copy_expert(copy, BytesIO(buffer), len(buffer))
                 number += 1
         return number
 
@@ -125,4 +175,21 @@ class BenchDatabase:
 def running_database(directory: Path) -> Iterator[BenchDatabase]:
     """Run an embedded PostgreSQL in this directory. A service with it as DATA_DIR shares it."""
     with EmbeddedPostgres(directory, create=True) as embedded:
-        yield BenchDatabase(embedded.url)
+        database = BenchDatabase(embedded.url)
+        database.prepare()
+        yield database
+
+
+@contextmanager
+def borrowed_database(url: str) -> Iterator[BenchDatabase]:
+    """Use a database that has no events, and leave none. Raises ValueError if it has some."""
+    database = BenchDatabase(url)
+    [(has_table,)] = database.query("SELECT to_regclass('events') IS NOT NULL")
+    if has_table and database.query("SELECT FROM events LIMIT 1"):
+        raise ValueError("--database-url: the database has events, which this would delete")
+    try:
+        database.prepare()
+        yield database
+    finally:
+        database.empty()
+        database.delete_keys()

@@ -7,7 +7,7 @@ what sends them spends its time on the sockets.
 
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -34,6 +34,8 @@ _DIRT: dict[str, Any] = {
 }
 
 EncodeTime = Callable[[datetime], bytes]
+# A project and one of its keys.
+Tenant = tuple[str, str]
 
 
 def make_events(count: int) -> list[dict[str, Any]]:
@@ -156,6 +158,25 @@ def encode_http(events: list[dict[str, Any]], key: str) -> NumberedRequest:
     )
     content = head.encode() + body
     return NumberedRequest(content, len(events), lambda time: f"{time:%FT%T}".encode())
+
+
+class TenantRequest:
+    """An HTTP request that several projects, with names of one length, send in turn."""
+
+    def __init__(self, count: int, tenants: Sequence[Tenant]) -> None:
+        project, key = tenants[0]
+        self._request = encode_http([e | {"project_id": project} for e in make_events(count)], key)
+        self.buffer = self._request.buffer
+        self._projects = _Columns(self.buffer, project.encode(), count)
+        self._keys = _Columns(self.buffer, key.encode(), 1)
+        self._tenants = tenants
+
+    def number(self, number: int) -> None:
+        """Give every event a new id and time, and the project whose turn it is."""
+        self._request.number(number)
+        project, key = self._tenants[number % len(self._tenants)]
+        self._projects.write(project.encode())
+        self._keys.write(key.encode())
 
 
 def encode_protobuf(events: list[dict[str, Any]]) -> NumberedRequest:

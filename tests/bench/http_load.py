@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from tests.bench.events import NumberedRequest
+from tests.bench.events import NumberedRequest, TenantRequest
 from tests.bench.meter import Meter
 
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
@@ -17,7 +17,7 @@ _LAST_ANSWERS_SECONDS = 30.0
 class HttpConnection:
     """A connection that is kept alive, with a request of its own that is sent again and again."""
 
-    def __init__(self, port: int, request: NumberedRequest) -> None:
+    def __init__(self, port: int, request: NumberedRequest | TenantRequest) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)

@@ -5,8 +5,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 
-from tests.bench.events import KINDS, encode_http, encode_protobuf
+from tests.bench.events import KINDS, Tenant, TenantRequest, encode_http, encode_protobuf
 from tests.bench.grpc_load import GrpcConnection, GrpcLoad
 from tests.bench.http_load import HttpConnection, HttpLoad
 from tests.bench.meter import Meter
@@ -31,8 +32,11 @@ class LoadPlan:
     # The processes that the connections are spread over.
     workers: Sequence[int]
     # The processes whose CPU time, with that of their descendants, is read, by name.
-    families: Mapping[str, int]
+    families: Mapping[str, Sequence[int]]
     kind: str = "usual"
+    # Over HTTP: the ports of further replicas, and projects with their keys that send in turn.
+    other_ports: Sequence[int] = ()
+    tenants: Sequence[Tenant] = ()
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,12 @@ def _open(plan: LoadPlan) -> tuple[HttpLoad | GrpcLoad | StreamLoad, Shares]:
     count, first = plan.events_per_request, plan.first_number
     events = KINDS[plan.kind](count)
 
+    ports = cycle([plan.port, *plan.other_ports])
+
     def open_http() -> HttpConnection:
-        return HttpConnection(plan.port, encode_http(events, plan.key))
+        if plan.tenants:
+            return HttpConnection(next(ports), TenantRequest(count, plan.tenants))
+        return HttpConnection(next(ports), encode_http(events, plan.key))
 
     def open_grpc() -> GrpcConnection:
         return GrpcConnection(plan.port, plan.key)

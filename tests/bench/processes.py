@@ -19,9 +19,9 @@ def read_cpu_seconds(root: int) -> float:
     return float(total)
 
 
-def read_all_cpu_seconds(roots: Mapping[str, int]) -> dict[str, float]:
+def read_all_cpu_seconds(roots: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Return the CPU time of several such families, by their names."""
-    return {name: read_cpu_seconds(root) for name, root in roots.items()}
+    return {name: sum(map(read_cpu_seconds, pids)) for name, pids in roots.items()}
 
 
 def reset_peak_memory(pids: Sequence[int]) -> None:

@@ -52,7 +52,7 @@ def build_document(plan: Plan, results: Results) -> Document:
     speeds = {figures["name"]: figures["events_per_second"] for figures in described}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _describe_machine(),
+        "machine": describe_machine(),
         "python": platform.python_version(),
         "postgresql": results.postgresql,
         "seconds": plan.seconds,
@@ -79,7 +79,8 @@ def _compare_tables(plan: Plan, described: Sequence[Document]) -> Document | Non
     return {"rows": plan.large_rows, "ratio_to_empty_table": ratio}
 
 
-def _describe_machine() -> Document:
+def describe_machine() -> Document:
+    """Return what the figures were measured on."""
     return {
         "cores": os.cpu_count(),
         "processor": _read_processor(),

@@ -136,25 +136,34 @@ class Bench:
             seconds=self._plan.seconds,
             first_number=self._number,
             workers=server.workers,
-            families={"service": server.process, "database": self._database.find_postmaster()},
+            families={
+                "service": [server.process],
+                "database": self._database.find_postmasters(),
+            },
             kind=cell.events,
         )
-        finished = subprocess.run(
-            [sys.executable, "-m", "tests.bench.load"],
-            cwd=ROOT,
-            env=clean_environment({}),
-            input=json.dumps(asdict(plan)),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if finished.returncode != 0:
-            raise BenchFailed(f"{cell.name}: {finished.stderr}")
-        result = LoadResult(**json.loads(finished.stdout))
+        result = run_load_process(cell.name, plan)
         self._number = result.next_number
-        if result.requests == 0:
-            raise BenchFailed(f"{cell.name}: no request succeeded: {result.failures}")
         return result
+
+
+def run_load_process(name: str, plan: LoadPlan) -> LoadResult:
+    """Run a load in a process of its own. Raises BenchFailed if no request succeeds."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.bench.load"],
+        cwd=ROOT,
+        env=clean_environment({}),
+        input=json.dumps(asdict(plan)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if finished.returncode != 0:
+        raise BenchFailed(f"{name}: {finished.stderr}")
+    result = LoadResult(**json.loads(finished.stdout))
+    if result.requests == 0:
+        raise BenchFailed(f"{name}: no request succeeded: {result.failures}")
+    return result
 
 
 def run_bench(plan: Plan, on_step: OnStep, on_measured: OnMeasured) -> Results:

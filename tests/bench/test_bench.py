@@ -3,7 +3,9 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,15 +15,20 @@ import pytest
 
 from server.storage.connection import connected, open_engine
 from server.storage.keys import create_key
-from tests.bench.database import BenchDatabase
+from tests.bench.database import BenchDatabase, borrowed_database
 from tests.bench.events import (
+    TenantRequest,
     encode_http,
     encode_protobuf,
     make_events,
     make_long_events,
 )
+from tests.bench.filling import Filling, Limits
+from tests.bench.growth_model import Inputs, calculate_need
 from tests.bench.load import LoadPlan, run_load
 from tests.bench.servers import running_baseline
+from tests.support.database import Database
+from tests.support.events import make_message
 from tests.support.services import Service, run_program
 
 LOADS = ("baseline-20-2", "http-20-2", "grpc-20-2")
@@ -91,7 +98,7 @@ def test_the_chart_has_a_bar_for_each_load(output: Path) -> None:
 
 def test_refused_requests_are_recorded_and_not_counted_as_throughput(service: Service) -> None:
     """An answer other than success is written down with what it said, and is no throughput."""
-    family = {"service": service.process.pid}
+    family = {"service": [service.process.pid]}
     workers = [worker.pid for worker in service.find_workers()]
     plan = LoadPlan("http", service.http_port, "no key", 1, 1, 1, 0.1, 0.1, 1, workers, family)
     result = json.loads(json.dumps(asdict(run_load(plan))))
@@ -103,7 +110,7 @@ def test_refused_requests_are_recorded_and_not_counted_as_throughput(service: Se
 @pytest.mark.slow
 def test_forwarding_is_measured_without_losing_an_event(tmp_path: Path) -> None:
     """Each part of it has its figures, and loses no event."""
-    words = ("--forwarding", "--scale=0.01", f"--output={tmp_path}")
+    words = ("--forwarding", "--share=0.01", f"--output={tmp_path}")
     finished = run_program("tests.bench", *words, timeout=1800)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     document = json.loads((tmp_path / "forwarding.json").read_text())
@@ -123,7 +130,7 @@ def test_forwarding_is_measured_without_losing_an_event(tmp_path: Path) -> None:
 def test_blocked_persons_and_redaction_are_measured_by_comparison(tmp_path: Path) -> None:
     """Each list and the redaction have their figures, with and without it."""
     finished = run_program(
-        "tests.bench", "--privacy", "--scale=0.1", f"--output={tmp_path}", timeout=1800
+        "tests.bench", "--privacy", "--share=0.1", f"--output={tmp_path}", timeout=1800
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     document = json.loads((tmp_path / "privacy.json").read_text())
@@ -136,6 +143,114 @@ def test_blocked_persons_and_redaction_are_measured_by_comparison(tmp_path: Path
             assert len(figures["rounds"]) == 3
             for side in ("without", "with"):
                 assert all(value > 0 for value in figures[side].values())
+
+
+@pytest.mark.slow
+def test_growth_is_measured_in_each_size_without_losing_events(tmp_path: Path) -> None:
+    """Each part has each of its sizes, all acknowledged events are stored, and idle ones stay."""
+    words = ("--scale", "--quick", f"--output={tmp_path}")
+    finished = run_program("tests.bench", *words, timeout=1800)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    document = json.loads((tmp_path / "scale.json").read_text())
+    names = {part: [load["name"] for load in loads] for part, loads in document["parts"].items()}
+    assert names == {
+        "replicas": ["1 replica", "2 replicas"],
+        "projects": ["1 project", "20 projects"],
+        "keys": ["10 keys", "50 keys"],
+        "connections": ["16 busy", "40 busy", "40 + 100 idle"],
+        "table": ["empty table", "10,000 rows", "20,000 rows"],
+    }
+    for load in (load for loads in document["parts"].values() for load in loads):
+        assert load["stored"] == load["acknowledged"] > 0
+        assert not load["failures"]
+    assert document["parts"]["connections"][-1]["idle_open"] == 100
+    needs = document["model"]["needs"]
+    assert [need["events_a_day"] for need in needs] == [10**9, 10**10, 10**11]
+    for load in document["parts"]["table"][1:]:
+        assert load["table_rows"] > load["rows"]
+        assert 100 < load["table_bytes"] / load["table_rows"] < 2000
+    chart = ElementTree.parse(tmp_path / "scale.svg")
+    labels = {element.text for element in chart.iter("{http://www.w3.org/2000/svg}text")}
+    assert {name for part in names.values() for name in part} <= labels
+
+
+def test_a_database_with_events_is_refused_before_it_changes(
+    create_database: Callable[[], str],
+) -> None:
+    """A database that has events, of whatever version, is left as it was."""
+    database = Database(create_database())
+    database.query("CREATE TABLE events AS SELECT 1 AS event_id")
+    with pytest.raises(ValueError, match="has events"), borrowed_database(database.url):
+        pass
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+    assert database.query(tables) == [("events",)]
+
+
+def test_a_bench_that_is_interrupted_leaves_no_event_and_key(
+    create_migrated: Callable[[], str],
+) -> None:
+    """A named database has the keys that it had, and no events, however the bench ends."""
+    database = Database(create_migrated())
+    with connected(open_engine(database.url)) as connection:
+        create_key(connection, "proj_bench", "bench")
+    keys = "SELECT id FROM api_keys"
+    before = database.query(keys)
+    with suppress(KeyboardInterrupt), borrowed_database(database.url) as borrowed:
+        borrowed.create_keys(["proj_bench"] * 3)
+        database.query(f"INSERT INTO api_key_uses SELECT id, now(), now() FROM ({keys}) AS k")
+        database.store([make_message("proj_demo", "evt_1")])
+        raise KeyboardInterrupt
+    assert database.query(keys) == before == database.query("SELECT key_id FROM api_key_uses")
+    assert database.query("SELECT FROM events") == []
+
+
+def test_rows_of_a_year_lie_in_partitions_of_their_months(
+    create_migrated: Callable[[], str],
+) -> None:
+    """A table that is filled has its rows where one in production that is a year old has them."""
+    database, now = Database(create_migrated()), datetime.now(UTC)
+    bench = BenchDatabase(database.url)
+    bench.prepare()
+    filling = Filling(bench, [("proj_demo", "key")], now, lambda _: None)
+    database.store([make_message("proj_demo", "evt_1", int(now.timestamp()))])
+    assert filling.fill(Limits(1000, 2**30, 600.0)).table_rows == 1001
+    found = database.query("SELECT DISTINCT tableoid::regclass::text FROM events")
+    assert ("events_default",) not in found
+    assert len(found) in (12, 13)
+
+
+def test_projects_take_turns_in_a_request_of_the_load() -> None:
+    """Each number has the project and the key whose turn it is, in all events and in the header."""
+    tenants = [("proj_1", "key_a"), ("proj_2", "key_b")]
+    request = TenantRequest(3, tenants)
+    for number in range(4):
+        request.number(number)
+        head, _, body = bytes(request.buffer).partition(b"\r\n\r\n")
+        project, key = tenants[number % 2]
+        assert {event["project_id"] for event in json.loads(body)["events"]} == {project}
+        assert f"X-PG-API-Key: {key}".encode() in head
+
+
+def test_the_model_of_growth_multiplies_what_was_measured() -> None:
+    """A day of 86.4 billion events is a million a second, twice that at the peak."""
+    inputs = Inputs(20.0, 10.0, 500.0, vcpu_price=0.04, disk_price=0.1, peak=2.0, busy=0.5)
+    need = calculate_need(inputs, 86_400_000_000)
+    assert need.service_cores == pytest.approx(80)
+    assert need.database_cores == pytest.approx(40)
+    assert need.vcpu_hours_a_day == pytest.approx(2880)
+    assert need.vcpu_cost_a_day == pytest.approx(115.2)
+    assert need.gib_a_day == pytest.approx(86_400_000_000 * 500 / 2**30)
+    assert need.disk_cost_a_month == pytest.approx(3 * need.gib_a_day)
+
+
+def test_a_table_is_full_at_the_first_limit_that_it_reaches() -> None:
+    """The next slice of a table must fit into half of the free disk, the rows and the time."""
+    limits = Limits(rows=1000, size=2**30, seconds=60.0)
+    assert limits.find_end(999, 2**29, 59.0, 2**29) is None
+    assert "1,000 rows" in str(limits.find_end(1000, 2**29, 59.0, 2**29))
+    assert "1.0 GiB" in str(limits.find_end(999, 2**29, 59.0, 2**29 + 1))
+    assert "1 minutes" in str(limits.find_end(999, 2**29, 60.0, 2**29))
+    assert Limits(None, 2**30, 60.0).find_end(10**9, 2**29, 1.0, 1) is None
 
 
 @pytest.fixture(scope="module")
