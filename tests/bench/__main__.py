@@ -131,7 +131,7 @@ def _add_scale_options(parser: argparse.ArgumentParser) -> None:
         "--scale",
         nargs="*",
         metavar="PART",
-        help="how speed changes with size instead, in 15 minutes (--quick: one), or a part of it:"
+        help="how speed changes with size instead, in 20 minutes (--quick: two), or a part of it:"
         f" {', '.join(scale.PARTS)}",
     )
     group.add_argument(
@@ -157,7 +157,7 @@ def _add_scale_options(parser: argparse.ArgumentParser) -> None:
 
 def _make_scale_plan(options: argparse.Namespace) -> ScalePlan:
     sizes = QUICK if options.quick else Sizes()
-    seconds = options.seconds or (0.4 if options.quick else 6.0)
+    seconds = options.seconds or (0.4 if options.quick else 4.0)
     return ScalePlan(sizes, seconds, options.database_url, options.table_minutes)
 
 
