@@ -9,18 +9,22 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Self
 
 from server.deadline import Deadline
 from server.errors import IngestError, Internal, Unavailable
 from server.events.copy_rows import Row
+from server.ingest.held_rows import HeldRows
+from server.ingest.node_watch import NodeWatch, Places
 from server.storage.connection import GuardedConnection
 from server.storage.database_thread import DatabaseThread
-from server.storage.errors import Conflict, Fault, RowLocked
+from server.storage.errors import Conflict, Fault, NodeFailed, RowLocked
 from server.storage.events import EventStore
+from server.storage.nodes import Node
 from server.wakeups import gathered_wakeups
 
 # A request whose outcome is still unknown is answered this long before its deadline, but never
@@ -41,6 +45,9 @@ _WAITING_SHARE = 0.7
 # the others with it: both together stay below half a second.
 _LOCK_COMMITS, _SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS = 2.0, 0.05, 0.15
 _ALONE_FACTOR = 2.0
+# A commit that takes longer may wait for a node that is away.
+_SUSPICIOUS_SECONDS = 0.5
+_HELD = "another transaction holds one of these events"
 # Each kind of failure that is a single request's is logged once in this time.
 _LOG_SECONDS = 60.0
 
@@ -55,6 +62,11 @@ class Batch:
     size: int
     answer_by: float
     stored: Future[None] = field(default_factory=Future)
+
+    @property
+    def project_id(self) -> str:
+        """The project of all of the rows."""
+        return self.rows[0].identity[0] if self.rows else ""
 
     def settle(self, error: IngestError | None = None) -> None:
         """Answers the request, unless it has been answered."""
@@ -143,6 +155,20 @@ class Writer(DatabaseThread):
         self._pace = _Pace()
         self._failures = _FailureLog(clock)
         self._available = True
+        self._nodes = NodeWatch(connection.open_another(), clock)
+        self._places = Places(clock)
+        self._held = HeldRows(clock)
+        # Since when what is stored, and on which node, if it is one node's.
+        self._saving: tuple[float, Node | None] = (math.inf, None)
+
+    def __enter__(self) -> Self:
+        self._nodes.__enter__()
+        return super().__enter__()
+
+    def stop(self) -> None:
+        """End the thread once all is stored that waits, and then that of the nodes."""
+        super().stop()
+        self._nodes.stop()
 
     def submit(self, rows: Sequence[Row], deadline: Deadline) -> Future[None]:
         """Hands rows in; the future is done once they are committed, or fails by `deadline`.
@@ -187,6 +213,19 @@ class Writer(DatabaseThread):
             if now >= batch.answer_by:
                 batch.settle(Unavailable("not stored in time"))
         super().check()
+        self._nodes.check()
+        if self._store.is_distributed:
+            self._check_nodes(now)
+
+    def _check_nodes(self, now: float) -> None:
+        """Have the nodes asked if a commit takes long; break it off if it waits for a lost one."""
+        since, node = self._saving
+        if now - since < _SUSPICIOUS_SECONDS:
+            return
+        if self._nodes.is_away(node):
+            self._connection.break_off(_SUSPICIOUS_SECONDS)
+        else:
+            self._nodes.suspect()
 
     def _note_cut(self) -> None:
         self._fail(self._in_flight)
@@ -197,7 +236,10 @@ class Writer(DatabaseThread):
     def _run_round(self) -> float:
         group = self._take_group()
         try:
-            if group:
+            if group and self._nodes.is_troubled():
+                self._store_apart(group)
+            elif group:
+                self._held.clear()
                 self._store_group(group)
         except Exception:  # noqa: BLE001 - whatever happens, these requests are answered
             _log.exception("a group could not be stored")
@@ -234,34 +276,93 @@ class Writer(DatabaseThread):
         self._busy_until = now + self._pace.seconds_for(size)
         return group
 
-    def _store_group(self, group: list[Batch], *, others_wait: bool = False) -> None:
+    def _store_apart(self, group: Sequence[Batch]) -> None:
+        """Store the batches of each node by themselves, but refuse those of one that is away."""
         try:
-            self._save(group, others_wait=others_wait)
+            parts = self._split(group)
+        except Unavailable:
+            self._fail(group)
+            return
+        self._store_parts(parts, are_located=True)
+
+    def _store_parts(
+        self, parts: Sequence[tuple[Node | None, Sequence[Batch]]], *, are_located: bool
+    ) -> None:
+        for node, part in parts:
+            left = [batch for batch in part if not batch.stored.done()]
+            if not self._available:
+                _settle(left, Unavailable("storage is unavailable"))
+            elif node is not None and self._nodes.is_away(node):
+                _settle(left, NodeFailed("it is away"))
+            elif left:
+                self._store_group(left, node, is_located=are_located, others_wait=len(parts) > 1)
+
+    def _split(self, group: Sequence[Batch]) -> list[tuple[Node | None, list[Batch]]]:
+        """Return the batches of each node, those with held rows apart; alone if it is unknown."""
+        nodes = self._places.find(self._connection, {batch.project_id for batch in group})
+        parts: dict[Hashable, tuple[Node | None, list[Batch]]] = {}
+        for batch in group:
+            node, is_held = nodes.get(batch.project_id), self._held.has(batch.rows)
+            if is_held and not self._held.may_be_tried():
+                batch.settle(Unavailable(_HELD))
+            else:
+                key = batch if node is None else (node, is_held)
+                parts.setdefault(key, (node, []))[1].append(batch)
+        return list(parts.values())
+
+    def _store_group(
+        self,
+        group: Sequence[Batch],
+        node: Node | None = None,
+        *,
+        is_located: bool = False,
+        others_wait: bool = False,
+    ) -> None:
+        try:
+            self._save(group, node, others_wait=others_wait)
+        except NodeFailed as error:
+            if is_located:
+                self._refuse(group, node, error)
+            else:
+                self._held.add(_list_rows(group))  # its transaction may still wait for the node
+                self._store_apart(group)
         except Unavailable as error:
             _log.debug("a group was not stored", exc_info=error.__cause__ or error)
             self._fail(group)
         except Exception as error:  # noqa: BLE001 - whatever it is, it fails no request but its own
-            if len(group) > 1:
-                self._store_one_by_one(group)
+            are_held = isinstance(error, RowLocked) and self._held.has(_list_rows(group))
+            if len(group) > 1 and not are_held:
+                alone = [(node, [batch]) for batch in group]
+                self._store_parts(alone, are_located=is_located)
             else:
+                if isinstance(error, RowLocked) and node is not None:
+                    self._held.add(_list_rows(group))
+                    self._held.postpone()
                 self._failures.note(error)
-                group[0].settle(_choose_answer(error))
+                _settle(group, _choose_answer(error))
         else:
-            _settle(group)
-            if self._on_group is not None:
-                self._on_group(
-                    sum(len(batch.rows) for batch in group), sum(batch.size for batch in group)
-                )
+            self._note_stored(group, node)
 
-    def _store_one_by_one(self, group: Sequence[Batch]) -> None:
-        for batch in group:
-            if not self._available:
-                batch.settle(Unavailable("storage is unavailable"))
-            elif not batch.stored.done():
-                self._store_group([batch], others_wait=True)
+    def _note_stored(self, group: Sequence[Batch], node: Node | None) -> None:
+        _settle(group)
+        if node is not None:
+            self._nodes.note_success(node)
+            self._held.remove(_list_rows(group))
+        if self._on_group is not None:
+            self._on_group(
+                sum(len(batch.rows) for batch in group), sum(batch.size for batch in group)
+            )
 
-    def _save(self, group: list[Batch], *, others_wait: bool) -> None:
-        rows = group[0].rows if len(group) == 1 else [row for each in group for row in each.rows]
+    def _refuse(self, part: Sequence[Batch], node: Node | None, error: NodeFailed) -> None:
+        """Answer those who need a node that failed."""
+        if node is not None:
+            self._nodes.note_failure(node, error.reason)
+        else:
+            self._failures.note(error)
+        _settle(part, error)
+
+    def _save(self, group: Sequence[Batch], node: Node | None, *, others_wait: bool) -> None:
+        rows = _list_rows(group)
         size = sum(batch.size for batch in group)
         earliest, started_at = min(batch.answer_by for batch in group), self._clock()
         expected = min(self._pace.seconds_for(size), _GROUP_SECONDS)
@@ -269,6 +370,7 @@ class Writer(DatabaseThread):
         lock_seconds = self._pace.lock_seconds() * (_ALONE_FACTOR if len(group) == 1 else 1.0)
         while True:
             seconds = until - self._clock()
+            self._saving = (self._clock(), node)
             try:
                 with self._connection.connected(seconds) as connection:
                     self._store.save(connection, rows, seconds, min(lock_seconds, seconds / 2))
@@ -282,8 +384,10 @@ class Writer(DatabaseThread):
                 lock_seconds *= 2
                 if self._clock() >= until:
                     raise Unavailable("not stored in time") from None
+            finally:
+                self._saving = (math.inf, None)
 
-    def _fail(self, group: list[Batch]) -> None:
+    def _fail(self, group: Sequence[Batch]) -> None:
         """Answers everyone now, and whoever comes until the database is back."""
         with self._changed:
             self._available = False
@@ -296,10 +400,14 @@ class Writer(DatabaseThread):
 def _choose_answer(error: Exception) -> IngestError:
     """Return what the one request is told that could not be stored though others can."""
     if isinstance(error, RowLocked):
-        return Unavailable("another transaction holds one of these events")
+        return Unavailable(_HELD)
     if isinstance(error, Fault) and error.is_internal:
         return Unavailable("the database failed to store these events")
     return Internal()
+
+
+def _list_rows(group: Sequence[Batch]) -> Sequence[Row]:
+    return group[0].rows if len(group) == 1 else [row for batch in group for row in batch.rows]
 
 
 def _settle(group: Sequence[Batch], error: IngestError | None = None) -> None:

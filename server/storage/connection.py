@@ -33,6 +33,7 @@ from server.storage.errors import (
     DatabaseError,
     DoubtfulCommit,
     Fault,
+    NodeFailed,
     Obstacle,
     OnError,
     Refused,
@@ -268,8 +269,14 @@ class GuardedConnection:
         self._seconds = 0.0
         self._cut_at = math.inf
         self._lock = threading.Lock()
+        self._began_at = 0.0
+        self._is_broken_off = False
         # True if a transaction was broken off and its backend may still run.
         self._left_one = False
+
+    def open_another(self) -> Self:
+        """Return a connection to the same database, for another thread."""
+        return type(self)(self._engine, self._clock)
 
     def __enter__(self) -> Self:
         return self
@@ -284,36 +291,43 @@ class GuardedConnection:
         They begin anew once it is open: the hosts of an address are tried one after the other.
 
         Raises Unavailable if it cannot be opened, breaks or is cut, or if the backend of one that
-        did so still commits. Conflict, Refused and Fault leave it usable; after any other error a
-        new one is opened next time.
+        did so still commits; NodeFailed if another node fails, or after `break_off`. Conflict,
+        Refused, Fault and a node's own failure leave it usable; after any other error a new one is
+        opened next time.
         """
-        self._seconds = seconds
-        self._cut_at = self._clock() + seconds
+        self._seconds, self._is_broken_off = seconds, False
+        self._began_at = self._clock()
+        self._cut_at = self._began_at + seconds
         try:
             with translated_errors():
                 connection = self._connection or self._open()
                 yield connection
                 _commit(connection)
             self._note_success()
-        except (Conflict, Refused, Fault) as error:
+        except (Conflict, Refused, Fault, NodeFailed) as error:
             self._note_success()
             self._report(error)
-            self._roll_back(connection)
+            self._roll_back()
             raise
         except BaseException as error:
-            if self._outages is not None and isinstance(error, Unavailable):
-                self._outages.note_failure(self, error.__cause__ or error)
             self._report(error)
             self._left_one = self._left_one or self._connection is not None
             self.close()
+            if self._is_broken_off and isinstance(error, Unavailable):
+                raise NodeFailed("a transaction was broken off") from error
+            if self._outages is not None and isinstance(error, Unavailable):
+                self._outages.note_failure(self, error.__cause__ or error)
             raise
         finally:
             with self._lock:
                 self._cut_at = math.inf
+            if self._is_broken_off:
+                self.close()
 
-    def _roll_back(self, connection: Connection) -> None:
+    def _roll_back(self) -> None:
         try:
-            connection.rollback()
+            if self._connection is not None:
+                self._connection.rollback()
         except (psycopg2.Error, DBAPIError):
             self.close()
 
@@ -349,11 +363,22 @@ class GuardedConnection:
         """Cut the connection if its user has overstayed; return whether it was cut."""
         with self._lock:
             overdue = self._clock() >= self._cut_at
-            if overdue and self._socket is not None:
-                self._cut_at = math.inf
-                with suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
+            if overdue:
+                self._cut()
         return overdue
+
+    def break_off(self, seconds: float) -> None:
+        """Cut the connection if it has been used for `seconds`: its user waits for a lost node."""
+        with self._lock:
+            if self._cut_at < math.inf and self._clock() - self._began_at >= seconds:
+                self._is_broken_off = True
+                self._cut()
+
+    def _cut(self) -> None:
+        if self._socket is not None:
+            self._cut_at = math.inf
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Discard the connection, whatever its state. Only for the thread that uses it."""

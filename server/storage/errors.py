@@ -28,6 +28,18 @@ class Obstacle(Unavailable):
         self.port = port
 
 
+class NodeFailed(Unavailable):
+    """Another node of the cluster failed, so that nothing was stored; ours goes on.
+
+    The outcome is unknown if the transaction was broken off because of that node.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("the storage of this project is unavailable")
+        self.reason = reason
+        self.add_note(reason)  # for the log; the text is for the caller
+
+
 class Conflict(Exception):
     """The transaction met another one's and was rolled back: it can be run again at once."""
 
@@ -86,6 +98,10 @@ _CONFLICTS = (
     driver_errors.LockNotAvailable,
 )
 _UNDEFINED_TABLE = "42P01"
+# A server that our server is a client of cannot be reached, or does not let it in.
+_NODE_CODES = ("08000", "08001", "08003", "08004", "08006")
+# What Citus says of a node that is lost in the middle of COPY, with the code of an I/O error.
+_LOST_IN_COPY = re.compile(r"failed to (COPY to shard \d+|complete COPY) on ")
 _OUTAGES = (
     psycopg2.OperationalError,
     psycopg2.InterfaceError,
@@ -100,7 +116,7 @@ def name_kind(error: BaseException) -> str:
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Turn the driver's errors into RowLocked, Conflict, Refused, Fault or Unavailable."""
+    """Turn the driver's errors into Conflict, Refused, Fault or Unavailable, or kinds of these."""
     try:
         yield
     except (psycopg2.Error, DBAPIError) as error:
@@ -109,6 +125,9 @@ def translated_errors() -> Iterator[None]:
             raise RowLocked from error
         if isinstance(cause, _CONFLICTS) or _lost_its_partition(cause):
             raise Conflict from error
+        if isinstance(cause, _OUTAGES) and _failed_on_node(cause):
+            # As below, the rest of the driver's text may repeat the data.
+            raise NodeFailed(cause.diag.message_primary or "") from None
         if isinstance(cause, _OUTAGES) or _lost_its_server(cause):
             raise Unavailable("storage is unavailable") from error
         if isinstance(cause, psycopg2.DataError | psycopg2.IntegrityError):
@@ -133,6 +152,18 @@ def tolerated_drop() -> Iterator[None]:
     except Fault as fault:
         if fault.code != _UNDEFINED_TABLE:
             raise
+
+
+def _failed_on_node(cause: psycopg2.Error) -> bool:
+    """Return whether our server reports the failure of another one, and goes on itself.
+
+    What libpq reports has no code, and what ends our connection is no mere error.
+    """
+    return cause.diag.severity_nonlocalized == "ERROR" and bool(
+        cause.pgcode in _NODE_CODES
+        or _came_from_node(cause)
+        or _LOST_IN_COPY.match(cause.diag.message_primary or "")
+    )
 
 
 def _lost_its_server(cause: BaseException | None) -> bool:
@@ -180,6 +211,6 @@ def _names_no_constraint(cause: driver_errors.CheckViolation) -> bool:
     return len(_QUOTED_NAME.findall(cause.diag.message_primary or "")) == 1
 
 
-def _came_from_node(cause: driver_errors.CheckViolation) -> bool:
+def _came_from_node(cause: psycopg2.Error) -> bool:
     """Return whether Citus passes on the error of a node, without the names of its table."""
     return "while executing command on " in (cause.diag.context or "")

@@ -116,14 +116,19 @@ class EventStore:
         self._server_of: DriverConnection | None = None
         self._server_until = clock()
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether the events are on several nodes, as far as is known."""
+        return self._server.is_distributed
+
     def save(
         self, connection: Connection, rows: Sequence[Row], seconds: float, lock_seconds: float = 1.0
     ) -> None:
         """Commit the rows, each once however often it is given or had been stored.
 
         Returns when they are durable, which takes `seconds` at most, and `lock_seconds` for each
-        lock. Raises Conflict, Refused or Fault, having stored nothing; Unavailable, with the
-        outcome unknown.
+        lock. Raises Conflict, Refused, Fault or NodeFailed, having stored nothing; Unavailable,
+        with the outcome unknown.
         """
         # The first of equals wins. Sorted as the primary key is, so that writers of the same rows
         # wait for each other instead of deadlocking.

@@ -33,9 +33,9 @@ class Bug:
 
 ANSWERS_BEFORE_COMMIT = Bug(
     "ingest/group_commit.py",
-    "        try:\n            self._save(group, others_wait=others_wait)\n",
+    "        try:\n            self._save(group, node, others_wait=others_wait)\n",
     "        _settle(group)\n"
-    "        try:\n            self._save(group, others_wait=others_wait)\n",
+    "        try:\n            self._save(group, node, others_wait=others_wait)\n",
     "kill-before-commit",
     "acknowledged and not stored",
 )

@@ -25,6 +25,7 @@ class SlowStore:
     """Takes so many bytes a second by the clock, and begins only when it is let."""
 
     needs_encoded = False
+    is_distributed = False
 
     def __init__(self, clock: Clock) -> None:
         self.groups: list[int] = []
@@ -51,6 +52,10 @@ class SlowStore:
 
 class StandingLink:
     """Stands in for a link that never breaks."""
+
+    def open_another(self) -> "StandingLink":
+        """Itself."""
+        return self
 
     def connected(self, _seconds: float) -> "nullcontext[None]":
         """No connection, which the store does not need."""

@@ -25,7 +25,14 @@ from server.storage.connection import (
     open_engine,
 )
 from server.storage.embedded import EmbeddedPostgres
-from server.storage.errors import Conflict, DatabaseError, Fault, Refused, translated_errors
+from server.storage.errors import (
+    Conflict,
+    DatabaseError,
+    Fault,
+    NodeFailed,
+    Refused,
+    translated_errors,
+)
 from server.storage.health import Readiness, Watchdog
 from server.storage.outages import OutageLog
 from tests.support.services import wait_until
@@ -72,6 +79,22 @@ def test_a_hanging_query_is_cut_at_its_deadline(
         with pytest.raises(Unavailable):
             run(link, statement, seconds=0.4)
         assert 0.4 <= time.monotonic() - start < FREEING_SECONDS
+        assert run(link, "SELECT 1") == 1
+
+
+def test_a_use_broken_off_tells_of_a_node(engine: Engine) -> None:
+    """A statement that waits for another node can be broken off; the database counts as there."""
+    with GuardedConnection(engine, outages=OutageLog()) as link, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(run, link, "SELECT pg_sleep(60)", 60.0)
+
+        def is_broken_off() -> bool:
+            link.break_off(0.2)
+            return waiting.done()
+
+        link.break_off(60.0)  # has not been used for so long
+        wait_until(is_broken_off)
+        assert isinstance(waiting.exception(60), NodeFailed)
+        link.break_off(0.0)  # is not in use
         assert run(link, "SELECT 1") == 1
 
 
@@ -164,6 +187,8 @@ def test_a_database_silent_after_login_is_abandoned(delay: float) -> None:
         ("53100", Unavailable),  # disk full
         ("53200", Unavailable),  # out of memory
         ("58030", Unavailable),  # I/O error
+        ("08006", NodeFailed),  # connection failure, of one that our server opens
+        ("08P01", Unavailable),  # protocol violation
         ("25006", Unavailable),  # read-only transaction, on a standby
         ("42P01", Fault),  # undefined table: a fault of ours
         ("XX000", Fault),  # internal error
@@ -173,7 +198,7 @@ def test_a_database_silent_after_login_is_abandoned(delay: float) -> None:
 def test_database_errors_say_whether_to_try_again(
     sqlstate: str, translation: type[Exception], link: GuardedConnection
 ) -> None:
-    """Errors say whether to try again now, later or never; only an outage ends the session."""
+    """Errors say whether to try again now, later or never; only our server's outage is the end."""
     session = run(link, "SELECT pg_backend_pid()")
     with pytest.raises(translation):
         run(link, fail_with(sqlstate))
