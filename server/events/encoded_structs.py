@@ -1,6 +1,6 @@
 """Free-form objects, read off the bytes of a google.protobuf.Struct.
 
-To make a map of them, and values of its entries, takes longer.
+Reading them through the maps and values of protobuf takes longer.
 """
 
 import struct

@@ -65,7 +65,7 @@ class Batch:
 
     @property
     def project_id(self) -> str:
-        """The project of all of the rows."""
+        """Return the project of all rows."""
         return self.rows[0].identity[0] if self.rows else ""
 
     def settle(self, error: IngestError | None = None) -> None:

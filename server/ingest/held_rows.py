@@ -10,7 +10,7 @@ _PAUSE_SECONDS = 1.0
 
 
 class HeldRows:
-    """Knows whose requests to store apart from all others, and not too often."""
+    """Tells which requests to store apart from all others, and when to try them again."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

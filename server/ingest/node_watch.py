@@ -15,9 +15,9 @@ from server.storage.nodes import Node, answers, find_nodes, locate_projects
 
 # How long a node may take to answer, and after what pause it is asked again.
 _ANSWER_SECONDS, _PAUSE_SECONDS = 1.5, 1.0
-# A node that answers again is back for good after so long, even if nothing is stored on it.
+# The trial of a node that answers again ends after this time, even if nothing is stored on it.
 _TRIAL_SECONDS = 10.0
-# Shards move: the places of projects are asked anew after so long.
+# Shards move: the node of a project is looked up again after this time.
 _PLACES_SECONDS, _LOOK_UP_SECONDS = 5.0, 1.0
 
 _log = logging.getLogger("productgraph.database")

@@ -118,7 +118,7 @@ class EventStore:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether the events are on several nodes, as far as is known."""
+        """Return whether the events are on several nodes, as far as is known."""
         return self._server.is_distributed
 
     def save(

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
-_IS_CLUSTER = text("SELECT to_regclass('pg_dist_placement') IS NOT NULL")
+from server.storage.citus import has_citus
+
 _FIND_NODES = text("""
 SELECT groupid, nodename, nodeport FROM pg_dist_node WHERE isactive AND noderole = 'primary'
 """)
@@ -27,7 +28,7 @@ _ANSWERS = text("SELECT citus_check_connection_to_node(:host, :port)")
 
 
 class Node(NamedTuple):
-    """A node, and where it is; a standby that takes its place is another one."""
+    """Names a node by its group and address; a standby that replaces it is another node."""
 
     group: int
     host: str
@@ -39,14 +40,14 @@ class Node(NamedTuple):
 
 def find_nodes(connection: Connection) -> list[Node]:
     """Return the nodes of the cluster; none of a single server."""
-    if not connection.scalar(_IS_CLUSTER):
+    if not has_citus(connection):
         return []
     return [Node(*row) for row in connection.execute(_FIND_NODES)]
 
 
 def locate_projects(connection: Connection, projects: Collection[str]) -> dict[str, Node]:
     """Return the node of each project's events; nothing on a single server."""
-    if not connection.scalar(_IS_CLUSTER):
+    if not has_citus(connection):
         return {}
     found = connection.execute(_LOCATE, {"projects": list(projects)})
     return {project: Node(*place) for project, *place in found}

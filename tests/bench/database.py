@@ -52,7 +52,7 @@ class BenchDatabase:
 
     @cached_property
     def key(self) -> str:
-        """The key of a load of one project."""
+        """Return the key of a load of one project."""
         [key] = self.create_keys([PROJECT])
         return key
 
@@ -104,7 +104,7 @@ class BenchDatabase:
 
     @cached_property
     def is_distributed(self) -> bool:
-        """Whether its events are on the nodes of Citus."""
+        """Return whether its events are on the nodes of Citus."""
         with connected(self._engine) as connection:
             return is_distributed(connection)
 

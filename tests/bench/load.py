@@ -56,6 +56,11 @@ class LoadResult:
     # Every answer other than success in the measured period, and how often it came.
     failures: Mapping[str, int]
 
+    @property
+    def cpu_us_per_event(self) -> dict[str, float]:
+        """Return the CPU time of one event in microseconds, by the names of the families."""
+        return {name: seconds / self.events * 1e6 for name, seconds in self.cpu_seconds.items()}
+
 
 def run_load(plan: LoadPlan) -> LoadResult:
     """Send one request after another over each connection, and measure once it is warm."""

@@ -34,9 +34,7 @@ def describe(measurement: Measurement) -> Document:
         "requests_per_second": load.requests / load.seconds,
         "p50_ms": load.p50_ms,
         "p99_ms": load.p99_ms,
-        "cpu_us_per_event": {
-            name: seconds / load.events * 1e6 for name, seconds in load.cpu_seconds.items()
-        },
+        "cpu_us_per_event": load.cpu_us_per_event,
         # Of one core; at 1.0 the load generator would be what is measured.
         "load_generator_busy": load.cpu_seconds["load_generator"] / load.seconds,
         "peak_memory_mb": measurement.peak_memory_mb,

@@ -31,7 +31,7 @@ _REQUESTS_PER_SECOND_OF_TIME = 10
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that are compared; None are as many rows as half of the free disk takes."""
+    """List the sizes to compare; None rows stand for half of the free disk."""
 
     replicas: Sequence[int] = (1, 2, 4)
     projects: Sequence[int] = (1, 20, 200, 2000)
@@ -147,9 +147,7 @@ class ScaleRun:
             "events_per_second": load.events / load.seconds,
             "p50_ms": load.p50_ms,
             "p99_ms": load.p99_ms,
-            "cpu_us_per_event": {
-                family: seconds / load.events * 1e6 for family, seconds in load.cpu_seconds.items()
-            },
+            "cpu_us_per_event": load.cpu_us_per_event,
             "memory_mb": read_memory(workers),
             "acknowledged": load.acknowledged_events,
             "stored": stored,
