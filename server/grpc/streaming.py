@@ -25,6 +25,9 @@ STREAM_SECONDS = 240.0
 # A silent stream holds the right to receive one message of the largest size. If more are open than
 # this, those that have been silent longest end.
 _RECEIVING_STREAMS = 32
+# Between the last answer of a stream and its end. When the server stops, a connection ends with its
+# last call, and a reset would destroy what the client has not read by then.
+_LAST_READ_SECONDS = 0.5
 # A status in a message is no trailer, and may have all errors of a batch.
 _STATUS_BYTES = 4 << 20
 
@@ -147,6 +150,7 @@ class EventStream:
         if self._revoked is not None:
             await abort_call(self._context, self._record, self._revoked)
         if not self._is_complete:
+            await asyncio.sleep(_LAST_READ_SECONDS)
             await abort_call(self._context, self._record, Unavailable(_OPEN_ANOTHER))
 
     async def _answer_all(self) -> None:
