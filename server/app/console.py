@@ -40,13 +40,14 @@ def open_console(
     console: ConsoleSettings,
     engine: Engine,
     vitals: Vitals,
+    watchdog: Watchdog,
     stack: ExitStack,
 ) -> "WSGIApplication":
     """Return the console, with a connection of its own."""
     started_at = datetime.now(UTC)
     throughput = Throughput(lambda: _read_totals(vitals.totals))
     reader = Reader(GuardedConnection(engine))
-    stack.enter_context(Watchdog(reader.check, throughput.note))
+    watchdog.watch(reader.check, throughput.note)
     stack.enter_context(reader)
     overview = Overview(
         lambda: ServiceState(

@@ -75,20 +75,23 @@ async def _forward(settings: Settings, engine: Engine, stack: ExitStack) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     _announce(settings)
-    counts, heart = Counts(), _Heart()
+    counts, heart, watchdog = Counts(), _Heart(), Watchdog()
     lifeline = Lifeline.find()
+    if lifeline is not None:
+        _report_metrics(counts, watchdog, stack)
+    stack.enter_context(watchdog)
     if lifeline is None:
-        _serve_metrics(settings, engine, counts, heart.is_beating, stack)
-    else:
-        _report_metrics(counts, stack)
+        _serve_metrics(settings, engine, counts, heart.is_beating, watchdog, stack)
     if tracing := open_tracing(settings):
         stack.callback(tracing.stop)
     lanes = [
-        _build_lane(provider, settings, _open_queries(engine, stack), tracing, counts, stop)
+        _build_lane(
+            provider, settings, _open_queries(engine, watchdog, stack), tracing, counts, stop
+        )
         for provider in _build_providers(settings)
     ]
     # Both have little to ask, and share a connection.
-    others = _open_queries(engine, stack)
+    others = _open_queries(engine, watchdog, stack)
     deletions = _build_deletion_lanes(settings, others, tracing, stop)
     abandoned = AbandonedLanes(
         others,
@@ -135,11 +138,11 @@ class _Heart:
                 await asyncio.wait_for(stop.wait(), _BEAT_SECONDS)
 
 
-def _report_metrics(counts: Counts, stack: ExitStack) -> None:
+def _report_metrics(counts: Counts, watchdog: Watchdog, stack: ExitStack) -> None:
     """Report the counts to the parent, if it has a metrics page."""
     if (connection := find_socket()) is not None:
         reporter = Reporter(connection, counts, lambda: None)
-        reporter.start()
+        watchdog.watch(reporter.report)
         stack.callback(reporter.stop)
 
 
@@ -148,6 +151,7 @@ def _serve_metrics(
     engine: Engine,
     counts: Counts,
     is_healthy: Callable[[], bool],
+    watchdog: Watchdog,
     stack: ExitStack,
 ) -> None:
     """Serve the metrics page of a forwarder that has no parent.
@@ -170,18 +174,19 @@ def _serve_metrics(
     probes.watch(is_healthy)
     listener = listen(settings.host, ports["METRICS_PORT"])
     server = HTTPServer(probes, listener)
-    for part in (Watchdog(readiness.check, monitor.check), readiness, monitor):
-        stack.enter_context(part)
+    watchdog.watch(readiness.check, monitor.check)
+    for thread in (readiness, monitor):
+        stack.enter_context(thread)
     page_server = MetricsServer(server)
     page_server.start()
     stack.callback(page_server.stop)
     _log.info("metrics", extra={"port": ports["METRICS_PORT"]})
 
 
-def _open_queries(engine: Engine, stack: ExitStack) -> Queries:
-    """Open a connection of its caller's own, with a watchdog."""
+def _open_queries(engine: Engine, watchdog: Watchdog, stack: ExitStack) -> Queries:
+    """Open a connection of its caller's own, which the watchdog cuts if it hangs."""
     connection = stack.enter_context(GuardedConnection(engine))
-    stack.enter_context(Watchdog(connection.cut_if_overdue))
+    watchdog.watch(connection.cut_if_overdue)
     return Queries(connection)
 
 

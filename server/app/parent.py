@@ -90,8 +90,9 @@ def run_service(settings: Settings, announce: Callable[[dict[str, int], str | No
         counts = Counts()
         on_failure = partial(counts.add, PARTITION_FAILURES, 1)
         keeper = PartitionKeeper(GuardedConnection(engine), on_failure=on_failure)
-        metrics = _serve_metrics(settings, ports, engine, keeper, counts, stack)
-        _keep_tables(settings, engine, keeper, stack)
+        watchdog = stack.enter_context(Watchdog())
+        metrics = _serve_metrics(settings, ports, engine, keeper, counts, watchdog, stack)
+        _keep_tables(settings, engine, keeper, watchdog, stack)
         buckets = BucketTable().descriptor
         numbers = {name: str(number) for name, number in (ports | {BUCKETS: buckets}).items()}
         environment = _WORKER_VARIABLES | os.environ | numbers
@@ -142,6 +143,7 @@ def _serve_metrics(
     engine: Engine,
     keeper: PartitionKeeper,
     counts: Counts,
+    watchdog: Watchdog,
     stack: ExitStack,
 ) -> _Metrics | None:
     """Serve the metrics page, and return what it shows; None if it is off."""
@@ -162,11 +164,11 @@ def _serve_metrics(
         from server.app.console import Vitals, open_console  # with Falcon, for nothing else here
 
         vitals = Vitals(totals, readiness, monitor)
-        console = open_console(settings, settings.console, engine, vitals, stack)
+        console = open_console(settings, settings.console, engine, vitals, watchdog, stack)
     listener = listen(settings.host, ports["METRICS_PORT"])
     probes = Probes(Pages(page, console), readiness.is_ready)
     server = HTTPServer(probes, listener)
-    stack.enter_context(Watchdog(readiness.check, monitor.check, projects.check))
+    watchdog.watch(readiness.check, monitor.check, projects.check)
     for thread in (readiness, monitor, projects):
         stack.enter_context(thread)
     for part in (receiver, MetricsServer(server)):
@@ -221,12 +223,16 @@ def _keep_running(embedded: EmbeddedPostgres) -> None:
 
 
 def _keep_tables(
-    settings: Settings, engine: Engine, keeper: PartitionKeeper, stack: ExitStack
+    settings: Settings,
+    engine: Engine,
+    keeper: PartitionKeeper,
+    watchdog: Watchdog,
+    stack: ExitStack,
 ) -> None:
     """Make partitions in time, and note which providers events are queued for."""
     enabled = set(settings.destinations)
     disabled = {AMPLITUDE, MIXPANEL} - enabled
     notes = ProviderNotes(GuardedConnection(engine), enabled, disabled)
-    stack.enter_context(Watchdog(keeper.check, notes.check))
+    watchdog.watch(keeper.check, notes.check)
     stack.enter_context(keeper)
     stack.enter_context(notes)

@@ -165,10 +165,11 @@ class Worker:
         with ExitStack() as stack:
             if self._tracing is not None:
                 stack.callback(self._tracing.stop)
+            watchdog = Watchdog(*self._checks, pulse.check)
             if self._reporter is not None:
-                self._reporter.start()
+                watchdog.watch(self._reporter.report)
                 stack.callback(self._reporter.stop)
-            stack.enter_context(Watchdog(*self._checks, pulse.check))
+            stack.enter_context(watchdog)
             for part in (
                 self._keys,
                 self._quotas,

@@ -14,12 +14,15 @@ _log = logging.getLogger("productgraph.database")
 
 
 class Watchdog:
-    """A thread that enforces deadlines: it runs quick checks twenty times a second."""
+    """A thread that runs quick checks twenty times a second, above all of deadlines.
+
+    A process has one: its wake-ups are most of what an idle process costs, about 0.1 ms each.
+    """
 
     INTERVAL_SECONDS = 0.05
 
     def __init__(self, *checks: Callable[[], object]) -> None:
-        self._checks = checks
+        self._checks = list(checks)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -30,6 +33,10 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    def watch(self, *checks: Callable[[], object]) -> None:
+        """Run these from now on, too."""
+        self._checks += checks
 
     def _run(self) -> None:
         while not self._stop.wait(self.INTERVAL_SECONDS):

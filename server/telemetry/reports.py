@@ -1,7 +1,7 @@
 """The way of a process's counts to the parent: messages over one socket that all processes share.
 
-Nothing waits for a report: a process adds to its counts in memory, and a thread of its own sends
-what changed. If the parent cannot take it at the moment, it is sent later, together with what has
+Nothing waits for a report: a process adds to its counts in memory, and its watchdog sends what
+changed. If the parent cannot take it at the moment, it is sent later, together with what has
 been counted since. No file is involved, and nothing has to be removed for a process that is gone.
 """
 
@@ -18,7 +18,7 @@ from server.telemetry.counting import Counts, Report, Totals
 
 # The variable by which a process learns the descriptor of the socket.
 _SOCKET = "PRODUCTGRAPH_METRICS"
-_INTERVAL_SECONDS = 0.05
+_RETRY_SECONDS = 0.05
 _LAST_SECONDS = 1.0
 _MAX_MESSAGE_BYTES = 1 << 18
 
@@ -35,7 +35,7 @@ def find_socket() -> socket.socket | None:
 
 
 class Reporter:
-    """Reports what a process counts to its parent, twenty times a second.
+    """Reports what a process counts to its parent, as often as a watchdog calls `report`.
 
     Before each report it calls `refresh`, which counts what is only counted then.
     """
@@ -47,33 +47,19 @@ class Reporter:
         self._counts = counts
         self._refresh = refresh
         self._unsent: list[bytes] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
-    def start(self) -> None:
-        """Start reporting."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Report one last time, for a second at most: the parent may hang or be gone."""
-        self._stop.set()
-        self._thread.join()
-        deadline = time.monotonic() + _LAST_SECONDS
-        self._unsent += self._collect()
-        while not self._send() and time.monotonic() < deadline:
-            time.sleep(_INTERVAL_SECONDS)
-
-    def _run(self) -> None:
-        while not self._stop.wait(_INTERVAL_SECONDS):
-            try:
-                self._report()
-            except Exception:  # noqa: BLE001 - the next report may succeed
-                _log.exception("metrics could not be reported")
-
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Send what has changed; never waits. In one thread at a time."""
         if self._send():
             self._unsent = self._collect()
             self._send()
+
+    def stop(self) -> None:
+        """Report one last time, for a second at most: the parent may hang or be gone."""
+        deadline = time.monotonic() + _LAST_SECONDS
+        self._unsent += self._collect()
+        while not self._send() and time.monotonic() < deadline:
+            time.sleep(_RETRY_SECONDS)
 
     def _collect(self) -> list[bytes]:
         self._refresh()

@@ -4,13 +4,13 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from server.storage.health import Watchdog
 from server.telemetry.counting import Counts, Kind, Metric, Totals
 from server.telemetry.reports import Reporter, ReportReceiver
 from tests.support.services import ROOT, clean_environment, wait_until
@@ -31,9 +31,7 @@ for _ in range({PROCESSES}):
     if not (child := os.fork()):
         counts = Counts()
         counts.set(alive, 1)
-        reporter = Reporter(connection, counts, lambda: counts.add(done, 3))
-        reporter.start()
-        reporter.stop()
+        Reporter(connection, counts, lambda: counts.add(done, 3)).stop()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     print(child, flush=True)
@@ -41,14 +39,15 @@ for _ in range({PROCESSES}):
 # Counts for as long as it lives.
 BUSY = """
 import threading
+from server.storage.health import Watchdog
 from server.telemetry.counting import Counts, Kind, Metric
 from server.telemetry.reports import Reporter, find_socket
 
 done, alive = Metric(Kind.COUNTER, "done", ""), Metric(Kind.GAUGE, "alive", "")
 counts = Counts()
 counts.set(alive, 1)
-Reporter(find_socket(), counts, lambda: counts.add(done, 1)).start()
-threading.Event().wait()
+with Watchdog(Reporter(find_socket(), counts, lambda: counts.add(done, 1)).report):
+    threading.Event().wait()
 """
 
 
@@ -120,7 +119,6 @@ def test_halted_parent_holds_up_nobody(totals: Totals) -> None:
     receiver = ReportReceiver(totals)  # not started yet
     counts = Counts()
     connection = socket.socket(fileno=os.dup(receiver.descriptor))
-    reported = threading.Event()
     rounds = 0
 
     def refresh() -> None:
@@ -129,18 +127,16 @@ def test_halted_parent_holds_up_nobody(totals: Totals) -> None:
         for number in range(500):  # the socket is full after some reports
             counts.add(Metric(Kind.COUNTER, f"filler-{number}-{'x' * 200}", ""), 1)
         counts.add(DONE, 1)
-        reported.set()
 
     reporter = Reporter(connection, counts, refresh)
-    reporter.start()
     before = None
     while before != rounds:  # until it is full: then refresh is not called any more
         before = rounds
-        reported.clear()
-        reported.wait(1.0)
+        reporter.report()
     counts.add(DONE, 1000)
     receiver.start()
-    wait_until(lambda: read(totals)["done"] >= 1000)
+    with Watchdog(reporter.report):
+        wait_until(lambda: read(totals)["done"] >= 1000)
     reporter.stop()
     wait_until(lambda: read(totals)["done"] == 1000 + rounds)
     receiver.stop()
@@ -155,7 +151,7 @@ def test_reporter_outlives_its_parent(totals: Totals) -> None:
     receiver.stop()
     counts = Counts()
     reporter = Reporter(connection, counts, lambda: counts.add(DONE, 1))
-    reporter.start()
+    reporter.report()
     reporter.stop()
     connection.close()
 
