@@ -14,15 +14,14 @@ _log = logging.getLogger("productgraph.database")
 
 
 class Watchdog:
-    """A thread that runs quick checks twenty times a second, above all of deadlines.
+    """A thread that runs quick checks again and again, above all of deadlines.
 
     A process has one: its wake-ups are most of what an idle process costs, about 0.1 ms each.
     """
 
-    INTERVAL_SECONDS = 0.05
-
-    def __init__(self, *checks: Callable[[], object]) -> None:
+    def __init__(self, *checks: Callable[[], object], interval_seconds: float = 0.05) -> None:
         self._checks = list(checks)
+        self._interval_seconds = interval_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -39,7 +38,7 @@ class Watchdog:
         self._checks += checks
 
     def _run(self) -> None:
-        while not self._stop.wait(self.INTERVAL_SECONDS):
+        while not self._stop.wait(self._interval_seconds):
             for check in self._checks:
                 try:
                     check()
