@@ -147,7 +147,8 @@ def test_projects_of_healthy_nodes_go_on_without_one(
         lost_at = time.monotonic()
         with lost(node):
             wait_until(lambda: all(loads[project].statuses() & NOT_STORED for project in here))
-            wait_until(lambda: stores(healthy, time.monotonic() - 1, 2))
+            refused_at = time.monotonic()
+            wait_until(lambda: stores(healthy, refused_at, 2))
             settled_at = time.monotonic()
             time.sleep(8)
             assert service.is_ready()
