@@ -86,7 +86,7 @@ NO_LOCK_TIMEOUT = Bug(
     "SET LOCAL lock_timeout = {{lock_ms}};\n",
     "",
     "held-row",
-    "answered 503",
+    "answered ",  # 503 or UNAVAILABLE: by which protocol the held row is met first is chance
 )
 NO_KEEPALIVES = Bug(
     "storage/connection.py",
