@@ -76,10 +76,9 @@ async def _forward(settings: Settings, engine: Engine, stack: ExitStack) -> None
         loop.add_signal_handler(number, stop.set)
     _announce(settings)
     counts, heart, watchdog = Counts(), _Heart(), Watchdog()
-    lifeline = Lifeline.find()
-    if lifeline is not None:
-        _report_metrics(counts, watchdog, stack)
+    _report_metrics(counts, watchdog, stack)
     stack.enter_context(watchdog)
+    lifeline = Lifeline.find()
     if lifeline is None:
         _serve_metrics(settings, engine, counts, heart.is_beating, watchdog, stack)
     if tracing := open_tracing(settings):
@@ -139,7 +138,7 @@ class _Heart:
 
 
 def _report_metrics(counts: Counts, watchdog: Watchdog, stack: ExitStack) -> None:
-    """Report the counts to the parent, if it has a metrics page."""
+    """Report the counts to the parent, if there is one that has a metrics page."""
     if (connection := find_socket()) is not None:
         reporter = Reporter(connection, counts, lambda: None)
         watchdog.watch(reporter.report)

@@ -14,7 +14,7 @@ _log = logging.getLogger("productgraph.database")
 
 
 class Watchdog:
-    """A thread that runs quick checks again and again, above all of deadlines.
+    """A thread that runs quick checks every `interval_seconds`, above all of deadlines.
 
     A process has one: its wake-ups are most of what an idle process costs, about 0.1 ms each.
     """

@@ -277,8 +277,7 @@ def test_no_message_that_a_stream_took_is_left_unanswered(
             answers = stream.read_all()
         assert accepted(answers) == [1] * len(held.taken)
         assert stream.call.code() is grpc.StatusCode.UNAVAILABLE
-        # A reset of the connection has the same code.
-        assert seconds == SECONDS or "open another" in stream.call.details()
+        assert "open another" in stream.call.details()
 
 
 def test_a_silent_stream_makes_room_for_another(
